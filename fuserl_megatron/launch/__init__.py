@@ -1,0 +1,1 @@
+"""Starting ranks: this machine, SLURM, NeMo."""

@@ -1,0 +1,1 @@
+"""What the tests need and a user's own tests may use: spawned gloo workers, tiny models."""
