@@ -1,0 +1,64 @@
+"""PackedBatch: one micro-batch, the only batch type there is.
+
+Shapes: B rows, S tokens per row, N sequences (responses) in the micro-batch, P pairs.
+
+Packing and prefix sharing are the same structure: a row is a run of *segments*, each token may look at earlier tokens of its
+own segment and of its segment's parent. Without sharing, a segment is prompt + response and is its own parent. With sharing,
+the prompt without its last token is one segment, and every response is a segment that begins with a copy of that last token and
+has the prompt as parent; its positions continue the prompt's, so every position still predicts exactly one label.
+"""
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a position that is not scored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """A micro-batch of B rows holding N sequences, and P pairs of them. Ids index the data set, not the batch, unless said."""
+
+    tokens_BS: torch.Tensor
+    """int64; padding is 0."""
+    labels_BS: torch.Tensor
+    """int64, already shifted: the token that position s must predict, IGNORE_INDEX where nothing is scored."""
+    positions_BS: torch.Tensor
+    """int64; position of the token inside its own prompt + response."""
+    segment_ids_BS: torch.Tensor
+    """int64; unique inside a row, -1 for padding."""
+    parent_ids_BS: torch.Tensor
+    """int64; segment id of the prefix this token may also see; its own segment id when there is none, -1 for padding."""
+    sequence_ids_BS: torch.Tensor
+    """int64; index 0..N-1 into this batch of the sequence whose label this position scores, -1 where nothing is scored."""
+    lengths_N: torch.Tensor
+    """int64; scored tokens of each sequence (response and end-of-turn token)."""
+    weights_N: torch.Tensor
+    """float64; FuseSFT weight of each sequence (0 for FusePO)."""
+    source_ids_N: torch.Tensor
+    """int64; index into the manifest's list of sources."""
+    prompt_ids_N: torch.Tensor
+    """int64; group of the data set."""
+    response_ids_N: torch.Tensor
+    """int64; response of the data set; the key of the stored reference log-probabilities."""
+    chosen_index_P: torch.Tensor
+    """int64; index 0..N-1 into this batch."""
+    rejected_index_P: torch.Tensor
+    """int64; index 0..N-1 into this batch."""
+    pair_weights_P: torch.Tensor
+    """float64; the source weight w_k of each pair."""
+    pair_source_ids_P: torch.Tensor
+    """int64; index into the manifest's list of sources."""
+    reference_logps_N: torch.Tensor | None = None
+    """float32; summed reference log-probability of each sequence, None where no reference is needed."""
+
+    @property
+    def num_sequences(self) -> int:
+        """N."""
+        return self.lengths_N.numel()
+
+    def to(self, device: torch.device | str) -> "PackedBatch":
+        """The same batch on another device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
