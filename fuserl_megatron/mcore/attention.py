@@ -1,0 +1,41 @@
+"""The core attention of every layer: one mask for packing and prefix sharing, in the layer spec's `core_attention` slot.
+
+Shapes: B rows, S tokens per row, Q query heads of this rank, G key/value groups of this rank, D head dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+
+
+def visibility_mask(segment_ids_BS: torch.Tensor, parent_ids_BS: torch.Tensor) -> torch.Tensor:
+    """Who may look at whom: own segment and own segment's parent, never later in the row. Padding sees padding only.
+
+    Returns:
+        bool [B, 1, S, S], True where the query (third dimension) sees the key (fourth).
+    """
+    same = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+    parent = parent_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
+    return (same | parent).tril().unsqueeze(1)
+
+
+class SegmentAttention(MegatronModule):
+    """softmax(q k^T * scale + mask) v with the mask given; no dropout, no state.
+
+    The rotary attention scaling of yarn multiplies queries and keys alike, so its square is folded into the scale.
+    """
+
+    rotary_attention_scaling = 1.0
+
+    def __init__(self, config, layer_number=None, attn_mask_type=None, attention_type=None, softmax_scale=None, **_kwargs):
+        super().__init__(config=config)
+        scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.scale = scale * self.rotary_attention_scaling**2
+
+    def forward(self, query, key, value, attention_mask, **_kwargs):
+        """query [S, B, Q, D], key and value [S, B, G, D], mask [B, 1, S, S] -> [S, B, Q*D]."""
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attention_mask, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

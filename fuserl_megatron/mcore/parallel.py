@@ -1,0 +1,147 @@
+"""Process groups: torch.distributed and core's model-parallel layout, on NCCL or gloo.
+
+World size = TP x PP x CP x DP. Ranks of one TP group are neighbours (core's order tp-cp-dp-pp).
+"""
+
+import datetime
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from fuserl_megatron.config.schema import ModelConfig, TrainerConfig, UserError
+from fuserl_megatron.mcore import cpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where this rank stands. Sizes and ranks count from 0; device is where its tensors live."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    cp_size: int
+    cp_rank: int
+    dp_size: int
+    dp_rank: int
+    vpp_size: int | None
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Losses, metrics and log-probabilities exist here only."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one rank that speaks and writes shared files."""
+        return self.rank == 0
+
+    def describe(self) -> str:
+        """The layout as a product equal to the world size."""
+        return (
+            f"world {self.world_size} = TP {self.tp_size} x PP {self.pp_size} x CP {self.cp_size} x DP {self.dp_size}"
+            + (f", {self.vpp_size} virtual stages" if self.vpp_size else "")
+        )
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """The device of this rank for trainer.accelerator = auto | cpu | gpu.
+
+    Raises:
+        UserError: gpu was asked for and torch sees none.
+    """
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError(
+            "trainer.accelerator=gpu: torch sees no GPU here. Use trainer.accelerator=cpu, "
+            "or run `fuserl doctor` to see which torch build and driver are installed."
+        )
+    if accelerator != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+    if torch.cuda.is_available():
+        raise UserError(
+            "trainer.accelerator=cpu: torch sees a GPU, and core would use it. Set CUDA_VISIBLE_DEVICES= (empty) as well."
+        )
+    return torch.device("cpu")
+
+
+def _rendezvous_from_slurm() -> None:
+    """srun gives ranks as SLURM_*; torch.distributed reads RANK, WORLD_SIZE and MASTER_*."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    first = env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
+    env.setdefault("MASTER_ADDR", first)
+    # one port a job, so that two jobs on a node do not meet
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
+    """Start torch.distributed and core's process groups. One process alone needs no launcher.
+
+    Raises:
+        UserError: the world size is not a multiple of TP x PP x CP.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
+    device = choose_device(trainer.accelerator)
+    _rendezvous_from_slurm()
+    timeout = datetime.timedelta(minutes=trainer.distributed_timeout_minutes)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        cpu.enable()
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    from megatron.core import parallel_state as ps
+    from megatron.core import tensor_parallel
+
+    world = dist.get_world_size()
+    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+    if world % (tp * pp * cp):
+        raise UserError(
+            f"{world} ranks cannot hold TP {tp} x PP {pp} x CP {cp} = {tp * pp * cp}: "
+            f"start a multiple of {tp * pp * cp} ranks (--nproc {tp * pp * cp})."
+        )
+    ps.initialize_model_parallel(
+        tp,
+        pp,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size,
+        context_parallel_size=cp,
+        distributed_timeout_minutes=max(1, int(trainer.distributed_timeout_minutes)),
+    )
+    # nothing in training is random: the tracker that does nothing spares the CUDA generator (and dropout is always 0)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, inference_rng_tracker=True)
+    return Layout(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=world,
+        tp_size=tp,
+        tp_rank=ps.get_tensor_model_parallel_rank(),
+        pp_size=pp,
+        pp_rank=ps.get_pipeline_model_parallel_rank(),
+        cp_size=cp,
+        cp_rank=ps.get_context_parallel_rank(),
+        dp_size=ps.get_data_parallel_world_size(),
+        dp_rank=ps.get_data_parallel_rank(),
+        vpp_size=model.virtual_pipeline_model_parallel_size,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process groups; safe to call when none were made."""
+    if dist.is_initialized():
+        from megatron.core import parallel_state as ps
+
+        ps.destroy_model_parallel()
+        dist.destroy_process_group()
