@@ -1,0 +1,92 @@
+"""From token log-probabilities to sequence log-probabilities, and the few stable elementary functions.
+
+Shapes: T scored tokens (flat, over any number of rows), N sequences (responses).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LOG_HALF = -0.6931471805599453
+
+
+def sequence_logps(
+    token_logps_T: Tensor, sequence_ids_T: Tensor, num_sequences: int, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Sum of the scored tokens' log-probabilities of each sequence: log pi(y | x) = sum_t log pi(y_t | x, y_<t).
+
+    Accumulated in float64 by default: preference losses take differences of such sums, and on a GPU the order of the
+    atomic additions is then far below the digits anybody sees. Store reference sums in the same type.
+
+    Args:
+        token_logps_T: [T] log-probabilities (natural log, any float type) of the scored tokens only.
+        sequence_ids_T: [T] int64, the sequence each token belongs to, in 0..num_sequences-1, in any order.
+        num_sequences: N. A sequence without a token here gets 0 (its tokens may be on another context-parallel rank).
+        dtype: type of the accumulator and of the result.
+
+    Returns:
+        [N] sums, differentiable also for T = 0.
+    """
+    zeros_N = token_logps_T.new_zeros(num_sequences, dtype=dtype)
+    return zeros_N.index_add(0, sequence_ids_T, token_logps_T.to(dtype))
+
+
+def sequence_lengths(sequence_ids_T: Tensor, num_sequences: int) -> Tensor:
+    """Number of scored tokens of each sequence.
+
+    Args:
+        sequence_ids_T: [T] int64 in 0..num_sequences-1.
+        num_sequences: N.
+
+    Returns:
+        [N] int64.
+    """
+    zeros_N = torch.zeros(num_sequences, dtype=torch.int64, device=sequence_ids_T.device)
+    return zeros_N.index_add(0, sequence_ids_T, torch.ones_like(sequence_ids_T, dtype=torch.int64))
+
+
+def mean_logps(logps_N: Tensor, lengths_N: Tensor) -> Tensor:
+    """Per-token mean log pi(y | x) / |y|.
+
+    Args:
+        logps_N: [N] sums of log-probabilities (or of log-ratios).
+        lengths_N: [N] scored tokens of the whole sequence. 0 counts as 1: a padding sequence gives 0, never 0/0.
+
+    Returns:
+        [N] in the type of logps_N.
+    """
+    return logps_N / lengths_N.clamp(min=1)
+
+
+def log_sigmoid(x: Tensor) -> Tensor:
+    """Logarithm of the sigmoid, log s(x) = -log(1 + exp(-x)).
+
+    Finite with a finite gradient for every finite x (|x| of 1e4 and far beyond).
+
+    Args:
+        x: any shape.
+
+    Returns:
+        Same shape, <= 0.
+    """
+    return F.logsigmoid(x)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """Compute log(1 - exp(x)) for x <= 0: log(-expm1(x)) near 0, log1p(-exp(x)) below log(1/2).
+
+    x is capped at minus the machine epsilon of its type, so x = 0 (a probability that rounded to 1) gives a large
+    negative number with gradient 0 instead of -inf and NaN.
+
+    Args:
+        x: log-probabilities, any shape.
+
+    Returns:
+        Same shape, finite.
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).eps)
+    near_zero = x > LOG_HALF
+    # Each branch sees only arguments it is good at: a NaN in an unused branch would still reach the gradient.
+    near = torch.log(-torch.expm1(torch.where(near_zero, x, LOG_HALF)))
+    far = torch.log1p(-torch.exp(torch.where(near_zero, LOG_HALF, x)))
+    return torch.where(near_zero, near, far)

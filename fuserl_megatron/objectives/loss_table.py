@@ -1,0 +1,177 @@
+"""Which losses exist, what each one needs and which options it reads: plain data, checked by config and by the tests.
+
+An option that a loss does not read is refused by `checked_options`, never ignored.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class PreferenceLoss(StrEnum):
+    """The closed list of stage-2 losses; the equations stand in preference.py and group_losses.py."""
+
+    DPO = "dpo"
+    LN_DPO = "ln_dpo"
+    CDPO = "cdpo"
+    ROBUST = "robust"
+    HINGE = "hinge"
+    IPO = "ipo"
+    SIMPO = "simpo"
+    CPO = "cpo"
+    ORPO = "orpo"
+    KTO = "kto"
+    RLOO = "rloo"
+    WRPO = "wrpo"
+    MAPPO = "mappo"
+    INFIFPO = "infifpo"
+
+
+class Unit(StrEnum):
+    """What one loss term is made of, and with it what the batch must hold of a prompt."""
+
+    PAIRS = "pairs"  # chosen and rejected inside one source: chosen_index_P, rejected_index_P
+    TRIPLES = "triples"  # best of all sources, best and worst of the target's own samples
+    ALL_RESPONSES = "all_responses"  # every stored response of a source: group_ids_N, advantages_N
+    SINGLE_RESPONSES = "single_responses"  # responses one by one, each marked good or bad: desirable_N
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSpec:
+    """What one loss needs."""
+
+    unit: Unit
+    """Its loss term: one per pair, triple, or response."""
+    reference: bool
+    """Whether reference log-probabilities are read (RLOO: only with kl_coef > 0, see `needs_reference`)."""
+    options: Mapping[str, float | bool | str | None] = field(default_factory=dict)
+    """Option -> default; None means that there is no default and the user must choose."""
+
+
+# Defaults are the published settings of METHOD's recipes; beta differs by three orders of magnitude between the losses
+# and is therefore never shared. rpo_alpha is the weight of the SFT term beside the loss.
+LOSSES: Mapping[PreferenceLoss, LossSpec] = {
+    PreferenceLoss.DPO: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "rpo_alpha": 0.0}),
+    PreferenceLoss.LN_DPO: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 10.0, "rpo_alpha": 0.0}),
+    PreferenceLoss.CDPO: LossSpec(
+        unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "label_smoothing": None, "rpo_alpha": 0.0}
+    ),
+    PreferenceLoss.ROBUST: LossSpec(
+        unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "label_smoothing": None, "rpo_alpha": 0.0}
+    ),
+    PreferenceLoss.HINGE: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "rpo_alpha": 0.0}),
+    PreferenceLoss.IPO: LossSpec(
+        unit=Unit.PAIRS, reference=True, options={"beta": 0.1, "length_normalized": True, "rpo_alpha": 0.0}
+    ),
+    PreferenceLoss.SIMPO: LossSpec(
+        unit=Unit.PAIRS, reference=False, options={"beta": 10.0, "gamma_beta_ratio": 0.3, "rpo_alpha": 0.0}
+    ),
+    PreferenceLoss.CPO: LossSpec(unit=Unit.PAIRS, reference=False, options={"beta": 0.1, "cpo_alpha": 1.0}),
+    PreferenceLoss.ORPO: LossSpec(unit=Unit.PAIRS, reference=False, options={"beta": 0.1}),
+    PreferenceLoss.KTO: LossSpec(
+        unit=Unit.SINGLE_RESPONSES,
+        reference=True,
+        options={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "rpo_alpha": 0.0},
+    ),
+    PreferenceLoss.RLOO: LossSpec(unit=Unit.ALL_RESPONSES, reference=True, options={"kl_coef": 0.0, "rpo_alpha": 0.0}),
+    PreferenceLoss.WRPO: LossSpec(
+        unit=Unit.TRIPLES, reference=True, options={"beta": 0.01, "alpha_end": 0.1, "rpo_alpha": 0.0}
+    ),
+    PreferenceLoss.MAPPO: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "rpo_alpha": 0.0}),
+    PreferenceLoss.INFIFPO: LossSpec(
+        unit=Unit.PAIRS, reference=True, options={"beta": 2.5, "fusion": "max_margin", "rpo_alpha": 0.0}
+    ),
+}
+
+LOSS_OPTIONS = {loss: tuple(spec.options) for loss, spec in LOSSES.items()}
+NEEDS_REFERENCE = frozenset(loss for loss, spec in LOSSES.items() if spec.reference)
+NEEDS_PAIRS = frozenset(loss for loss, spec in LOSSES.items() if spec.unit is Unit.PAIRS)
+NEEDS_TRIPLES = frozenset(loss for loss, spec in LOSSES.items() if spec.unit is Unit.TRIPLES)
+NEEDS_ALL_RESPONSES = frozenset(loss for loss, spec in LOSSES.items() if spec.unit is Unit.ALL_RESPONSES)
+NEEDS_SINGLE_RESPONSES = frozenset(loss for loss, spec in LOSSES.items() if spec.unit is Unit.SINGLE_RESPONSES)
+NEEDS_REWARD_GAPS = frozenset({PreferenceLoss.MAPPO})
+NEEDS_SOURCE_LOGPS = frozenset({PreferenceLoss.INFIFPO})
+
+FUSIONS = ("max_margin", "mean", "confidence")
+
+# What a numeric option's value must be: (test, words for the error).
+_POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
+_NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "zero or a positive number")
+_NUMERIC_RULES = {
+    "beta": _POSITIVE,
+    "label_smoothing": (lambda v: 0 <= v < 0.5, "a number in [0, 0.5)"),
+    "gamma_beta_ratio": _NOT_NEGATIVE,
+    "cpo_alpha": _NOT_NEGATIVE,
+    "rpo_alpha": _NOT_NEGATIVE,
+    "desirable_weight": _NOT_NEGATIVE,
+    "undesirable_weight": _NOT_NEGATIVE,
+    "kl_coef": _NOT_NEGATIVE,
+    "alpha_end": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+}
+
+
+def needs_reference(loss: PreferenceLoss, options: Mapping[str, object]) -> bool:
+    """Whether reference log-probabilities are read under these options.
+
+    Args:
+        loss: the loss.
+        options: complete options, as `checked_options` returns them.
+
+    Returns:
+        False for the reference-free losses and for RLOO without a KL term.
+    """
+    if loss is PreferenceLoss.RLOO:
+        return float(options["kl_coef"]) > 0.0
+    return loss in NEEDS_REFERENCE
+
+
+def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> dict[str, object]:
+    """The complete options of a loss: the given ones, checked, and defaults for the rest.
+
+    Args:
+        loss: a PreferenceLoss or its name.
+        given: option -> value; only options which this loss reads.
+
+    Returns:
+        option -> value, every option of LOSS_OPTIONS[loss].
+
+    Raises:
+        ValueError: unknown loss, an option the loss does not read, a required one missing, or a value out of range.
+    """
+    try:
+        loss = PreferenceLoss(loss)
+    except ValueError:
+        raise ValueError(f"loss {loss!r} is unknown{_nearest(str(loss), [*PreferenceLoss])}") from None
+    spec = LOSSES[loss]
+    for name in given:
+        if name not in spec.options:
+            raise ValueError(
+                f"loss {loss.value} does not use the option {name!r}{_nearest(name, list(spec.options))}; remove it"
+            )
+    options = {**spec.options, **given}
+    for name, value in options.items():
+        _check_value(loss, name, value)
+    return options
+
+
+def _check_value(loss: PreferenceLoss, name: str, value: object) -> None:
+    if value is None:
+        raise ValueError(f"loss {loss.value} needs the option {name!r}: give a value, e.g. {name}=0.1")
+    if name == "fusion":
+        if value not in FUSIONS:
+            raise ValueError(f"loss {loss.value}: fusion={value!r} is unknown; use one of {', '.join(FUSIONS)}")
+    elif name == "length_normalized":
+        if not isinstance(value, bool):
+            raise ValueError(f"loss {loss.value}: length_normalized={value!r} must be true or false")
+    else:
+        is_valid, rule = _NUMERIC_RULES[name]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not is_valid(value):
+            raise ValueError(f"loss {loss.value}: {name}={value!r} must be {rule}")
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {match[0]!r}?" if match else ""
+    return f"{hint} (it has: {', '.join(known)})"
