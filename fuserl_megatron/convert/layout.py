@@ -1,0 +1,195 @@
+"""How tensors are laid out: pure functions in both directions, exact inverses of one another.
+
+"Full" below is Megatron's layout without tensor parallelism; a "shard" is what one tensor-parallel rank holds. No
+arithmetic is done on the numbers: they are moved, so every direction is exact to the bit.
+
+    linear_qkv   HF  q [A*D, H], k [G*D, H], v [G*D, H]
+                 ->  per group g: its A/G query heads, then its key head, then its value head; ranks hold whole groups
+    linear_fc1   HF  gate [F, H], up [F, H]
+                 ->  full [gate; up]; rank r holds [gate_r; up_r], which is not a contiguous cut of the full tensor
+    vocabulary   rows padded with zeros to a multiple that tensor parallelism divides; the padding never leaves Megatron
+
+Legend: A attention heads, G key/value groups, D head dimension, H hidden, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.hf_config import ModelShape
+from fuserl_megatron.convert.names import find_rule, hf_names, local_name
+
+
+def merge_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ModelShape) -> torch.Tensor:
+    """Interleave query, key and value by group.
+
+    Args:
+        q: [A*D, H] weight or [A*D] bias, of all groups or of any run of whole groups.
+        k: [G*D, ...] of the same groups.
+        v: as k.
+        shape: gives D and the query heads per group.
+
+    Returns:
+        [G*(A/G + 2)*D, ...], a new tensor.
+    """
+    D, rest = shape.head_dim, q.shape[1:]
+    groups = k.shape[0] // D
+    parts = (part.reshape(groups, -1, *rest) for part in (q, k, v))
+    return torch.cat(tuple(parts), dim=1).reshape(groups * (shape.heads_per_group + 2) * D, *rest)
+
+
+def split_qkv(qkv: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inverse of `merge_qkv`: [G*(A/G + 2)*D, ...] into contiguous q [A*D, ...], k [G*D, ...], v [G*D, ...]."""
+    D, rest, queries = shape.head_dim, qkv.shape[1:], shape.heads_per_group * shape.head_dim
+    grouped = qkv.reshape(-1, queries + 2 * D, *rest)
+    return tuple(part.reshape(-1, *rest) for part in grouped.split([queries, D, D], dim=1))
+
+
+def merge_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Stack the two halves of SwiGLU's first layer: [F, ...] and [F, ...] into [2F, ...], gate first."""
+    return torch.cat((gate, up), dim=0)
+
+
+def split_gate_up(fc1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The inverse of `merge_gate_up`: [2F, ...] into views gate [F, ...], up [F, ...]."""
+    return tuple(fc1.chunk(2, dim=0))
+
+
+def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 1) -> int:
+    """The smallest size >= vocab_size that is a multiple of divisible_by * tp_size (Megatron's rule)."""
+    step = divisible_by * tp_size
+    return -(-vocab_size // step) * step
+
+
+def pad_vocab(weight: torch.Tensor, padded: int) -> torch.Tensor:
+    """[V, H] with zero rows appended up to [padded, H]; the tensor itself when nothing is missing."""
+    missing = padded - weight.shape[0]
+    assert missing >= 0, f"padded vocabulary {padded} is smaller than the {weight.shape[0]} rows there are"
+    return torch.cat((weight, weight.new_zeros(missing, *weight.shape[1:]))) if missing else weight
+
+
+def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
+    """Refuse a tensor-parallel size that would cut through a head, a group or the feed-forward layer unevenly.
+
+    Raises:
+        UserError: one line naming the size and one that works.
+    """
+    for count, what in (
+        (shape.num_query_groups, "key/value heads (num_key_value_heads)"),
+        (shape.num_attention_heads, "attention heads"),
+        (shape.ffn_hidden_size, "feed-forward width (intermediate_size)"),
+    ):
+        if count % tp_size:
+            common = math.gcd(shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size)
+            works = max(n for n in range(1, min(tp_size, common) + 1) if common % n == 0)
+            why = "; ranks hold whole groups, key/value heads are not replicated" if "key" in what else ""
+            raise UserError(
+                f"tensor_model_parallel_size = {tp_size} does not divide the model's {count} {what}{why}; use {works}"
+            )
+
+
+def _cut(length: int, tp_size: int, tp_rank: int, what: str) -> tuple[int, int]:
+    if length % tp_size or not 0 <= tp_rank < tp_size:
+        raise UserError(f"{what}: {length} does not divide over {tp_size} tensor-parallel ranks (rank {tp_rank})")
+    step = length // tp_size
+    return tp_rank * step, (tp_rank + 1) * step
+
+
+def shard(full: torch.Tensor, megatron_name: str, tp_size: int, tp_rank: int) -> torch.Tensor:
+    """The part of a full Megatron tensor that one tensor-parallel rank holds.
+
+    Args:
+        full: the unsharded parameter in Megatron's layout (vocabulary rows already padded).
+        megatron_name: either spec's name; says how the parameter is cut.
+        tp_size: number of tensor-parallel ranks.
+        tp_rank: which of them.
+
+    Returns:
+        A view where the cut is contiguous along one dimension, a new tensor for fc1 (gate and up are cut separately).
+
+    Raises:
+        UserError: the dimension does not divide by tp_size. Heads and groups: see `check_tensor_parallel`.
+    """
+    row, _ = find_rule(megatron_name)
+    if row.split == "none":
+        return full
+    if row.rule == "gate_up":
+        start, stop = _cut(full.shape[0] // 2, tp_size, tp_rank, megatron_name)
+        return merge_gate_up(*(half[start:stop] for half in split_gate_up(full)))
+    dim = 1 if row.split == "row" else 0
+    start, stop = _cut(full.shape[dim], tp_size, tp_rank, megatron_name)
+    return full.narrow(dim, start, stop - start)
+
+
+def unshard(shards: Sequence[torch.Tensor], megatron_name: str) -> torch.Tensor:
+    """The inverse of `shard`: the full tensor from every rank's part, in rank order."""
+    row, _ = find_rule(megatron_name)
+    if row.split == "none" or len(shards) == 1:
+        return shards[0]
+    if row.rule == "gate_up":
+        gates, ups = zip(*(split_gate_up(part) for part in shards), strict=True)
+        return torch.cat((*gates, *ups), dim=0)
+    return torch.cat(tuple(shards), dim=1 if row.split == "row" else 0)
+
+
+def hf_cuts(megatron_name: str, shape: ModelShape, tp_size: int, tp_rank: int) -> list[tuple[str, int, int, int]]:
+    """What one rank must read of each Hugging Face tensor, for every rule but vocab.
+
+    Returns:
+        (hf name, dimension, start, stop) in layout order; the whole of dimension 0 for a parameter every rank holds.
+
+    Raises:
+        UserError: the parameter does not divide over the ranks.
+    """
+    row, _ = find_rule(megatron_name)
+    names = hf_names(megatron_name, shape)
+    D = shape.head_dim
+    if row.rule == "qkv":
+        first, last = _cut(shape.num_query_groups, tp_size, tp_rank, f"{megatron_name} (key/value heads)")
+        widths = (shape.heads_per_group * D, D, D)
+        return [(name, 0, first * width, last * width) for name, width in zip(names, widths, strict=True)]
+    if row.rule == "gate_up":
+        return [(name, 0, *_cut(shape.ffn_hidden_size, tp_size, tp_rank, megatron_name)) for name in names]
+    if row.split == "row":
+        if "linear_proj" in row.megatron:  # cut between groups, in step with linear_qkv
+            first, last = _cut(shape.num_query_groups, tp_size, tp_rank, f"{megatron_name} (key/value heads)")
+            return [(names[0], 1, first * shape.heads_per_group * D, last * shape.heads_per_group * D)]
+        return [(names[0], 1, *_cut(shape.ffn_hidden_size, tp_size, tp_rank, megatron_name))]
+    length = D if row.sizes[0] == ("D",) else shape.hidden_size
+    return [(names[0], 0, 0, length)]
+
+
+def hf_tensors_from_megatron(
+    megatron_name: str, full: torch.Tensor, shape: ModelShape
+) -> list[tuple[str, torch.Tensor]]:
+    """Turn one full Megatron parameter back into its Hugging Face tensors.
+
+    Args:
+        megatron_name: either spec's name, with the global layer index.
+        full: the unsharded parameter in Megatron's layout; vocabulary rows past the real vocabulary are cut off.
+        shape: the model.
+
+    Returns:
+        [(hf name, tensor)], views where possible. Empty for the tied copy `output_layer.weight`, which the embedding
+        stands for.
+
+    Raises:
+        ValueError: the name is unknown to the table or to this model.
+    """
+    row, _ = find_rule(megatron_name)
+    names = hf_names(megatron_name, shape)
+    if local_name(megatron_name) == "output_layer.weight" and shape.tie_word_embeddings:
+        return []
+    if row.rule == "qkv":
+        parts = split_qkv(full, shape)
+    elif row.rule == "gate_up":
+        parts = split_gate_up(full)
+    elif row.rule == "vocab":
+        parts = (full[: shape.vocab_size],)
+    else:
+        parts = (full,)
+    return list(zip(names, parts, strict=True))

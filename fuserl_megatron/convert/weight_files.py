@@ -1,0 +1,121 @@
+"""Which weight files a Hugging Face directory has and what each holds; no tensor data is read here.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header (name -> dtype, shape, byte range) and the
+raw bytes, without gaps. Everything a header or an index claims is checked against the files before anyone relies on it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fuserl_megatron.config.schema import UserError
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+SAFE_INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+SAFE_SINGLE, PICKLE_SINGLE = "model.safetensors", "pytorch_model.bin"
+_SHARD_NAME = re.compile(r"^model-\d+-of-\d+\.safetensors$")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor lies. `start` is its first byte in the file; -1 for pickled files."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one index of the first dimension (of the whole tensor when it has none)."""
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """Read and check one safetensors header against the size of its file.
+
+    Raises:
+        UserError: missing, truncated or malformed file, or a dtype no model weight has.
+    """
+    again = "fetch the file again"
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise UserError(f"{file}: truncated: {size} bytes hold no complete safetensors header; {again}")
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            tensors, end = {}, 0
+            for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                if entry["dtype"] not in SAFETENSORS_DTYPES:
+                    raise UserError(f"{file}: {name} has dtype {entry['dtype']}; convert the model to bfloat16 first")
+                dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
+                stored = StoredTensor(file, dtype, shape, 8 + length + entry["data_offsets"][0])
+                first, last = entry["data_offsets"]
+                if first != end or last - first != stored.row_bytes * (shape[0] if shape else 1):
+                    raise UserError(
+                        f"{file}: the header gives {name} {last - first} bytes, not those of its shape; {again}"
+                    )
+                tensors[name], end = stored, last
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; fetch the missing shard") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{file}: not a safetensors file ({type(error).__name__}: {error}); {again}") from None
+    if 8 + length + end != size:
+        raise UserError(f"{file}: {size} bytes, but its header promises {8 + length + end} (truncated?); {again}")
+    return tensors
+
+
+def find_files(directory: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str] | None]:
+    """The weight files of a model directory and, when there is an index, its tensor -> file map.
+
+    Raises:
+        UserError: no weights, pickled weights without leave, an ambiguous directory, or an index at odds with it.
+    """
+    single, index = directory / SAFE_SINGLE, directory / SAFE_INDEX
+    if not single.exists() and not index.exists():
+        single, index = directory / PICKLE_SINGLE, directory / PICKLE_INDEX
+        if not single.exists() and not index.exists():
+            raise UserError(f"{directory}: neither {SAFE_SINGLE} nor {SAFE_INDEX} is there; is it a complete model?")
+        if not allow_pickle:
+            raise UserError(
+                f"{directory}: holds only pickled weights ({PICKLE_SINGLE}); convert them to safetensors, or allow "
+                "pickle (--allow-pickle) if you trust the file"
+            )
+    if single.exists() and index.exists():
+        raise UserError(f"{directory}: holds both {single.name} and {index.name}; remove the one that is out of date")
+    if single.exists():
+        return [single], None
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a weight index ({type(error).__name__}: {error}); fetch it again") from None
+    for name in names:
+        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+            raise UserError(f"{index}: names the file {name!r}; only plain file names beside the index are read")
+        if not (directory / name).is_file():
+            raise UserError(f"{directory / name}: no such file, but {index.name} names it; fetch the missing shard")
+    stray = sorted(f.name for f in directory.iterdir() if _SHARD_NAME.match(f.name) and f.name not in names)
+    if stray:
+        raise UserError(f"{directory / stray[0]}: a shard that {index.name} does not name; fetch the index again")
+    return [directory / name for name in names], weight_map
