@@ -156,6 +156,35 @@ def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> 
     return options
 
 
+def first_step_loss(loss: PreferenceLoss, options: Mapping[str, object]) -> float | None:
+    """The loss of every item while policy == reference, the SFT term left out: a run must start from this number.
+
+    Args:
+        loss: the loss.
+        options: complete options, as `checked_options` returns them.
+
+    Returns:
+        The value, or None where it depends on the data (reference-free losses, RLOO, InfiFPO, KTO with two weights).
+    """
+    match loss:
+        case (
+            PreferenceLoss.DPO
+            | PreferenceLoss.LN_DPO
+            | PreferenceLoss.CDPO
+            | PreferenceLoss.ROBUST
+            | PreferenceLoss.MAPPO
+            | PreferenceLoss.WRPO
+        ):
+            return math.log(2.0)
+        case PreferenceLoss.HINGE:
+            return 1.0
+        case PreferenceLoss.IPO:
+            return (1.0 / (2.0 * float(options["beta"]))) ** 2
+        case PreferenceLoss.KTO if options["desirable_weight"] == options["undesirable_weight"]:
+            return 0.5 * float(options["desirable_weight"])
+    return None
+
+
 def _check_value(loss: PreferenceLoss, name: str, value: object) -> None:
     if value is None:
         raise ValueError(f"loss {loss.value} needs the option {name!r}: give a value, e.g. {name}=0.1")

@@ -1,0 +1,178 @@
+"""Stage-2 losses whose terms are not pairs: RLOO (all responses of a source), KTO (single ones), WRPO (triples).
+
+Unreduced like the pair losses; the caller multiplies by the weights, sums and divides once by the global number of
+prompts. Notation as in preference.py: h = log pi(y | x) - log pi_ref(y | x), summed over response tokens.
+
+Weights: an RLOO response carries its source's w_k (the 1/N is inside the loss), a KTO response w_k divided by the
+number of KTO responses of its source, a WRPO triple 1 (one a prompt). The weights of a prompt then sum to 1 in each
+case (for RLOO: over its sources).
+
+Shapes: N sequences (responses), U groups (the responses of one prompt from one source), P triples.
+"""
+
+import torch
+from torch import Tensor
+
+from fuserl_megatron.objectives.logps import log_sigmoid
+from fuserl_megatron.objectives.preference import PairLoss
+from fuserl_megatron.objectives.reduce import SumCount, sum_count
+
+
+def rloo(
+    policy_logps_N: Tensor,
+    advantages_N: Tensor,
+    group_ids_N: Tensor,
+    num_groups: int,
+    *,
+    reference_logps_N: Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> Tensor:
+    """Offline RLOO: l_n = -(1/N) A_n log pi(y_n) [+ (c/2) (h_n - mean h)^2 / (N - 1)], c = kl_coef.
+
+    A_n is the leave-one-out advantage from `weights.rloo_advantages` (Ahmadian et al., arXiv 2402.14740), N the number
+    of stored responses of the group. There is no importance ratio and no clip.
+
+    The bracket is the KL term. Its sum over a group is c/2 times the unbiased sample variance of the log-ratios, whose
+    gradient is exactly that of RLOO with the KL inside the reward, R_n = r_n - c h_n with h_n held constant: the
+    leave-one-out baseline of h pulls siblings' log-ratios together. Unlike an average of h it is a valid regulariser
+    on responses that the policy did not sample (Flet-Berliac et al., arXiv 2406.19185): its optimum is
+    h_n = r_n / c + const within the group, the optimum of KL-regularised RL.
+
+    Args:
+        policy_logps_N: [N] log pi(y | x) summed over response tokens.
+        advantages_N: [N] constants; 0 for a lone response.
+        group_ids_N: [N] int64 in 0..num_groups-1; every response of a group is here (padding: a group of its own).
+        num_groups: U.
+        reference_logps_N: [N] log pi_ref(y | x); read only if kl_coef > 0.
+        kl_coef: c >= 0, in reward units per nat.
+
+    Returns:
+        [N] losses; a group's sum is its loss.
+    """
+    dtype = policy_logps_N.dtype
+    count_N = _group_sum(torch.ones_like(policy_logps_N), group_ids_N, num_groups)
+    losses_N = -advantages_N.to(dtype) * policy_logps_N / count_N
+    if kl_coef > 0.0:
+        if reference_logps_N is None:
+            raise ValueError("RLOO with kl_coef > 0 needs reference log-probabilities: score the reference model first")
+        log_ratios_N = policy_logps_N - reference_logps_N
+        deviations_N = log_ratios_N - _group_sum(log_ratios_N, group_ids_N, num_groups) / count_N
+        losses_N = losses_N + 0.5 * kl_coef * deviations_N.square() / (count_N - 1.0).clamp(min=1.0)
+    return losses_N
+
+
+def _group_sum(values_N: Tensor, group_ids_N: Tensor, num_groups: int) -> Tensor:
+    """Sum over each response's group, given back to every response, [N]."""
+    return values_N.new_zeros(num_groups).index_add(0, group_ids_N, values_N)[group_ids_N]
+
+
+def kto(
+    policy_logps_N: Tensor,
+    reference_logps_N: Tensor,
+    desirable_N: Tensor,
+    kl: Tensor | float,
+    *,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """KTO: a+ (1 - s(b (h - kl))) for a desirable response, a- (1 - s(b (kl - h))) for an undesirable one.
+
+    Ethayarajh et al., arXiv 2402.01306, eq. 8. The implicit rewards are b h.
+
+    Args:
+        policy_logps_N: [N] log pi(y | x), summed.
+        reference_logps_N: [N] log pi_ref(y | x), summed.
+        desirable_N: [N] bool.
+        kl: the reference point from `kto_kl`, one constant for the whole global batch, in nats, >= 0.
+        beta: b > 0.
+        desirable_weight: a+ >= 0.
+        undesirable_weight: a- >= 0.
+
+    Returns:
+        [N] losses in [0, max(a+, a-)].
+    """
+    kl = kl.detach() if isinstance(kl, Tensor) else kl
+    surplus_N = beta * (policy_logps_N - reference_logps_N - kl)
+    # 1 - s(x) = s(-x), without the cancellation.
+    good_N = desirable_weight * torch.sigmoid(-surplus_N)
+    bad_N = undesirable_weight * torch.sigmoid(surplus_N)
+    return torch.where(desirable_N, good_N, bad_N)
+
+
+def kto_kl_sum_count(
+    policy_mismatched_logps_N: Tensor, reference_mismatched_logps_N: Tensor, mask_N: Tensor | None = None
+) -> SumCount:
+    """This part's share of KTO's KL estimate: sum and number of the h of mismatched (prompt, response) pairs.
+
+    Args:
+        policy_mismatched_logps_N: [N] log pi(y' | x), y' a response to another prompt.
+        reference_mismatched_logps_N: [N] log pi_ref(y' | x).
+        mask_N: [N] bool, False for padding.
+
+    Returns:
+        (sum, count), detached, to be added over the whole global batch before `kto_kl`.
+    """
+    return sum_count(policy_mismatched_logps_N - reference_mismatched_logps_N, mask_N)
+
+
+def kto_kl(log_ratio_sum: Tensor, count: Tensor) -> Tensor:
+    """KTO's reference point kl = max(0, mean h of mismatched pairs), detached; 0 if there are none.
+
+    Args:
+        log_ratio_sum: 0-d, summed over the global batch.
+        count: 0-d, summed over the global batch.
+
+    Returns:
+        0-d, >= 0, in nats.
+    """
+    return (log_ratio_sum.detach() / count.clamp(min=1)).clamp(min=0)
+
+
+def wrpo(
+    policy_source_logps_P: Tensor,
+    policy_chosen_logps_P: Tensor,
+    policy_rejected_logps_P: Tensor,
+    reference_source_logps_P: Tensor,
+    reference_chosen_logps_P: Tensor,
+    reference_rejected_logps_P: Tensor,
+    *,
+    beta: float,
+    alpha: float,
+) -> PairLoss:
+    """WRPO: -log s(b z), z = alpha h(y_ws) + (1 - alpha) h(y_wt) - h(y_l) (Yang et al., arXiv 2412.03187).
+
+    Args:
+        policy_source_logps_P: [P] log pi of y_ws, the best response over all sources.
+        policy_chosen_logps_P: [P] log pi of y_wt, the best of the target's own samples.
+        policy_rejected_logps_P: [P] log pi of y_l, the worst of the target's own samples.
+        reference_source_logps_P: [P] log pi_ref of y_ws.
+        reference_chosen_logps_P: [P] log pi_ref of y_wt.
+        reference_rejected_logps_P: [P] log pi_ref of y_l.
+        beta: b > 0 (the authors use 0.01).
+        alpha: from `wrpo_alpha`; 0 is DPO on the target's own pair.
+
+    Returns:
+        PairLoss; implicit rewards b (alpha h(y_ws) + (1 - alpha) h(y_wt)) and b h(y_l).
+    """
+    source_P = policy_source_logps_P - reference_source_logps_P
+    own_P = policy_chosen_logps_P - reference_chosen_logps_P
+    chosen_P = beta * (alpha * source_P + (1.0 - alpha) * own_P)
+    rejected_P = beta * (policy_rejected_logps_P - reference_rejected_logps_P)
+    return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
+
+
+def wrpo_alpha(step: int, total_steps: int, alpha_end: float) -> float:
+    """WRPO's weight of the source response: alpha_end * t / T, then alpha_end.
+
+    Args:
+        step: t, optimizer steps already taken (0 in the first step).
+        total_steps: T > 0, optimizer steps over which alpha rises.
+        alpha_end: final value in [0, 1] (the authors use 0.1).
+
+    Returns:
+        alpha in [0, alpha_end].
+    """
+    if total_steps < 1:
+        raise ValueError(f"WRPO's alpha rises over total_steps = {total_steps}: it must be at least 1")
+    return alpha_end * min(max(step, 0) / total_steps, 1.0)
