@@ -1,0 +1,293 @@
+"""Whole Hugging Face directories: is this one, and write one so that it is either complete or not there.
+
+An export is prepared in a hidden directory beside its destination (same file system) and renamed at the very end. What
+`transformers`, vLLM and others need travels along: config, tokenizer, chat template, generation config, licence files;
+the model card says where the weights come from.
+
+One process calls `export_directory`. Several (the ranks of a training run) share the three steps it is made of: rank 0
+`begin_export`, all ranks `ShardWriter(..., create=False)`, rank 0 `finish_export` with every rank's written names, or
+`abort_export`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fuserl_megatron
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.hf_config import DTYPES, read_config
+from fuserl_megatron.convert.names import hf_shapes
+from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, total_bytes
+from fuserl_megatron.convert.shards import ShardReader, check_tensors
+from fuserl_megatron.convert.weight_files import find_files
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+COMPANION_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+COMPANION_PATTERNS = ("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
+_SLACK_BYTES = 2**20  # headers, index, directory entries
+
+
+def check_model_directory(path: str | Path, allow_pickle: bool = False) -> Path:
+    """Refuse, in one line, a path that is not a complete Hugging Face model directory.
+
+    Looks at files and their headers' existence only; `read_config` and `check_tensors` look inside.
+
+    Returns:
+        The path.
+
+    Raises:
+        UserError: what is missing and what to do.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such directory; give a local Hugging Face model directory")
+    if not path.is_dir():
+        raise UserError(f"{path}: a file; give the Hugging Face model directory that holds config.json and the weights")
+    if not (path / "config.json").is_file():
+        hint = ""
+        if list(path.glob("iter_*")) or (path / "latest_checkpointed_iteration.txt").exists():
+            hint = " (it looks like a Megatron checkpoint: convert it with `fuserl convert megatron-to-hf`)"
+        raise UserError(f"{path}: no config.json, so not a Hugging Face model directory{hint}; give one that has it")
+    find_files(path, allow_pickle)
+    return path
+
+
+def config_with_dtype(config_dict: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The config with its dtype field(s) set, every other field as it was, in the same order."""
+    text = {known: name for name, known in DTYPES.items()}.get(dtype)
+    if text is None:
+        raise UserError(f"dtype {dtype} is not one to export weights in; use one of {', '.join(DTYPES)}")
+    keys = [key for key in ("dtype", "torch_dtype") if key in config_dict] or ["torch_dtype"]
+    return config_dict | dict.fromkeys(keys, text)
+
+
+def export_directory(
+    destination: str | Path,
+    *,
+    config_dict: dict[str, Any],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    source_dir: str | Path | None,
+    lineage: dict[str, Any],
+    dtype: torch.dtype,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    require_tokenizer: bool = True,
+) -> Path:
+    """Write a complete Hugging Face directory from a stream of tensors.
+
+    Args:
+        destination: where the model shall be; replaced at the end when it is not empty and `force` is given.
+        config_dict: the config to write (`ModelShape.raw`); only its dtype is changed.
+        tensors: (hf name, tensor) in any order; each is written and dropped before the next is asked for.
+        source_dir: the model whose tokenizer, template, generation config and licence files are copied; None for none.
+        lineage: where the weights come from, JSON-able; written into the model card.
+        dtype: of the weights written.
+        max_shard_bytes: tensor bytes per weight file.
+        force: replace a non-empty destination.
+        require_tokenizer: refuse a source without a tokenizer.
+
+    Returns:
+        The destination.
+
+    Raises:
+        UserError: one line; nothing is left behind, and an older destination is untouched.
+    """
+    partial = begin_export(
+        destination,
+        config_dict=config_dict,
+        source_dir=source_dir,
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+        force=force,
+        require_tokenizer=require_tokenizer,
+    )
+    try:
+        with ShardWriter(partial, hf_shapes(read_config(config_dict)), dtype, max_shard_bytes, create=False) as writer:
+            for name, tensor in tensors:
+                writer.write(name, tensor)
+        return finish_export(partial, destination, written=writer.written, lineage=lineage)
+    except BaseException:  # also Ctrl-C: nothing that looks like a model may stay
+        abort_export(partial)
+        raise
+
+
+def begin_export(
+    destination: str | Path,
+    *,
+    config_dict: dict[str, Any],
+    source_dir: str | Path | None,
+    dtype: torch.dtype,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+    require_tokenizer: bool = True,
+) -> Path:
+    """Check destination, source and disk space, then lay out everything but the numbers.
+
+    Returns:
+        The hidden directory to open `ShardWriter(..., create=False)` on.
+
+    Raises:
+        UserError: as `export_directory`.
+    """
+    target = Path(os.path.realpath(destination))
+    config_dict = config_with_dtype(config_dict, dtype)
+    shapes = hf_shapes(read_config(config_dict))
+    files = _companions(Path(source_dir), require_tokenizer) if source_dir is not None else []
+    if source_dir is None and require_tokenizer:
+        raise UserError(f"{target}: no source to copy the tokenizer from; name the model the weights started from")
+    _check_destination(target, source_dir, force)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        needed = total_bytes(shapes, dtype) + sum(file.stat().st_size for file, _ in files) + _SLACK_BYTES
+        free = shutil.disk_usage(target.parent).free
+        if free < needed:
+            raise UserError(
+                f"{target}: needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free; "
+                "free space or choose another destination"
+            )
+        partial.mkdir()
+    except OSError as error:
+        raise UserError(f"{target}: cannot be created ({error.strerror}); choose another destination") from None
+    try:
+        for file, relative in files:
+            (partial / relative).parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, partial / relative)
+        _write_json(partial / "config.json", config_dict)
+        ShardWriter(partial, shapes, dtype, max_shard_bytes)
+    except BaseException as error:
+        abort_export(partial)
+        if isinstance(error, OSError):
+            raise UserError(f"{target}: cannot be written ({error.strerror}); choose another destination") from error
+        raise
+    return partial
+
+
+def finish_export(partial: Path, destination: str | Path, *, written: Iterable[str], lineage: dict[str, Any]) -> Path:
+    """Check that the export is complete, write its model card, make it durable and rename it into place.
+
+    Args:
+        partial: what `begin_export` returned.
+        destination: as given to `begin_export`.
+        written: names of all tensors written, by whichever process.
+        lineage: as `export_directory`.
+
+    Raises:
+        UserError: a tensor is missing or unknown, or the files do not read back. The caller then calls `abort_export`.
+    """
+    shape = read_config(partial)
+    names, expected = set(written), set(hf_shapes(shape))
+    for missing in sorted(expected - names):
+        raise UserError(f"{destination}: {missing} was never written ({len(expected - names)} missing); not exported")
+    for unknown in sorted(names - expected):
+        raise UserError(f"{destination}: {unknown} is not a tensor of this model; not exported")
+    with ShardReader(partial) as reader:
+        check_tensors(reader, shape)
+    target = Path(os.path.realpath(destination))
+    try:
+        (partial / "README.md").write_text(model_card(target.name, lineage), encoding="utf-8")
+        for file in [*partial.rglob("*"), partial]:
+            _sync(file)
+        _publish(partial, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written ({error.strerror}); choose another destination") from error
+    return Path(destination)
+
+
+def abort_export(partial: Path) -> None:
+    """Remove an unfinished export. Safe to call when it is already gone."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def model_card(name: str, lineage: dict[str, Any]) -> str:
+    """The README.md of an exported model: what it is, where its weights come from, with which versions it was made."""
+    packages = {"python": platform.python_version(), "fuserl-megatron": fuserl_megatron.__version__}
+    for package in ("torch", "megatron-core", "transformers", "safetensors"):
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    versions = packages | dict(lineage.get("versions", {}))
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [fuserl-megatron]", "---", ""]
+    lines += [f"# {name}", "", "Written by fuserl-megatron, which fuses source models into one target (FuseRL).", ""]
+    simple = {key: value for key, value in lineage.items() if key != "versions" and not isinstance(value, (dict, list))}
+    lines += ["| lineage | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in simple.items())]
+    lines += [f"| {package} | {_cell(version)} |" for package, version in versions.items()]
+    lines += ["", "The whole record:", "", "```json"]
+    lines += [json.dumps(lineage | {"versions": versions}, indent=2, ensure_ascii=False, default=str), "```", ""]
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _companions(source: Path, require_tokenizer: bool) -> list[tuple[Path, Path]]:
+    """Files of the source that are not weights, with their place in the export."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such directory; the export copies tokenizer and chat template from it")
+    if require_tokenizer and not any((source / name).is_file() for name in TOKENIZER_FILES):
+        raise UserError(f"{source}: holds no tokenizer ({', '.join(TOKENIZER_FILES)}); put its files there")
+    found = [source / name for name in (*TOKENIZER_FILES, *COMPANION_FILES)]
+    for pattern in COMPANION_PATTERNS:
+        found += sorted(source.glob(pattern))
+    return [(file, file.relative_to(source)) for file in found if file.is_file()]
+
+
+def _check_destination(target: Path, source_dir: str | Path | None, force: bool) -> None:
+    if source_dir is not None:
+        source = Path(os.path.realpath(source_dir))
+        if target == source or target in source.parents:
+            raise UserError(
+                f"{target}: replacing it would remove the model it is made from; choose another destination"
+            )
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: a file is in the way; choose a directory")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise UserError(f"{target}: not empty; choose another destination or replace it with --force")
+
+
+def _publish(partial: Path, target: Path) -> None:
+    """Rename `partial` to `target`; an older target is moved aside first and put back if that fails."""
+    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(partial, target)
+    finally:
+        if aside.exists():
+            if target.exists():
+                shutil.rmtree(aside)
+            else:
+                os.rename(aside, target)
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

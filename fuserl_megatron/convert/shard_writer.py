@@ -1,0 +1,186 @@
+"""Writing sharded safetensors one tensor at a time, in any order and from any number of processes.
+
+All names, shapes and the dtype are known before the first number is, so every file's header, and with it every
+tensor's place, is written first. A tensor then goes straight to its place: nothing is collected, and memory holds one
+tensor (what the caller hands over) and a small window for the change of dtype. Pipeline stages may write into the same
+files at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.weight_files import SAFE_INDEX, SAFE_SINGLE, SAFETENSORS_DTYPES
+
+WINDOW_BYTES = 16 * 2**20
+DEFAULT_SHARD_BYTES = 5 * 10**9
+_DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+class ShardWriter:
+    """The weight files of one model directory being written.
+
+    Args:
+        directory: exists and is private to this export.
+        shapes: Hugging Face tensor name -> dimensions, in file order (`names.hf_shapes`).
+        dtype: of every tensor written.
+        max_shard_bytes: tensor bytes per file; a larger tensor gets a file of its own.
+        create: lay the files out (one process), or only open those another process has laid out with equal arguments.
+
+    Raises:
+        UserError: a file cannot be created, for instance because the disk is full.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        create: bool = True,
+    ) -> None:
+        if max_shard_bytes < 1:
+            raise UserError(f"max_shard_bytes = {max_shard_bytes} must be at least 1; {DEFAULT_SHARD_BYTES} is usual")
+        self.directory, self.dtype, self.shapes = Path(directory), dtype, dict(shapes)
+        self.written: set[str] = set()
+        self._place: dict[str, tuple[Path, int]] = {}
+        self._handles: dict[Path, int] = {}
+        shards = _shards(self.shapes, dtype, max_shard_bytes)
+        single = len(shards) == 1
+        weight_map = {}
+        for number, names in enumerate(shards, start=1):
+            file = self.directory / (SAFE_SINGLE if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors")
+            header, starts, size = _header(names, self.shapes, dtype)
+            for name, start in starts.items():
+                self._place[name] = (file, start)
+                weight_map[name] = file.name
+            if create:
+                with _disk_errors(file), open(file, "xb") as stream:
+                    stream.write(header)
+                    stream.truncate(size)
+        if create and not single:
+            index = {"metadata": {"total_size": sum(_bytes(s, dtype) for s in self.shapes.values())}}
+            file = self.directory / SAFE_INDEX
+            with _disk_errors(file):
+                file.write_text(json.dumps(index | {"weight_map": weight_map}, indent=2) + "\n", encoding="utf-8")
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor to its place, converting its dtype window by window.
+
+        Args:
+            name: one of the planned names, not yet written.
+            tensor: of the planned shape, any float dtype, on any device.
+
+        Raises:
+            UserError: an unplanned or repeated name, another shape, a value float16 cannot hold, or a full disk.
+        """
+        if name not in self._place:
+            raise UserError(
+                f"{name}: not among the {len(self.shapes)} tensors the config calls for; nothing is exported"
+            )
+        if name in self.written:
+            raise UserError(f"{name}: written twice; two parts of the model claim the same tensor")
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise UserError(f"{name}: shape {list(tensor.shape)}, but the config calls for {list(self.shapes[name])}")
+        file, offset = self._place[name]
+        rows = tensor.detach().reshape(tensor.shape or (1,))
+        step = max(1, WINDOW_BYTES // max(1, math.prod(rows.shape[1:]) * self.dtype.itemsize))
+        with _disk_errors(file):
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_WRONLY)
+            for part in rows.split(step):
+                window = part.to(device="cpu", dtype=self.dtype).contiguous()
+                if self.dtype == torch.float16 and not bool(window.isfinite().all()) and bool(part.isfinite().all()):
+                    raise UserError(f"{name}: has values beyond float16's range; export as bfloat16 or float32")
+                view = memoryview(window.view(-1).view(torch.uint8).numpy())
+                done = 0
+                while done < len(view):
+                    done += os.pwrite(self._handles[file], view[done:], offset + done)
+                offset += len(view)
+        self.written.add(name)
+
+    def close(self, sync: bool = True) -> set[str]:
+        """Close the files, flushed to the device when `sync`; returns the names this process wrote."""
+        try:
+            for file, handle in self._handles.items():
+                if sync:
+                    with _disk_errors(file):
+                        os.fsync(handle)
+        finally:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+        return self.written
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(sync=kind is None)
+
+
+class _disk_errors:  # noqa: N801 (reads as a statement: with _disk_errors(file))
+    """Turn what the file system refuses into one line that names the file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if not isinstance(error, OSError):
+            return
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{self.file}: the disk is full; free space or choose another destination") from error
+        raise UserError(f"{self.file}: cannot be written ({error.strerror}); choose another destination") from error
+
+
+def total_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """Bytes of the tensors, headers not counted."""
+    return sum(_bytes(shape, dtype) for shape in shapes.values())
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _shards(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, max_shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, shape in shapes.items():
+        size = _bytes(shape, dtype)
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _header(
+    names: list[str], shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+) -> tuple[bytes, dict[str, int], int]:
+    """The bytes before the data, each tensor's place in the file, and the file's size."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at, offsets = 0, {}
+    for name in names:
+        end = at + _bytes(shapes[name], dtype)
+        entries[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [at, end]}
+        offsets[name], at = at, end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8
+    start = 8 + len(text)
+    return (
+        len(text).to_bytes(8, "little") + text,
+        {name: start + offset for name, offset in offsets.items()},
+        start + at,
+    )
