@@ -22,15 +22,12 @@ def visibility_mask(segment_ids_BS: torch.Tensor, parent_ids_BS: torch.Tensor) -
 class SegmentAttention(MegatronModule):
     """softmax(q k^T * scale + mask) v with the mask given; no dropout, no state.
 
-    The rotary attention scaling of yarn multiplies queries and keys alike, so its square is folded into the scale.
+    The rotary attention scaling of yarn multiplies queries and keys alike: model.py folds its square into `scale`.
     """
 
-    rotary_attention_scaling = 1.0
-
-    def __init__(self, config, layer_number=None, attn_mask_type=None, attention_type=None, softmax_scale=None, **_kwargs):
+    def __init__(self, config, softmax_scale=None, **_layer_number_mask_type_and_groups):
         super().__init__(config=config)
-        scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.scale = scale * self.rotary_attention_scaling**2
+        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(self, query, key, value, attention_mask, **_kwargs):
         """query [S, B, Q, D], key and value [S, B, G, D], mask [B, 1, S, S] -> [S, B, Q*D]."""

@@ -1,0 +1,217 @@
+"""Core's GPTModel for one ModelShape: the transformer configuration, the layer spec with our parts in its slots, the DDP wrapper.
+
+What is ours, each in a public slot of core: RMSNorm (core's local one refuses sequence parallelism), the core attention (packing and
+prefix sharing), the rotary module (positions). The output layer hands its hidden states through, so that log-probabilities are
+taken chunk by chunk from the scored positions only (logprob.py); its weight stays where core, DDP and checkpoints expect it.
+"""
+
+import logging
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from fuserl_megatron.config.schema import ModelConfig, OptimConfig, UserError
+from fuserl_megatron.convert.hf_config import ModelShape
+from fuserl_megatron.convert.layout import check_tensor_parallel, padded_vocab_size
+from fuserl_megatron.convert.rope import rope_inverse_frequencies
+from fuserl_megatron.mcore.attention import SegmentAttention
+from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.rope import PositionRotary
+
+DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside, as transformers' LlamaRMSNorm does."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs):
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        # core sums the gradients of so marked parameters over TP; without the mark they are silently wrong
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., H] -> [..., H]."""
+        if x.dtype in (torch.float32, torch.float64):
+            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetModel:
+    """This rank's part of a model: one chunk, or several with virtual pipeline stages."""
+
+    shape: ModelShape
+    chunks: list[GPTModel]
+    config: TransformerConfig
+    padded_vocab: int
+
+    @property
+    def last(self) -> GPTModel:
+        """The chunk that holds the output layer on the last stage."""
+        return self.chunks[-1]
+
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows [v, H] of the output matrix; the embedding's when both are tied."""
+        model = self.last
+        return model.shared_embedding_or_output_weight() if self.shape.tie_word_embeddings else model.output_layer.weight
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine can be imported here."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception:  # an unusable build raises all sorts of errors
+        return False
+    return True
+
+
+def transformer_config(
+    shape: ModelShape, model: ModelConfig, layout: Layout, dtype: torch.dtype, use_te: bool
+) -> TransformerConfig:
+    """Core's configuration for a model shape and a layout."""
+    if shape.attention_out_bias != shape.mlp_bias:
+        raise UserError(
+            f"{model.path}: attention_bias={shape.attention_out_bias} with mlp_bias={shape.mlp_bias} cannot be represented: "
+            "core has one switch for the biases of the output projection and the MLP. Use a model with both or neither."
+        )
+    full = model.recompute_granularity == "full"
+    on_gpu = layout.device.type == "cuda"
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.rms_norm_eps,
+        qk_layernorm=shape.qk_norm,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=shape.mlp_bias,
+        add_qkv_bias=shape.qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        pipeline_dtype=dtype,
+        perform_initialization=False,  # every parameter is loaded
+        use_cpu_initialization=not on_gpu,
+        tensor_model_parallel_size=layout.tp_size,
+        pipeline_model_parallel_size=layout.pp_size,
+        virtual_pipeline_model_parallel_size=layout.vpp_size,
+        context_parallel_size=layout.cp_size,
+        sequence_parallel=model.sequence_parallel and layout.tp_size > 1,
+        # the 3-tuple loss closure of step.py then gets no scaling from core: gradients are plain sums
+        calculate_per_token_loss=True,
+        recompute_granularity=None if model.recompute_granularity == "none" else model.recompute_granularity,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=model.recompute_num_layers if full else None,
+        # fusions compile on the CPU for a minute and give nothing there
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        batch_p2p_comm=layout.vpp_size is None,
+        batch_p2p_sync=False,
+        # with PP 2 and virtual stages both neighbours are the same rank: only the overlapped schedule is right (docs/parallelism.md)
+        overlap_p2p_comm=layout.vpp_size is not None,
+        deallocate_pipeline_outputs=on_gpu and use_te,
+    )
+
+
+def _layer_spec(shape: ModelShape, use_te: bool):
+    if use_te:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
+    else:
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+        spec.submodules.input_layernorm = RMSNorm
+        spec.submodules.pre_mlp_layernorm = RMSNorm
+        if shape.qk_norm:
+            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
+            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = SegmentAttention
+    return spec
+
+
+def build_model(shape: ModelShape, model: ModelConfig, layout: Layout, dtype: torch.dtype) -> TargetModel:
+    """This rank's chunks of GPTModel, on the layout's device, weights not yet loaded.
+
+    Raises:
+        UserError: the shape does not divide over the layout, or Transformer Engine was asked for and is not there.
+    """
+    check_tensor_parallel(shape, layout.tp_size)
+    wanted = model.transformer_impl
+    use_te = wanted == "transformer_engine" or (wanted == "auto" and layout.device.type == "cuda" and have_transformer_engine())
+    if use_te and (layout.device.type != "cuda" or not have_transformer_engine()):
+        raise UserError(
+            "model.transformer_impl=transformer_engine needs a GPU and the transformer-engine package: "
+            "use model.transformer_impl=local, or `pip install fuserl-megatron[gpu]` on a CUDA machine."
+        )
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    config = transformer_config(shape, model, layout, dtype, use_te)
+    padded = padded_vocab_size(shape.vocab_size, layout.tp_size, model.make_vocab_size_divisible_by)
+    inv_freq, attention_scaling = rope_inverse_frequencies(shape.rope, shape.head_dim)
+    chunks = []
+    for stage in range(layout.vpp_size or 1):
+        vp_stage = stage if layout.vpp_size else None
+        spec = _layer_spec(shape, use_te)
+        count = get_num_layers_to_build(config, vp_stage=vp_stage)
+        chunk = GPTModel(
+            config=config,
+            # the final norm is not part of the layer spec
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm),
+            vocab_size=padded,
+            max_sequence_length=shape.max_position_embeddings,
+            pre_process=layout.pp_rank == 0 and stage == 0,
+            post_process=layout.is_last_stage and stage == (layout.vpp_size or 1) - 1,
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+            vp_stage=vp_stage,
+        )
+        chunk.rotary_pos_emb = PositionRotary(inv_freq)
+        for module in chunk.modules():
+            if isinstance(module, SegmentAttention):
+                module.scale *= attention_scaling**2
+        if chunk.post_process:
+            chunk.output_layer.forward = _hand_through
+        chunks.append(chunk.to(layout.device))
+    return TargetModel(shape=shape, chunks=chunks, config=config, padded_vocab=padded)
+
+
+def _hand_through(hidden: torch.Tensor, weight=None, runtime_gather_output=None):
+    """The output layer's forward: hidden states as they are. DDP's hooks on the layer still run."""
+    return hidden, None
+
+
+def wrap_for_training(target: TargetModel, optim: OptimConfig) -> list[DistributedDataParallel]:
+    """Core's DDP around each chunk: fp32 gradient buffers, plain sums over data-parallel ranks."""
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=optim.overlap_grad_reduce,
+        overlap_param_gather=optim.overlap_param_gather,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        average_in_collective=False,
+    )
+    wrapped = [DistributedDataParallel(target.config, ddp_config, chunk) for chunk in target.chunks]
+    target.config.finalize_model_grads_func = finalize_model_grads
+    if optim.overlap_grad_reduce:
+        no_sync = [w.no_sync for w in wrapped]
+        target.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
+        if len(wrapped) > 1:
+            target.config.grad_sync_func = [w.start_grad_sync for w in wrapped]
+    return wrapped

@@ -1,0 +1,71 @@
+"""AdamW through core's optimizers, and the step around them: check, clip, update.
+
+The learning rate is set from outside each step (train/schedule.py): core's own scheduler is not used, so what it would otherwise
+do is done here, namely no weight decay for norms and biases (the `wd_mult` of core's parameter groups).
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from fuserl_megatron.config.schema import OptimConfig, TrainerConfig
+
+
+def build_optimizer(
+    wrapped: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig, dtype: torch.dtype
+) -> ChainedOptimizer:
+    """Core's optimizer over this rank's parameters; fp32 master weights when the parameters are bf16."""
+    config = OptimizerConfig(
+        optimizer="adam",  # decoupled weight decay is core's default for adam
+        lr=optim.lr,
+        min_lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        clip_grad=trainer.gradient_clip_val,
+        use_distributed_optimizer=optim.use_distributed_optimizer,
+        overlap_param_gather=optim.overlap_param_gather,
+    )
+    optimizer = get_megatron_optimizer(config, wrapped)
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
+    return optimizer
+
+
+def set_learning_rate(optimizer: ChainedOptimizer, lr: float, weight_decay: float) -> None:
+    """Set both for the coming step; norms and biases (wd_mult 0) stay without decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)
+
+
+def gradient_norm(optimizer: ChainedOptimizer) -> float:
+    """Bring gradients into the optimizer's place and return their global 2-norm, equal on all ranks, NaN or inf included."""
+    if optimizer.prepare_grads():
+        return math.nan
+    norm = optimizer.get_grad_norm()
+    # each pipeline stage computed it over the whole model-parallel group; ranks of other groups see the same reduced gradients
+    return float(norm)
+
+
+def clip_and_update(optimizer: ChainedOptimizer, grad_norm: float, max_norm: float) -> None:
+    """Scale gradients down to max_norm (0 leaves them) and update the weights. Call after `gradient_norm`."""
+    for part in optimizer.chained_optimizers:
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and max_norm > 0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
+    optimizer.step_with_ready_grads()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank: decisions to stop are taken by all ranks or none."""
+    value = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)

@@ -1,0 +1,271 @@
+"""One optimizer step, and one scoring pass, through core's pipeline schedule.
+
+The one scaling rule: each micro-batch's loss is a plain sum over its items, divided by a normaliser that was counted over the whole
+global batch before the schedule started (prompts, or weighted tokens). The loss closure returns core's 3-tuple with an integer
+zero, so core adds no scaling of its own, and gradients add up over micro-batches and data-parallel ranks. Nothing is ever divided by
+a local count, so the layout cannot change the result.
+
+Shapes: B rows, S tokens per row, T scored tokens, N sequences, P pairs, H hidden, M metrics.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state as ps
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+
+from fuserl_megatron.config.schema import ObjectiveConfig
+from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
+from fuserl_megatron.mcore.attention import visibility_mask
+from fuserl_megatron.mcore.logprob import vocab_parallel_logps
+from fuserl_megatron.mcore.model import TargetModel
+from fuserl_megatron.mcore.optimizer import any_rank, clip_and_update, gradient_norm, set_learning_rate
+from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.objectives import preference, reduce
+from fuserl_megatron.objectives.logps import sequence_logps
+from fuserl_megatron.objectives.sft import sft_losses
+
+
+class NonFiniteError(RuntimeError):
+    """Loss or gradient is NaN or infinite; raised on every rank, before the weights are touched."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What a step needs: the model, its DDP wrappers and optimizer (None for scoring alone), the layout, the objective."""
+
+    target: TargetModel
+    layout: Layout
+    objective: ObjectiveConfig
+    source_names: Sequence[str]
+    logprob_chunk_size: int
+    wrapped: list = field(default_factory=list)
+    optimizer: object = None
+
+    @property
+    def callables(self) -> list:
+        """The chunks as the schedule calls them."""
+        return self.wrapped or self.target.chunks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """Metrics of one step, equal on all ranks: name -> mean (NaN where nothing was counted)."""
+
+    loss: float
+    grad_norm: float
+    metrics: dict[str, float]
+
+
+def metric_names(objective: ObjectiveConfig, sources: Sequence[str]) -> list[str]:
+    """The fixed metric names of a run, so that every rank and micro-batch reduces one tensor of one shape."""
+    if objective.stage == "fusesft":
+        return ["nll_per_token", *(f"nll_per_token/{s}" for s in sources)]
+    names = ["accuracy", "margin", "chosen_reward", "rejected_reward", "preference_loss"]
+    return names + [f"{name}/{s}" for name in ("accuracy", "margin") for s in sources]
+
+
+def _hidden_to_token_logps(engine: Engine, hidden_BSH: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """[B, S (or S/TP under sequence parallelism), H] -> log-probabilities [T] of the scored tokens, in row order."""
+    layout, target = engine.layout, engine.target
+    group = ps.get_tensor_model_parallel_group()
+    if target.config.sequence_parallel:
+        # the backward of this gather sums the ranks' partial gradients and scatters them
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_BSH.transpose(0, 1).contiguous(), True)
+        hidden_BSH = hidden_SBH.transpose(0, 1)
+    else:
+        hidden_BSH = copy_to_tensor_model_parallel_region(hidden_BSH)
+    scored_BS = batch.labels_BS != IGNORE_INDEX
+    rows = target.padded_vocab // layout.tp_size
+    first_row = rows * layout.tp_rank
+    return vocab_parallel_logps(
+        hidden_BSH[scored_BS],
+        target.output_weight(),
+        batch.labels_BS[scored_BS],
+        first_row=first_row,
+        num_valid=min(max(target.shape.vocab_size - first_row, 0), rows),
+        group=group,
+        chunk_size=engine.logprob_chunk_size,
+    )
+
+
+def batch_logps(engine: Engine, output: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
+    """Summed log-probability [N] of each sequence of the batch, float64."""
+    token_logps_T = _hidden_to_token_logps(engine, output, batch)
+    sequence_ids_T = batch.sequence_ids_BS[batch.labels_BS != IGNORE_INDEX]
+    return sequence_logps(token_logps_T, sequence_ids_T, batch.num_sequences)
+
+
+def batch_loss(
+    objective: ObjectiveConfig, logps_N: torch.Tensor, batch: PackedBatch, sources: Sequence[str]
+) -> tuple[torch.Tensor, dict[str, reduce.SumCount]]:
+    """The sum over the batch's items of weight x loss (not yet divided), and the metrics as sums and counts."""
+    if objective.stage == "fusesft":
+        losses_N = sft_losses(logps_N, batch.lengths_N, batch.weights_N, objective.nll_reduction or "token_mean")
+        return losses_N.sum(), _sft_metrics(logps_N, batch, sources)
+    result = _pair_losses(objective, logps_N, batch)
+    loss = (batch.pair_weights_P * result.losses_P).sum()
+    return loss, _pair_metrics(result, batch, sources)
+
+
+def _pair_losses(objective: ObjectiveConfig, logps_N: torch.Tensor, batch: PackedBatch) -> preference.PairLoss:
+    chosen, rejected = batch.chosen_index_P, batch.rejected_index_P
+    reference_N = batch.reference_logps_N.to(logps_N.dtype)
+    sums = (logps_N[chosen], logps_N[rejected], reference_N[chosen], reference_N[rejected])
+    lengths = (batch.lengths_N[chosen], batch.lengths_N[rejected])
+    match objective.loss or "dpo":  # one line for each further loss
+        case "dpo":
+            return preference.dpo(*sums, beta=objective.beta)
+        case "ln_dpo":
+            return preference.ln_dpo(*sums, *lengths, beta=objective.beta)
+        case other:
+            raise ValueError(f"objective.loss={other}: no such loss")
+
+
+def _sft_metrics(logps_N, batch: PackedBatch, sources: Sequence[str]) -> dict[str, reduce.SumCount]:
+    nll_N, tokens_N = -logps_N.detach(), batch.lengths_N.double()
+    metrics = {"nll_per_token": (nll_N.sum(), tokens_N.sum())}
+    sums_K = torch.zeros(len(sources), dtype=torch.float64, device=nll_N.device)
+    nll_K = sums_K.index_add(0, batch.source_ids_N, nll_N.double())
+    tokens_K = sums_K.index_add(0, batch.source_ids_N, tokens_N)
+    return metrics | {f"nll_per_token/{s}": (nll_K[k], tokens_K[k]) for k, s in enumerate(sources)}
+
+
+def _pair_metrics(result: preference.PairLoss, batch: PackedBatch, sources: Sequence[str]) -> dict[str, reduce.SumCount]:
+    metrics = {
+        "accuracy": reduce.sum_count(result.accuracies_P),
+        "margin": reduce.sum_count(result.margins_P),
+        "chosen_reward": reduce.sum_count(result.chosen_implicit_rewards_P),
+        "rejected_reward": reduce.sum_count(result.rejected_implicit_rewards_P),
+        "preference_loss": reduce.sum_count(result.losses_P),
+    }
+    for name, values_P in (("accuracy", result.accuracies_P), ("margin", result.margins_P)):
+        sums_K, counts_K = reduce.sum_count_per_source(values_P, batch.pair_source_ids_P, len(sources))
+        metrics |= {f"{name}/{s}": (sums_K[k], counts_K[k]) for k, s in enumerate(sources)}
+    return metrics
+
+
+def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, forward_only: bool) -> list:
+    """Core's schedule over this rank's micro-batches; on_output(output, batch) runs on the last stage."""
+    device = engine.layout.device
+
+    def forward_step(iterator, model):
+        batch = next(iterator).to(device)
+        core_model = model.module if engine.wrapped else model
+        core_model.rotary_pos_emb.positions_BS = batch.positions_BS
+        mask = visibility_mask(batch.segment_ids_BS, batch.parent_ids_BS)
+        output = model(batch.tokens_BS, batch.positions_BS, mask)
+        return output, partial(on_output, batch=batch)
+
+    chunks = engine.callables
+    rows, tokens = batches[0].tokens_BS.shape
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=[iter(batches) for _ in chunks] if len(chunks) > 1 else iter(batches),
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=tokens,
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+
+
+def forward_backward(engine: Engine, batches: Sequence[PackedBatch], normalizer: float) -> tuple[float, dict[str, float]]:
+    """Gradients of one global batch into the DDP buffers. Returns the loss and the metrics, equal on all ranks.
+
+    Args:
+        engine: with wrapped chunks.
+        batches: this data-parallel rank's micro-batches, as many on every rank.
+        normalizer: prompts (or weighted tokens) of the global batch over all ranks.
+
+    Raises:
+        NonFiniteError: on every rank, naming the rank, micro-batch and prompts of the loss that is not finite.
+    """
+    names = metric_names(engine.objective, engine.source_names)
+
+    def on_output(output, batch):
+        total, metrics = batch_loss(engine.objective, batch_logps(engine, output, batch), batch, engine.source_names)
+        loss = total / normalizer
+        report = torch.cat([torch.stack([loss.detach(), loss.new_ones(())])[None], reduce.stack(metrics, names)])
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
+
+    for chunk in engine.wrapped:
+        chunk.train()
+        chunk.zero_grad_buffer()
+    if engine.optimizer is not None:
+        engine.optimizer.zero_grad()
+    reports = _run_schedule(engine, batches, on_output, forward_only=False)
+    _stop_if_not_finite(engine, reports, batches)
+    totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=engine.layout.device)
+    if engine.layout.is_last_stage and engine.layout.tp_rank == 0 and engine.layout.cp_rank == 0:
+        totals += torch.stack(reports).sum(0)
+    dist.all_reduce(totals)
+    values = totals.tolist()
+    metrics = reduce.means(totals[1:]).tolist()
+    return values[0][0], dict(zip(names, metrics, strict=True))
+
+
+def _stop_if_not_finite(engine: Engine, reports: list, batches: Sequence[PackedBatch]) -> None:
+    bad = []
+    if reports:
+        finite = torch.stack(reports)[:, 0, 0].isfinite().tolist()
+        bad = [i for i, ok in enumerate(finite) if not ok]
+    if not any_rank(bool(bad), engine.layout.device):
+        return
+    mine = [
+        f"rank {engine.layout.rank}, micro-batch {i}, prompts {sorted(set(batches[i].prompt_ids_N.tolist()))}, "
+        f"responses {batches[i].response_ids_N.tolist()}"
+        for i in bad
+    ]
+    gathered = [None] * engine.layout.world_size
+    dist.all_gather_object(gathered, mine)
+    raise NonFiniteError("the loss is not finite: " + "; ".join(text for part in gathered for text in part))
+
+
+def train_step(
+    engine: Engine, batches: Sequence[PackedBatch], *, normalizer: float, lr: float, weight_decay: float, max_norm: float
+) -> StepResult:
+    """One optimizer step over a global batch. All ranks call it with their own micro-batches.
+
+    Raises:
+        NonFiniteError: loss or gradient not finite; the weights are those from before the step.
+    """
+    loss, metrics = forward_backward(engine, batches, normalizer)
+    norm = gradient_norm(engine.optimizer)
+    if any_rank(not (norm < float("inf")), engine.layout.device):
+        prompts = sorted({p for b in batches for p in b.prompt_ids_N.tolist()})
+        raise NonFiniteError(f"the gradient is not finite (norm {norm}); rank {engine.layout.rank} had prompts {prompts}")
+    set_learning_rate(engine.optimizer, lr, weight_decay)
+    clip_and_update(engine.optimizer, norm, max_norm)
+    return StepResult(loss=loss, grad_norm=norm, metrics=metrics)
+
+
+@torch.no_grad()
+def score(engine: Engine, batches: Sequence[PackedBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed log-probabilities of all sequences of all ranks' micro-batches, on every rank.
+
+    Returns:
+        response ids int64 [N] and log-probabilities float64 [N], in no particular order.
+    """
+
+    def on_output(output, batch):
+        logps_N = batch_logps(engine, output, batch)
+        return logps_N.sum(), torch.zeros((), dtype=torch.int, device=logps_N.device), (batch.response_ids_N, logps_N)
+
+    for chunk in engine.callables:
+        chunk.eval()
+    found = _run_schedule(engine, batches, on_output, forward_only=True)
+    mine = None
+    if found and engine.layout.tp_rank == 0 and engine.layout.cp_rank == 0:
+        mine = (torch.cat([ids for ids, _ in found]).cpu(), torch.cat([logps for _, logps in found]).cpu())
+    gathered = [None] * engine.layout.world_size
+    dist.all_gather_object(gathered, mine)
+    parts = [part for part in gathered if part is not None]
+    return torch.cat([ids for ids, _ in parts]), torch.cat([logps for _, logps in parts])

@@ -1,0 +1,114 @@
+"""Gloo workers for tests: a pool of spawned processes that stay alive, so that torch and core are imported once.
+
+A test hands over a module-level function; it runs on `world_size` of the workers with torch.distributed's environment set, and
+comes back as a list of the ranks' results. After each job the worker leaves its process groups.
+"""
+
+import multiprocessing as mp
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def _worker(connection, path: list[str]) -> None:
+    sys.path[:] = path
+    os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", CUDA_DEVICE_MAX_CONNECTIONS="1")
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        job = connection.recv_bytes()
+        if not job:
+            return
+        try:
+            environment, path_now, function, args = pickle.loads(job)
+        except Exception:
+            connection.send((False, traceback.format_exc()))
+            continue
+        os.environ.update(environment)
+        sys.path[:] = path_now
+        try:
+            result = (True, function(*args))
+        except BaseException:
+            result = (False, traceback.format_exc())
+        from fuserl_megatron.mcore import parallel
+
+        try:
+            parallel.shutdown()
+        except Exception:
+            result = (False, f"{result[1]}\nand leaving the process groups failed:\n{traceback.format_exc()}")
+        connection.send(result)
+
+
+class Ranks:
+    """A pool of worker processes. Use as a context manager or call `close`."""
+
+    def __init__(self):
+        self._context = mp.get_context("spawn")
+        self._workers: list[tuple[mp.process.BaseProcess, Any]] = []
+
+    def _grow(self, count: int) -> None:
+        while len(self._workers) < count:
+            here, there = self._context.Pipe()
+            # not daemonic: core's checkpoint save starts processes of its own
+            process = self._context.Process(target=_worker, args=(there, list(sys.path)))
+            process.start()
+            self._workers.append((process, here))
+
+    def run(self, function: Callable, world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
+        """Results of function(*args) on ranks 0..world_size-1.
+
+        Raises:
+            RuntimeError: a rank raised (its traceback is the message) or did not answer within `timeout` seconds.
+        """
+        self._grow(world_size)
+        port = str(free_port())
+        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            environment = dict(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            )
+            connection.send_bytes(pickle.dumps((environment, list(sys.path), function, args)))
+        results, failed = [], []
+        for rank, (_, connection) in enumerate(self._workers[:world_size]):
+            if not connection.poll(timeout if not failed else 5.0):
+                failed.append(f"rank {rank}: no answer")
+                continue
+            ok, value = connection.recv()
+            (results if ok else failed).append(value if ok else f"rank {rank}:\n{value}")
+        if failed:
+            self.close(kill=True)
+            raise RuntimeError("\n".join(failed))
+        return results
+
+    def close(self, kill: bool = False) -> None:
+        """End all workers; a later `run` starts new ones."""
+        for process, connection in self._workers:
+            if kill:
+                process.kill()
+            else:
+                connection.send_bytes(b"")
+            process.join(20)
+        self._workers.clear()
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self.close()
+
+
+def scratch_directory() -> str:
+    """A fresh directory that every rank of a job may be told of."""
+    return tempfile.mkdtemp(prefix="fuserl-test-")
