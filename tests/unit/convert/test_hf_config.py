@@ -1,0 +1,154 @@
+"""Reading config.json: the same values as transformers, and every unsupported request refused by name."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.hf_config import read_config
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
+OPTIONAL = ["num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "torch_dtype"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("absent", [*OPTIONAL, "tie_word_embeddings", "architectures"])
+def test_absent_fields_take_the_defaults_of_transformers(make_config, family, absent):
+    config = make_config(family, num_attention_heads=32, hidden_size=192)
+    del config[absent]
+    expected, actual = AutoConfig.for_model(**config), read_config(config)
+    head_dim = getattr(expected, "head_dim", None) or expected.hidden_size // expected.num_attention_heads
+    assert actual.head_dim == head_dim
+    assert actual.num_query_groups == expected.num_key_value_heads
+    assert actual.max_position_embeddings == expected.max_position_embeddings
+    assert actual.rms_norm_eps == expected.rms_norm_eps
+    assert actual.rope.theta == expected.rope_parameters["rope_theta"]
+    assert actual.tie_word_embeddings == expected.tie_word_embeddings
+    assert actual.num_layers == expected.num_hidden_layers and actual.ffn_hidden_size == expected.intermediate_size
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_saved_by_transformers_reads_back(make_config, tmp_path, family):
+    rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 777.0}
+    config = make_config(family, rope_parameters=rope)
+    del config["rope_theta"]
+    AutoConfig.for_model(**config).save_pretrained(tmp_path)
+    shape = read_config(tmp_path)
+    assert shape == read_config(config)
+    assert (shape.rope.type, shape.rope.theta, shape.rope.factor) == ("linear", 777.0, 3.0)
+    assert shape.raw == json.loads((tmp_path / "config.json").read_text())
+
+
+def test_families_differ_in_biases_and_query_key_norms(make_config):
+    def flags(family, **changes):
+        shape = read_config(make_config(family, **changes))
+        return shape.qkv_bias, shape.attention_out_bias, shape.mlp_bias, shape.qk_norm
+
+    assert flags("llama") == (False, False, False, False)
+    assert flags("llama", attention_bias=True) == (True, True, False, False)
+    assert flags("llama", mlp_bias=True) == (False, False, True, False)
+    assert flags("mistral") == (False, False, False, False)
+    assert flags("qwen2") == (True, False, False, False)
+    assert flags("qwen3") == (False, False, False, True)
+    assert flags("qwen3", attention_bias=True) == (True, True, False, True)
+
+
+@pytest.mark.parametrize("field", ["dtype", "torch_dtype"])
+def test_dtype_in_either_spelling(make_config, field):
+    config = make_config()
+    del config["torch_dtype"]
+    assert read_config(config).dtype is None
+    assert read_config(config | {field: "bfloat16"}).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("mistral", {"sliding_window": 128}),  # as long as the context: never cuts
+        ("mistral", {"sliding_window": 4096}),
+        ("qwen2", {"use_sliding_window": False, "sliding_window": 16}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": None}),
+        ("qwen2", {"layer_types": ["full_attention", "full_attention"]}),
+        ("llama", {"sliding_window": 16}),  # Llama does not read it
+        ("llama", {"rope_scaling": None, "attention_dropout": 0.0, "pretraining_tp": 1, "hidden_act": "silu"}),
+        ("llama", {"num_key_value_heads": None, "head_dim": None, "hidden_size": 64}),
+    ],
+)
+def test_harmless_settings_are_accepted(make_config, family, changes):
+    read_config(make_config(family, **changes))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("llama", {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "model_type = 'gemma2'"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"pretraining_tp": 2}, "pretraining_tp"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("llama", {"auto_map": {"AutoModel": "code.Model"}}, "auto_map"),
+        ("llama", {"attention_dropout": 0.1}, "attention_dropout"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"head_dim": 7}, "head_dim = 7"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+        ("llama", {"hidden_size": "48"}, "hidden_size"),
+        ("llama", {"vocab_size": None}, "vocab_size is missing"),
+        ("llama", {"rms_norm_eps": 0}, "rms_norm_eps"),
+        ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ("llama", {"torch_dtype": "int8"}, "dtype = 'int8'"),
+        ("mistral", {"sliding_window": 64}, "sliding_window = 64"),
+        ("mistral", {"attention_bias": True}, "attention_bias"),
+        ("qwen2", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_window = 16"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
+        ("llama", {"rope_scaling": {"type": "su", "factor": 2.0}}, "'su'"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": None}}, "factor is null"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor = '2'"),
+        ("llama", {"rope_scaling": {"type": "llama3", "factor": 8.0, "high_freq_factor": 4.0}}, "low_freq_factor"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "phase": 1}}, "phase"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("qwen3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one flat set"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_theta": 1e4}},
+            "disagree",
+        ),
+        ("llama", {"rope_theta": -1.0}, "rope_theta"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused_by_name(make_config, family, changes, named):
+    with pytest.raises(UserError) as caught:
+        read_config(make_config(family, **changes))
+    assert named in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_mistral_without_the_field_has_the_class_default_window(make_config):
+    config = make_config("mistral", max_position_embeddings=32768)
+    del config["sliding_window"]
+    with pytest.raises(UserError, match="sliding_window = 4096"):
+        read_config(config)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "\xff"])
+def test_unreadable_files_are_one_line(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="config.json") as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_the_room_loads_neither_transformers_nor_megatron():
+    rooms = ["hf_config", "rope", "names", "layout", "shards", "shard_writer", "hf_io"]
+    code = "import sys\n" + "".join(f"import fuserl_megatron.convert.{room}\n" for room in rooms)
+    code += "print([m for m in ('transformers', 'megatron', 'safetensors') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,236 @@
+"""Layouts: exact inverses over random shapes, and against a slow obvious twin written with loops."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fuserl_megatron.convert.hf_config import read_config
+from fuserl_megatron.convert.layout import (
+    check_tensor_parallel,
+    hf_tensors_from_megatron,
+    merge_gate_up,
+    merge_qkv,
+    pad_vocab,
+    padded_vocab_size,
+    shard,
+    split_gate_up,
+    split_qkv,
+    unshard,
+)
+from fuserl_megatron.convert.names import (
+    expected_hf_names,
+    find_rule,
+    hf_names,
+    local_name,
+    megatron_names,
+    te_name,
+)
+
+QKV, FC1 = "decoder.layers.0.self_attention.linear_qkv.weight", "decoder.layers.0.mlp.linear_fc1.weight"
+
+
+@st.composite
+def shapes(draw):
+    """Random models whose heads, groups and widths divide by a random tensor-parallel size."""
+    tp = draw(st.sampled_from([1, 2, 3, 4]))
+    groups = tp * draw(st.integers(1, 3))
+    family = draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
+    config = {
+        "model_type": family,
+        "hidden_size": draw(st.integers(1, 9)),
+        "intermediate_size": tp * draw(st.integers(1, 5)),
+        "num_hidden_layers": draw(st.integers(1, 2)),
+        "num_attention_heads": groups * draw(st.integers(1, 4)),
+        "num_key_value_heads": groups,
+        "head_dim": 2 * draw(st.integers(1, 3)),
+        "vocab_size": draw(st.integers(1, 40)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "sliding_window": None,
+    }
+    if family in ("llama", "qwen3"):
+        config["attention_bias"] = draw(st.booleans())
+    if family == "llama":
+        config["mlp_bias"] = draw(st.booleans())
+    return read_config(config), tp
+
+
+def numbered(*size):
+    """Distinct values, so that any misplaced row shows."""
+    return torch.arange(torch.Size(size).numel(), dtype=torch.float64).reshape(size)
+
+
+def qkv_parts(shape, bias):
+    rest = () if bias else (shape.hidden_size,)
+    q = numbered(shape.num_attention_heads * shape.head_dim, *rest)
+    k = numbered(shape.num_query_groups * shape.head_dim, *rest) + 1e6
+    return q, k, k + 1e6
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes(), st.booleans())
+def test_merged_qkv_has_each_head_where_megatron_looks_for_it(drawn, bias):
+    shape, _ = drawn
+    q, k, v = qkv_parts(shape, bias)
+    merged, D, per = merge_qkv(q, k, v, shape), shape.head_dim, shape.heads_per_group
+    expected = []
+    for group in range(shape.num_query_groups):
+        expected += [q[head * D : (head + 1) * D] for head in range(group * per, (group + 1) * per)]
+        expected += [k[group * D : (group + 1) * D], v[group * D : (group + 1) * D]]
+    assert torch.equal(merged, torch.cat(expected))
+    for actual, original in zip(split_qkv(merged, shape), (q, k, v), strict=True):
+        assert torch.equal(actual, original)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes())
+def test_every_parameter_shards_unshards_and_returns_exactly(drawn):
+    shape, tp = drawn
+    seen = {}
+    for position, name in enumerate(megatron_names(shape)):
+        row, _ = find_rule(name)
+        parts = [numbered(*size) + 1e6 * position for size in row_sizes(row, shape)]
+        full = full_from(row, parts, shape, tp)
+        shards = [shard(full, name, tp, rank) for rank in range(tp)]
+        assert len({part.shape for part in shards}) == 1
+        assert torch.equal(unshard(shards, name), full)
+        if row.split != "none":
+            assert sum(part.numel() for part in shards) == full.numel()
+        if row.rule == "qkv":  # a rank's rows are whole groups: it can be split without knowing of the others
+            for rank, part in enumerate(shards):
+                for mine, whole in zip(split_qkv(part, shape), parts, strict=True):
+                    assert torch.equal(mine, whole.chunk(tp)[rank])
+        if row.rule == "gate_up":
+            for rank, part in enumerate(shards):
+                assert torch.equal(part, torch.cat([half.chunk(tp)[rank] for half in parts]))
+        for (hf, tensor), original in zip(hf_tensors_from_megatron(name, full, shape), parts, strict=True):
+            assert torch.equal(tensor, original), hf
+            assert hf not in seen
+            seen[hf] = True
+    assert list(seen) == expected_hf_names(shape)
+
+
+def row_sizes(row, shape):
+    length = {
+        "H": shape.hidden_size,
+        "F": shape.ffn_hidden_size,
+        "V": shape.vocab_size,
+        "D": shape.head_dim,
+        "AD": shape.num_attention_heads * shape.head_dim,
+        "GD": shape.num_query_groups * shape.head_dim,
+    }
+    return [[length[letter] for letter in letters] for letters in row.sizes]
+
+
+def full_from(row, parts, shape, tp):
+    if row.rule == "qkv":
+        return merge_qkv(*parts, shape)
+    if row.rule == "gate_up":
+        return merge_gate_up(*parts)
+    if row.rule == "vocab":
+        return pad_vocab(parts[0], padded_vocab_size(shape.vocab_size, tp, 8))
+    return parts[0]
+
+
+def test_interleaving_and_gate_up_are_not_the_identity():
+    # The negative control: plain concatenation, or a contiguous cut of fc1, is something else.
+    shape = read_config(
+        dict(model_type="llama", hidden_size=4, intermediate_size=8, num_hidden_layers=1, vocab_size=5)
+        | dict(num_attention_heads=4, num_key_value_heads=2, head_dim=2)
+    )
+    q, k, v = qkv_parts(shape, bias=False)
+    assert not torch.equal(merge_qkv(q, k, v, shape), torch.cat((q, k, v)))
+    full = merge_gate_up(numbered(8, 4), numbered(8, 4) + 1e6)
+    assert not torch.equal(shard(full, FC1, 2, 0), full.chunk(2)[0])
+    gate, up = split_gate_up(shard(full, FC1, 2, 1))
+    assert torch.equal(gate, numbered(8, 4)[4:]) and torch.equal(up, numbered(8, 4)[4:] + 1e6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 300_000), st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 64, 128]))
+def test_padded_vocabulary_is_the_smallest_multiple(vocab, tp, divisible_by):
+    padded = padded_vocab_size(vocab, tp, divisible_by)
+    assert padded >= vocab > padded - divisible_by * tp and padded % (divisible_by * tp) == 0
+
+
+def test_padded_rows_are_zero_and_never_exported(make_config):
+    shape = read_config(make_config(vocab_size=5))
+    weight = torch.ones(5, 48)
+    padded = pad_vocab(weight, 8)
+    assert torch.equal(padded[5:], torch.zeros(3, 48))
+    padded[5:] = 7.0  # what an optimiser could have done to them
+    ((name, exported),) = hf_tensors_from_megatron("output_layer.weight", padded, shape)
+    assert name == "lm_head.weight" and torch.equal(exported, weight)
+
+
+def test_tied_output_layer_is_read_from_the_embedding_and_not_written(make_config):
+    shape = read_config(make_config(tie_word_embeddings=True))
+    assert hf_names("output_layer.weight", shape) == ("model.embed_tokens.weight",)
+    assert hf_tensors_from_megatron("output_layer.weight", torch.ones(53, 48), shape) == []
+    assert "lm_head.weight" not in expected_hf_names(shape)
+    assert "output_layer.weight" not in megatron_names(shape)
+
+
+@pytest.mark.parametrize(
+    ("local", "fused"),
+    [
+        ("decoder.layers.11.input_layernorm.weight", "decoder.layers.11.self_attention.linear_qkv.layer_norm_weight"),
+        ("decoder.layers.0.pre_mlp_layernorm.weight", "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"),
+        ("decoder.final_layernorm.weight", "decoder.final_layernorm.weight"),
+        (QKV, QKV),
+    ],
+)
+def test_transformer_engine_names(local, fused):
+    assert te_name(local) == fused and local_name(fused) == local
+    assert local_name(local) == local and find_rule(fused) == find_rule(local)
+
+
+def test_names_are_those_of_stock_gpt_model(make_config):
+    names = megatron_names(read_config(make_config("qwen3", num_hidden_layers=1)))
+    layer = "decoder.layers.0."
+    assert names == [
+        "embedding.word_embeddings.weight",
+        layer + "input_layernorm.weight",
+        layer + "self_attention.linear_qkv.weight",
+        layer + "self_attention.q_layernorm.weight",
+        layer + "self_attention.k_layernorm.weight",
+        layer + "self_attention.linear_proj.weight",
+        layer + "pre_mlp_layernorm.weight",
+        layer + "mlp.linear_fc1.weight",
+        layer + "mlp.linear_fc2.weight",
+        "decoder.final_layernorm.weight",
+        "output_layer.weight",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("decoder.layers.0.mlp.router.weight", "not a parameter"),
+        ("decoder.layers.0.self_attention.linear_qkv.bias", "qkv_bias"),
+        ("decoder.layers.2.input_layernorm.weight", "2 layers"),
+    ],
+)
+def test_unknown_parameters_are_named(make_config, name, said):
+    with pytest.raises(ValueError, match=said):
+        hf_names(name, read_config(make_config()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "said"),
+    [
+        ({}, 8, "key/value heads.*not replicated; use 4"),
+        ({"num_attention_heads": 9, "num_key_value_heads": 3}, 2, "key/value heads"),
+        ({"intermediate_size": 42}, 4, r"feed-forward width.*use 2"),
+    ],
+)
+def test_tensor_parallel_sizes_that_do_not_divide_are_refused(make_config, changes, tp, said):
+    with pytest.raises(ValueError, match=said):
+        check_tensor_parallel(read_config(make_config(**changes)), tp)
+
+
+def test_tensor_parallel_sizes_that_divide_are_accepted(make_config):
+    for tp in (1, 2, 4):
+        check_tensor_parallel(read_config(make_config()), tp)
+    with pytest.raises(ValueError, match="does not divide"):
+        shard(torch.ones(6, 2), "decoder.layers.0.mlp.linear_fc2.weight", 4, 0)
