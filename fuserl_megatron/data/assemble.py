@@ -1,0 +1,130 @@
+"""From placements to tensors: writes sequences into rows and makes one PackedBatch.
+
+Shapes: B rows, S tokens per row, N sequences, P pairs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
+from fuserl_megatron.data.packing import Placement, group_chunks
+from fuserl_megatron.data.pairs import PreparedSet
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What must lie in one micro-batch: a whole prompt, or (packing off) one pair or one sequence of it."""
+
+    prompt: int
+    """Index into the prepared set."""
+    sequences: tuple[int, ...]
+    """Sequence indices into the prepared set."""
+    pairs: tuple[int, ...]
+    """Pair indices into the prepared set."""
+
+
+def units_of(prepared: PreparedSet, prompt: int, whole: bool) -> list[Unit]:
+    """One unit per prompt (`whole`), or its pairs (FusePO) or its sequences (FuseSFT) one by one."""
+    first, last = int(prepared.sequence_offsets[prompt]), int(prepared.sequence_offsets[prompt + 1])
+    pairs = range(int(prepared.pair_offsets[prompt]), int(prepared.pair_offsets[prompt + 1]))
+    if whole:
+        return [Unit(prompt, tuple(range(first, last)), tuple(pairs))]
+    if pairs:
+        both = [(first + int(prepared.chosen[p]), first + int(prepared.rejected[p])) for p in pairs]
+        return [Unit(prompt, ends, (p,)) for p, ends in zip(pairs, both, strict=True)]
+    return [Unit(prompt, (n,), ()) for n in range(first, last)]
+
+
+def chunks_of(prepared: PreparedSet, unit: Unit, share_prefix: bool) -> list[int]:
+    """Chunk lengths of a unit (see packing.py)."""
+    lengths = [int(prepared.lengths[n]) for n in unit.sequences]
+    return group_chunks(int(prepared.dataset.prompt_lengths[prepared.group_ids[unit.prompt]]), lengths, share_prefix)
+
+
+def assemble(
+    prepared: PreparedSet, items: Sequence[tuple[Unit, Placement]], num_rows: int, seq_length: int, share_prefix: bool
+) -> PackedBatch:
+    """One micro-batch [B, S] on the CPU.
+
+    Args:
+        prepared: tokens, weights and pairs come from here.
+        items: the micro-batch's units with their places; none gives a batch of padding with N = P = 0.
+        num_rows: B.
+        seq_length: S.
+        share_prefix: how the chunks are made up, as they were when the units were packed.
+    """
+    shape = (num_rows, seq_length)
+    tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    labels = np.full(shape, IGNORE_INDEX, np.int64)
+    segments, parents, sequence_ids = (np.full(shape, -1, np.int64) for _ in range(3))
+    next_segment = [0] * num_rows
+    sequences: list[int] = []
+    prompts: list[int] = []
+    pairs: list[tuple[int, int, int]] = []  # chosen, rejected, index into the prepared set
+
+    def write(row: int, start: int, first_position: int, inputs: np.ndarray, parent: int | None) -> int:
+        """Tokens of one segment; returns its id. parent None: its own."""
+        segment = next_segment[row]
+        next_segment[row] += 1
+        span = slice(start, start + inputs.size)
+        tokens[row, span] = inputs
+        positions[row, span] = np.arange(first_position, first_position + inputs.size)
+        segments[row, span] = segment
+        parents[row, span] = segment if parent is None else parent
+        return segment
+
+    def score(row: int, start: int, response: np.ndarray, n: int) -> None:
+        labels[row, start : start + response.size] = response
+        sequence_ids[row, start : start + response.size] = n
+
+    for unit, place in items:
+        group = int(prepared.group_ids[unit.prompt])
+        prompt = prepared.dataset.prompt(group)
+        batch_index = {}
+        shared, cursor = None, 0
+        if share_prefix:
+            row, cursor = place.rows[0], place.starts[0]
+            if prompt.size > 1:
+                shared = write(row, cursor, 0, prompt[:-1], None)
+                cursor += prompt.size - 1
+        for i, n in enumerate(unit.sequences):
+            response = prepared.dataset.response(group, int(prepared.response_ids[n]))
+            batch_index[n] = len(sequences)
+            if share_prefix:
+                write(row, cursor, prompt.size - 1, np.concatenate([prompt[-1:], response[:-1]]), shared)
+                score(row, cursor, response, len(sequences))
+                cursor += response.size
+            else:
+                row, start = place.rows[i], place.starts[i]
+                write(row, start, 0, np.concatenate([prompt, response[:-1]]), None)
+                score(row, start + prompt.size - 1, response, len(sequences))
+            sequences.append(n)
+            prompts.append(group)
+        first = int(prepared.sequence_offsets[unit.prompt])
+        for p in unit.pairs:
+            ends = (batch_index[first + int(prepared.chosen[p])], batch_index[first + int(prepared.rejected[p])])
+            pairs.append((*ends, p))
+
+    n_N = np.array(sequences, np.int64)
+    pairs_P3 = np.array(pairs, np.int64).reshape(-1, 3)
+    arrays = {
+        "tokens_BS": tokens,
+        "labels_BS": labels,
+        "positions_BS": positions,
+        "segment_ids_BS": segments,
+        "parent_ids_BS": parents,
+        "sequence_ids_BS": sequence_ids,
+        "lengths_N": prepared.lengths[n_N],
+        "weights_N": prepared.weights[n_N],
+        "source_ids_N": prepared.source_ids[n_N],
+        "prompt_ids_N": np.array(prompts, np.int64),
+        "response_ids_N": prepared.response_ids[n_N],
+        "chosen_index_P": pairs_P3[:, 0],
+        "rejected_index_P": pairs_P3[:, 1],
+        "pair_weights_P": prepared.pair_weights[pairs_P3[:, 2]],
+        "pair_source_ids_P": prepared.pair_source_ids[pairs_P3[:, 2]],
+    }
+    return PackedBatch(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})

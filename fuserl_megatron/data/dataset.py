@@ -1,0 +1,241 @@
+"""The fused data set on disk: a directory with `groups.arrow` (memory-mapped) and `manifest.json`.
+
+One row of groups.arrow is one group: `prompt` list<int32>, `responses` list<list<int32>>, `source_ids` list<int32>,
+`rewards` list<double>, `truncated` list<bool>. Responses are numbered through the whole data set; a group's are consecutive.
+
+Shapes: G groups, R responses of the whole data set.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.data.records import file_sha256
+
+FORMAT_VERSION = 1
+GROUPS_FILE, MANIFEST_FILE, REJECTED_FILE = "groups.arrow", "manifest.json", "rejected.jsonl"
+ROWS_PER_BATCH = 1024
+"""Rows of one Arrow record batch (all but the last are full, so that row i is found by division)."""
+SCHEMA = pa.schema(
+    [
+        ("prompt", pa.list_(pa.int32())),
+        ("responses", pa.list_(pa.list_(pa.int32()))),
+        ("source_ids", pa.list_(pa.int32())),
+        ("rewards", pa.list_(pa.float64())),
+        ("truncated", pa.list_(pa.bool_())),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything known about a fused data set. Written once by `build`, never edited."""
+
+    format_version: int
+    hash: str
+    """sha256 of groups.arrow: the data set's identity."""
+    num_bytes: int
+    """Size of groups.arrow."""
+    sources: list[str]
+    """Source ids are indices into this list."""
+    reward_temperature: float
+    score_aggregation: str
+    reward_standardization: str
+    max_length: int
+    tokenizer: str
+    tokenizer_hash: str
+    chat_template_hash: str | None
+    """None: the tokenizer has no chat template."""
+    end_of_turn: str
+    """The token that ends a response to a one-message prompt."""
+    max_token_id: int
+    """The model's vocabulary must be larger than this."""
+    num_prompts: int
+    num_responses: int
+    counts: dict[str, int]
+    """Everything dropped, cut or unusual, by name (docs/data_format.md)."""
+    rejected: dict[str, int]
+    """Bad records left out under on_bad_record=skip, by kind."""
+    unknown_keys: dict[str, int]
+    """Record fields that nothing reads, by name, with the number of records that carried them."""
+    tokens: dict[str, float]
+    """Token statistics: totals, means, maxima."""
+    per_source: dict[str, dict[str, float]]
+    """Source -> responses, prompts, mean_reward, mean_weight, win_rate."""
+    effective_number_of_sources: dict[str, float]
+    """exp(H(w)) over the prompts: mean, and quantiles by name."""
+    inputs: list[dict[str, Any]]
+    """Name, sha256 and number of records of every input."""
+
+    def to_json(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, directory: str | Path) -> "Manifest":
+        """Read and check `directory`/manifest.json.
+
+        Raises:
+            UserError: not a fused data set, another format version, or not the file that build wrote.
+        """
+        path = Path(directory) / MANIFEST_FILE
+        if not path.is_file():
+            raise UserError(f"{directory} is not a fused data set (no {MANIFEST_FILE}): make one with `fuserl build`")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not readable ({error}): build the data set again") from None
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format version {version}, this program reads {FORMAT_VERSION}: build the data set again"
+            )
+        names = {f.name for f in fields(cls)}
+        if set(values) != names:
+            odd = ", ".join(sorted(set(values) ^ names))
+            raise UserError(f"{path}: fields missing or unknown ({odd}): build the data set again")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt with its responses (numpy views of the mapped file)."""
+
+    prompt_tokens: np.ndarray
+    """int32."""
+    responses: list[np.ndarray]
+    """int32 each; the scored tokens."""
+    source_ids: np.ndarray
+    """int32, one per response."""
+    rewards: np.ndarray
+    """float64, one per response."""
+    truncated: np.ndarray
+    """bool, one per response."""
+    first_response_id: int
+    """Data set id of responses[0]; the others follow."""
+
+
+class FusedDataset:
+    """A fused data set opened for reading. Tokens stay on disk; lengths, sources and rewards are arrays in memory.
+
+    Attributes:
+        manifest: what `build` recorded.
+        prompt_lengths: [G] int64 tokens.
+        response_offsets: [G + 1] int64; group g owns responses response_offsets[g] to response_offsets[g + 1].
+        response_lengths: [R] int64 scored tokens.
+        source_ids: [R] int64.
+        rewards: [R] float64.
+        truncated: [R] bool.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = True):
+        """Open a directory written by `fuserl build`.
+
+        Args:
+            path: the directory.
+            verify: hash groups.arrow and compare (reads the file once); the size is always compared.
+
+        Raises:
+            UserError: not a fused data set, or groups.arrow is not the file the manifest describes.
+        """
+        self.path = Path(path)
+        self.manifest = Manifest.read(self.path)
+        file = self.path / GROUPS_FILE
+        if not file.is_file() or os.path.getsize(file) != self.manifest.num_bytes:
+            size = os.path.getsize(file) if file.is_file() else "no"
+            what = f"{size} bytes, the manifest says {self.manifest.num_bytes}"
+            raise UserError(f"{file}: {what}: copy the directory again or build it again")
+        if verify and file_sha256(file) != self.manifest.hash:
+            raise UserError(f"{file}: its content is not what the manifest describes (hash): copy or build it again")
+        self._map_file(file)
+
+    @classmethod
+    def from_arrow(cls, file: Path) -> "FusedDataset":
+        """Only the arrays of a groups.arrow that has no manifest yet (used while building)."""
+        dataset = cls.__new__(cls)
+        dataset.path = file.parent
+        dataset._map_file(file)
+        return dataset
+
+    def _map_file(self, file: Path) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._prompts = [_list_views(b.column("prompt")) for b in batches]
+        outer = [_offsets(b.column("responses")) for b in batches]
+        self._responses = [_list_views(b.column("responses").values) for b in batches]
+        counts = np.concatenate([np.diff(o) for o in outer])
+        self.response_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.prompt_lengths = np.concatenate([np.diff(o) for o, _ in self._prompts]).astype(np.int64)
+        self.response_lengths = np.concatenate([np.diff(o) for o, _ in self._responses]).astype(np.int64)
+        self.source_ids = np.concatenate([_values(b.column("source_ids")) for b in batches]).astype(np.int64)
+        self.rewards = np.concatenate([_values(b.column("rewards")) for b in batches])
+        self.truncated = np.concatenate([_values(b.column("truncated")) for b in batches])
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the groups: the data set's identity."""
+        return self.manifest.hash
+
+    @property
+    def sources(self) -> list[str]:
+        """Source names by id."""
+        return self.manifest.sources
+
+    @property
+    def num_groups(self) -> int:
+        """Prompts in the data set."""
+        return self.prompt_lengths.size
+
+    @property
+    def num_responses(self) -> int:
+        """Responses of all prompts."""
+        return self.response_lengths.size
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest token id of all prompts and responses."""
+        return max(int(values.max()) for _, values in (*self._prompts, *self._responses))
+
+    def prompt(self, i: int) -> np.ndarray:
+        """Prompt tokens of group i, int32."""
+        offsets, values = self._prompts[i // ROWS_PER_BATCH]
+        row = i % ROWS_PER_BATCH
+        return values[offsets[row] : offsets[row + 1]]
+
+    def response(self, i: int, response_id: int) -> np.ndarray:
+        """Tokens of a response (data set id) of group i, int32."""
+        first = (i // ROWS_PER_BATCH) * ROWS_PER_BATCH
+        offsets, values = self._responses[i // ROWS_PER_BATCH]
+        row = response_id - self.response_offsets[first]
+        return values[offsets[row] : offsets[row + 1]]
+
+    def group(self, i: int) -> Group:
+        """Group i, 0 <= i < num_groups."""
+        start, stop = int(self.response_offsets[i]), int(self.response_offsets[i + 1])
+        return Group(
+            prompt_tokens=self.prompt(i),
+            responses=[self.response(i, r) for r in range(start, stop)],
+            source_ids=self.source_ids[start:stop].astype(np.int32),
+            rewards=self.rewards[start:stop],
+            truncated=self.truncated[start:stop],
+            first_response_id=start,
+        )
+
+
+def _offsets(column: pa.ListArray) -> np.ndarray:
+    """Offsets of a list column relative to its `.values`."""
+    return column.offsets.to_numpy()
+
+
+def _values(column: pa.ListArray) -> np.ndarray:
+    return column.values.to_numpy(zero_copy_only=False)
+
+
+def _list_views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
+    return _offsets(column), column.values.to_numpy()

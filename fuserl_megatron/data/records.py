@@ -1,0 +1,341 @@
+"""Scored responses from disk or the hub, checked one by one and grouped by prompt.
+
+A record is {"prompt", "source", "response", "reward"}; docs/data_format.md is the user's view of this file. Every complaint is
+one line that begins with `file:line`. A group is everything recorded for one prompt; groups come in order of first appearance.
+"""
+
+import glob
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TextIO
+
+from fuserl_megatron.config.schema import UserError
+
+FIELDS = ("prompt", "source", "response", "reward")
+IGNORED_FIELDS = ("meta",)
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
+
+Messages = tuple[tuple[str, str], ...]
+"""A prompt in canonical form: ((role, content), ...)."""
+Place = tuple[str, int]
+"""Where a record was read: file (or hub name) and line or row, counted from 1."""
+
+
+class BadRecord(UserError):
+    """One record that cannot be used.
+
+    Attributes:
+        place: file and line.
+        kind: short name under which such records are counted.
+    """
+
+    def __init__(self, place: Place, kind: str, problem: str):
+        super().__init__(f"{place[0]}:{place[1]}: {problem}")
+        self.place, self.kind, self.problem = place, kind, problem
+
+
+class Rejects:
+    """What happens to bad records: `stop` raises the first one, `skip` writes and counts them."""
+
+    def __init__(self, on_bad_record: str, file: TextIO | None = None):
+        if on_bad_record not in ("stop", "skip"):
+            raise UserError(f"on_bad_record={on_bad_record!r} is unknown: use stop or skip")
+        self.skip, self.file = on_bad_record == "skip", file
+        self.counts: Counter[str] = Counter()
+
+    def add(self, bad: BadRecord, record: Any) -> None:
+        """Raise `bad` with the remedy (stop), or write the record with the reason and count it (skip)."""
+        if not self.skip:
+            remedy = "correct it, or set on_bad_record=skip to leave such records out and list them in rejected.jsonl"
+            raise UserError(f"{bad}; {remedy}") from None
+        self.counts[bad.kind] += 1
+        if self.file is not None:
+            line = {
+                "file": bad.place[0],
+                "line": bad.place[1],
+                "kind": bad.kind,
+                "reason": bad.problem,
+                "record": record,
+            }
+            self.file.write(json.dumps(line, default=str) + "\n")
+
+
+@dataclass
+class RecordGroup:
+    """One prompt with everything recorded for it."""
+
+    messages: Messages
+    responses: dict[tuple[int, str], tuple[float, Place]] = field(default_factory=dict)
+    """(source id, response text) -> (reward, where it was read), in order of appearance."""
+
+
+@dataclass
+class LoadedRecords:
+    """All inputs, grouped, with everything that was counted on the way."""
+
+    groups: list[RecordGroup]
+    sources: list[str]
+    inputs: list[dict[str, Any]]
+    """Per file: name, sha256 (or the hub's fingerprint) and number of records."""
+    counts: Counter[str]
+    """records, duplicates, filtered_by_source."""
+    unknown_keys: Counter[str]
+    """Keys that no reader knows -> how many records carried them. They are ignored."""
+
+
+def load_groups(
+    inputs: Sequence[str], rejects: Rejects, sources: Sequence[str] = (), watch: Callable[[Iterator], Iterable] = iter
+) -> LoadedRecords:
+    """Read, check and group all records. Everything is held in memory (about the size of the text).
+
+    Args:
+        inputs: files (.jsonl, .jsonl.gz, .parquet), globs, or hub names (`owner/name` or `owner/name:split`).
+        rejects: what to do with a bad record.
+        sources: keep only these sources, in this order of ids; empty keeps all, ids by first appearance.
+        watch: wrapped around the rows of each input (a progress bar).
+
+    Raises:
+        UserError: an input that cannot be read, a bad record under `stop`, a source that never appears, nothing left.
+    """
+    source_ids = {name: i for i, name in enumerate(sources)}
+    groups: dict[Messages, RecordGroup] = {}
+    loaded = LoadedRecords([], [], [], Counter(), Counter())
+    seen: set[str] = set()
+    for name in expand_inputs(inputs):
+        num_before = loaded.counts["records"]
+        for place, raw in watch(_rows(name)):
+            loaded.counts["records"] += 1
+            try:
+                record = raw if isinstance(raw, dict) else _decode(place, raw)
+                loaded.unknown_keys.update(k for k in record if k not in FIELDS and k not in IGNORED_FIELDS)
+                if isinstance(record.get("source"), str):
+                    seen.add(record["source"])
+                    if sources and record["source"] not in sources:
+                        loaded.counts["filtered_by_source"] += 1
+                        continue
+                messages, source, response, reward = check_record(place, record)
+                group = groups.get(messages)
+                source_id = source_ids.setdefault(source, len(source_ids))
+                key = (source_id, response)
+                if group is not None and key in group.responses:
+                    earlier, first = group.responses[key]
+                    if earlier != reward:
+                        what = f"reward {reward} for the same prompt, source and response as {first[0]}:{first[1]}"
+                        raise BadRecord(place, "conflicting_reward", f"{what}, which has reward {earlier}")
+                    loaded.counts["duplicates"] += 1
+                    continue
+                groups.setdefault(messages, RecordGroup(messages)).responses[key] = (reward, place)
+            except BadRecord as bad:
+                rejects.add(bad, raw.decode("utf-8", "replace").rstrip() if isinstance(raw, bytes) else raw)
+        num_records = loaded.counts["records"] - num_before
+        loaded.inputs.append({"name": name, "sha256": _input_hash(name), "records": num_records})
+    for name in sources:
+        if name not in seen:
+            near = get_close_matches(name, sorted(seen), n=1) or sorted(seen)[:5]
+            raise UserError(
+                f"sources: {name!r} does not appear in the inputs; did you mean {', '.join(near) or 'nothing'}?"
+            )
+    if not groups:
+        num = loaded.counts["records"]
+        raise UserError(f"no usable record in {', '.join(inputs)} ({num} read): each line needs {', '.join(FIELDS)}")
+    loaded.groups, loaded.sources = list(groups.values()), list(source_ids)
+    return loaded
+
+
+def check_record(place: Place, record: dict[str, Any]) -> tuple[Messages, str, str, float]:
+    """One record's (messages, source, response, reward).
+
+    Raises:
+        BadRecord: a field is missing, of the wrong type, empty, or not finite; the message names the field.
+    """
+    for name in FIELDS:
+        if record.get(name) is None:
+            what = f"field {name!r} is missing" if name not in record else f"field {name!r} is null"
+            raise BadRecord(place, f"missing_{name}", f"{what}: a record needs {', '.join(FIELDS)}")
+    source = _text(place, "source", record["source"])
+    response = _text(place, "response", record["response"])
+    reward = record["reward"]
+    if isinstance(reward, bool) or not isinstance(reward, int | float):
+        raise BadRecord(place, "wrong_type_reward", f"field 'reward' must be a number, not {_shown(reward)}")
+    try:
+        reward = float(reward)
+    except OverflowError:
+        reward = math.inf
+    if not math.isfinite(reward):
+        raise BadRecord(place, "non_finite_reward", f"field 'reward' is {reward}: it must be a finite number")
+    return canonical_prompt(place, record["prompt"]), source, response, reward
+
+
+def canonical_prompt(place: Place, prompt: Any) -> Messages:
+    """((role, content), ...); a string is a single user message.
+
+    Raises:
+        BadRecord: neither a string nor a list of {"role", "content"}, empty, or ending with an assistant message.
+    """
+    if isinstance(prompt, str):
+        return (("user", _text(place, "prompt", prompt)),)
+    if not isinstance(prompt, list):
+        wanted = 'a string or a list of {"role", "content"} messages'
+        raise BadRecord(place, "wrong_type_prompt", f"field 'prompt' must be {wanted}, not {_shown(prompt)}")
+    if not prompt:
+        raise BadRecord(place, "empty_prompt", "field 'prompt' is an empty list: it needs at least one message")
+    messages = []
+    for i, message in enumerate(prompt):
+        name = f"prompt[{i}]"
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            problem = f'field {name!r} must be {{"role": string, "content": string}}, not {_shown(message)}'
+            raise BadRecord(place, "wrong_type_prompt", problem)
+        _text(place, f"{name}.role", message["role"], "prompt")
+        # an empty system or tool message means something; an empty last message is no question
+        check = _text if i == len(prompt) - 1 else _encodable
+        messages.append((message["role"], check(place, f"{name}.content", message["content"], "prompt")))
+    if messages[-1][0] == "assistant":
+        problem = "field 'prompt' ends with an assistant message: the answer belongs into 'response'"
+        raise BadRecord(place, "prompt_ends_with_assistant", problem)
+    return tuple(messages)
+
+
+def expand_inputs(inputs: Sequence[str]) -> list[str]:
+    """Files in the order given (a glob's matches sorted) and hub names; each once.
+
+    Raises:
+        UserError: nothing given, a glob without a match, a directory, a file of another kind, a path that does not exist.
+    """
+    if not inputs:
+        raise UserError("inputs is empty: name at least one .jsonl, .jsonl.gz or .parquet file, glob or hub data set")
+    names: list[str] = []
+    for item in inputs:
+        if os.path.isdir(item):
+            raise UserError(f"{item} is a directory: give its files, for example '{item.rstrip('/')}/*.jsonl'")
+        if os.path.exists(item):
+            matches = [item]
+        elif glob.has_magic(item):
+            matches = sorted(glob.glob(item, recursive=True))
+            if not matches:
+                raise UserError(f"inputs: no file matches {item!r} (looked from {os.getcwd()})")
+        elif HUB_NAME.match(item) and not item.endswith((*SUFFIXES, ".json", ".csv", ".txt", ".gz")):
+            names.append(item)
+            continue
+        else:
+            raise UserError(f"inputs: {item} does not exist")
+        for match in matches:
+            if not match.endswith(SUFFIXES):
+                raise UserError(
+                    f"inputs: {match} is not {', '.join(SUFFIXES)}: convert it to one record per line (JSONL)"
+                )
+        names.extend(matches)
+    return list(dict.fromkeys(names))
+
+
+def _rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
+    """Raw lines of a JSONL file (blank ones left out), rows of a parquet file or of a hub data set."""
+    if not os.path.exists(name):
+        yield from _hub_rows(name)
+    elif name.endswith(".parquet"):
+        yield from _parquet_rows(name)
+    else:
+        try:
+            with gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield (name, number), line
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{name}: not a complete gzip file ({error}): copy or compress it again") from None
+
+
+def _parquet_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(name)
+        missing = [f for f in FIELDS if f not in file.schema_arrow.names]
+        if missing:
+            have = ", ".join(file.schema_arrow.names)
+            raise UserError(f"{name}: column {missing[0]!r} is missing (columns: {have}): needs {', '.join(FIELDS)}")
+        columns = [c for c in file.schema_arrow.names if c not in IGNORED_FIELDS]
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield (name, number), row
+    except pyarrow.ArrowInvalid as error:
+        raise UserError(f"{name}: not a readable parquet file ({_first_line(error)})") from None
+
+
+def _hub_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+    import datasets
+
+    hub_name, _, split = name.partition(":")
+    try:
+        rows = datasets.load_dataset(hub_name, split=split or "train")
+    except Exception as error:  # the hub client raises a dozen unrelated classes; all mean that there is no data
+        what = f"no file of that name here, and the hub gave no data set ({_first_line(error)})"
+        raise UserError(f"inputs: {name}: {what}; without a network connection give a local file") from None
+    missing = [f for f in FIELDS if f not in rows.column_names]
+    if missing:
+        raise UserError(f"{name}: column {missing[0]!r} is missing (columns: {', '.join(rows.column_names)})")
+    for number, row in enumerate(rows, 1):
+        yield (name, number), row
+
+
+def _decode(place: Place, line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise BadRecord(place, "not_utf8", f"not UTF-8 (byte {error.start + 1} of the line)") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadRecord(place, "malformed_json", f"not valid JSON ({_first_line(error)})") from None
+    if not isinstance(record, dict):
+        raise BadRecord(place, "malformed_json", f"a record must be a JSON object, not {_shown(record)}")
+    return record
+
+
+def _text(place: Place, name: str, value: Any, kind: str | None = None) -> str:
+    """A string with something other than white space in it."""
+    if not isinstance(value, str):
+        raise BadRecord(place, f"wrong_type_{kind or name}", f"field {name!r} must be a string, not {_shown(value)}")
+    if not value.strip():
+        raise BadRecord(place, f"empty_{kind or name}", f"field {name!r} is empty")
+    return _encodable(place, name, value, kind)
+
+
+def _encodable(place: Place, name: str, value: str, kind: str | None = None) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRecord(
+            place, f"invalid_text_{kind or name}", f"field {name!r} contains half a surrogate pair"
+        ) from None
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _input_hash(name: str) -> str | None:
+    """sha256 of a file's bytes; None for a hub data set (its content is covered by the data set's own hash)."""
+    return file_sha256(name) if os.path.exists(name) else None
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

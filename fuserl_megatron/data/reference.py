@@ -1,0 +1,187 @@
+"""Stored reference log-probabilities: one float32 per response of the data set, memory-mapped, NaN where not yet scored.
+
+Two files in a directory: `reference_logps.f32` (raw little-endian float32) and `reference.json` (the key, the number of
+responses, whether scoring is complete). The key is a hash of everything the numbers depend on; a directory with another key
+is refused, never overwritten. One rank writes; every rank may read.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.data.dataset import Manifest
+
+DATA_FILE, KEY_FILE = "reference_logps.f32", "reference.json"
+FILL_CHUNK = 1 << 20
+
+
+def hash_model_directory(path: str | Path) -> str:
+    """sha256 over config.json and the contents of all safetensors files of a Hugging Face directory, by name.
+
+    Raises:
+        UserError: not a directory, no config.json, or no safetensors file.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path} is not a Hugging Face model directory (no config.json)")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{path} holds no .safetensors file: save the model with save_pretrained")
+    digest = hashlib.sha256()
+    for file in [path / "config.json", *weights]:
+        with open(file, "rb") as opened:
+            digest.update(f"{file.name}\n{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def reference_key(model_hash: str, manifest: Manifest, precision: str) -> str:
+    """The key of a cache: model weights, data set, tokenizer, template and number format.
+
+    Args:
+        model_hash: `hash_model_directory` of the reference model.
+        manifest: of the data set scored.
+        precision: trainer.precision of the scoring pass; bf16 and fp32 give different numbers.
+    """
+    parts = [model_hash, manifest.hash, manifest.tokenizer_hash, manifest.chat_template_hash, precision]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+class ReferenceCache:
+    """Summed reference log-probabilities by response id (data set numbering)."""
+
+    def __init__(self, directory: Path, key: str, num_responses: int, complete: bool, writable: bool):
+        """Use `open_or_create` or `open`."""
+        self.directory, self.key, self.num_responses, self.complete = directory, key, num_responses, complete
+        mode = "r+" if writable else "r"
+        self._logps = np.memmap(directory / DATA_FILE, dtype="<f4", mode=mode, shape=(num_responses,))
+
+    @classmethod
+    def open_or_create(cls, directory: str | Path, key: str, num_responses: int) -> "ReferenceCache":
+        """Open for writing; an existing cache with this key is continued. Call it on one rank only.
+
+        Raises:
+            UserError: the directory holds a cache of another model, data set, tokenizer or template, or a damaged one.
+        """
+        directory = Path(directory)
+        if not (directory / KEY_FILE).exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            _write_durably(directory / DATA_FILE, _nan_bytes(num_responses))
+            cls._write_key(directory, key, num_responses, complete=False)  # last: its presence makes the cache valid
+        return cls(directory, key, num_responses, cls._check(directory, key, num_responses), writable=True)
+
+    @classmethod
+    def open(cls, directory: str | Path, key: str, num_responses: int) -> "ReferenceCache":
+        """Open for reading.
+
+        Raises:
+            UserError: there is no cache, or it does not fit (see `open_or_create`).
+        """
+        directory = Path(directory)
+        if not (directory / KEY_FILE).exists():
+            raise UserError(f"{directory} holds no reference log-probabilities: run the scoring pass first")
+        return cls(directory, key, num_responses, cls._check(directory, key, num_responses), writable=False)
+
+    def write(self, response_ids: torch.Tensor | np.ndarray, logps: torch.Tensor | np.ndarray) -> None:
+        """Store summed log-probabilities.
+
+        Args:
+            response_ids: [N] data set ids.
+            logps: [N] summed log-probabilities of the scored tokens.
+
+        Raises:
+            ValueError: a value is NaN or infinite.
+        """
+        values = torch.as_tensor(logps).detach().to("cpu", torch.float32).numpy()
+        ids = torch.as_tensor(response_ids).cpu().numpy()
+        if not np.isfinite(values).all():
+            bad = ids[~np.isfinite(values)][:5].tolist()
+            raise ValueError(f"the reference model gives a non-finite log-probability for responses {bad}")
+        self._logps[ids] = values
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+        self._logps.flush()
+
+    def finish(self, response_ids: torch.Tensor | np.ndarray) -> None:
+        """Flush and mark the cache complete for these responses.
+
+        Raises:
+            ValueError: one of them has no value.
+        """
+        missing = self.missing(response_ids)
+        if missing.size:
+            raise ValueError(f"{missing.size} responses have no reference log-probability, the first is {missing[0]}")
+        self.flush()
+        self._write_key(self.directory, self.key, self.num_responses, complete=True)
+        self.complete = True
+
+    def missing(self, response_ids: torch.Tensor | np.ndarray) -> np.ndarray:
+        """Those of the ids given that have no value yet."""
+        ids = torch.as_tensor(response_ids).cpu().numpy()
+        return ids[np.isnan(self._logps[ids])]
+
+    @property
+    def missing_mask(self) -> np.ndarray:
+        """[num_responses] bool, True where no value is stored (for `GlobalBatchSampler.scoring_plans`)."""
+        return np.isnan(self._logps)
+
+    def lookup(self, response_ids: torch.Tensor) -> torch.Tensor:
+        """[N] float32 on the CPU.
+
+        Raises:
+            UserError: a response has no value.
+        """
+        ids = response_ids.cpu().numpy()
+        values = np.array(self._logps[ids], dtype=np.float32)
+        if np.isnan(values).any():
+            first = int(ids[np.isnan(values)][0])
+            raise UserError(
+                f"{self.directory}: response {first} has no reference log-probability: run the scoring pass again"
+            )
+        return torch.from_numpy(values)
+
+    @staticmethod
+    def _write_key(directory: Path, key: str, num_responses: int, complete: bool) -> None:
+        text = json.dumps({"key": key, "num_responses": num_responses, "complete": complete}) + "\n"
+        _write_durably(directory / KEY_FILE, [text.encode()])
+
+    @staticmethod
+    def _check(directory: Path, key: str, num_responses: int) -> bool:
+        """Whether the cache is complete."""
+        try:
+            stored = json.loads((directory / KEY_FILE).read_text())
+            found = stored["key"], stored["num_responses"], (directory / DATA_FILE).stat().st_size
+            complete = bool(stored["complete"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{directory}: damaged reference cache: delete the directory, it is made anew") from None
+        if found[0] != key:
+            what = "another reference model, data set, tokenizer, template or precision"
+            raise UserError(f"{directory} holds log-probabilities of {what}: delete it, or use another directory")
+        if found[1:] != (num_responses, 4 * num_responses):
+            raise UserError(f"{directory}: damaged reference cache (size): delete the directory, it is made anew")
+        return complete
+
+
+def _nan_bytes(count: int) -> list[bytes]:
+    full = np.full(min(count, FILL_CHUNK), np.nan, "<f4").tobytes()
+    return [full] * (count // FILL_CHUNK) + [full[: 4 * (count % FILL_CHUNK)]]
+
+
+def _write_durably(path: Path, pieces: list[bytes]) -> None:
+    """Write beside the target, fsync, rename: the file is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

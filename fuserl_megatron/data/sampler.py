@@ -1,0 +1,208 @@
+"""Which prompts make up which optimizer step, and which data-parallel rank holds what of it.
+
+Everything is a function of (seed, epoch, position): no state, no communication. A step's prompts are packed into micro-batches
+without looking at the number of ranks; the micro-batches are then dealt out in turn, and ranks that come up short get batches
+of padding (N = P = 0), so that every rank runs the same number. The last step of an epoch takes the prompts that are left.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from fuserl_megatron.config.schema import DataConfig, UserError
+from fuserl_megatron.data.assemble import Unit, assemble, chunks_of, units_of
+from fuserl_megatron.data.batch import PackedBatch
+from fuserl_megatron.data.packing import Placement, fits, measure_sharing, pack
+from fuserl_megatron.data.pairs import PreparedSet
+from fuserl_megatron.data.reference import ReferenceCache
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One global batch, laid out. The same on every rank."""
+
+    step: int
+    """Step counted from 0 over all epochs (for scoring: over the scoring pass)."""
+    epoch: int
+    prompts: np.ndarray
+    """Indices into the prepared set."""
+    group_ids: np.ndarray
+    """The same prompts as groups of the data set."""
+    num_prompts: int
+    """Prompts of the global batch: the normaliser of all objectives but weighted_token_mean."""
+    num_sequences: int
+    num_pairs: int
+    scored_tokens: int
+    """Response tokens with a label."""
+    real_tokens: int
+    """Positions that are not padding."""
+    sum_weighted_tokens: float
+    """sum_i w_i * T_i over the global batch: the normaliser of weighted_token_mean (0 for FusePO)."""
+    num_microbatches: int
+    """Micro-batches per data-parallel rank, equal for all."""
+    padding_share: float
+    """Share of all positions of all ranks that is padding."""
+    micro_batches: tuple[tuple[tuple[Unit, Placement], ...], ...]
+    """Content of the micro-batches before they are dealt out."""
+
+
+class GlobalBatchSampler:
+    """Deals a prepared set out in steps and micro-batches.
+
+    Attributes:
+        steps_per_epoch: the last step may have fewer prompts.
+        share_prefix: whether prompts are computed once for all their responses.
+        sharing_saves: share of all positions that prefix sharing saves (or would save) on this set, 0 to 1.
+        sharing_reason: one phrase for the start-up log.
+    """
+
+    def __init__(self, prepared: PreparedSet, data: DataConfig, seed: int, dp_size: int, microbatch_multiple: int = 1):
+        """Decide on prefix sharing and check that everything fits.
+
+        Args:
+            prepared: prompts, sequences and pairs of one stage.
+            data: seq_length, micro_batch_size, global_batch_size, shuffle and packing are read.
+            seed: seeds the order of prompts.
+            dp_size: number of data-parallel ranks.
+            microbatch_multiple: the micro-batches per rank are a multiple of this (pipeline schedules ask for it).
+
+        Raises:
+            UserError: a prompt does not fit, with its size and the setting to raise.
+        """
+        for name in ("seq_length", "micro_batch_size", "global_batch_size"):
+            if getattr(data, name) < 1:
+                raise UserError(f"data.{name}={getattr(data, name)}: it must be at least 1")
+        self.prepared, self.data, self.seed = prepared, data, seed
+        self.dp_size, self.microbatch_multiple = dp_size, microbatch_multiple
+        self.steps_per_epoch = -(-prepared.num_prompts // data.global_batch_size)
+        self._decide_sharing()
+        self._check_sizes()
+        self._order = lru_cache(maxsize=2)(self._order)
+
+    def step(self, step: int) -> StepPlan:
+        """The plan of one optimizer step; steps count through all epochs."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        start = position * self.data.global_batch_size
+        return self._plan(step, epoch, self._order(epoch)[start : start + self.data.global_batch_size])
+
+    def scoring_plans(self, missing: np.ndarray | None = None) -> Iterator[StepPlan]:
+        """Every prompt once in the order of the data set, in the row shapes of training, for a pass without gradients.
+
+        Args:
+            missing: [responses of the data set] bool; prompts none of whose sequences are missing are left out. None: all.
+        """
+        prompts = np.arange(self.prepared.num_prompts)
+        if missing is not None:
+            wanted_N = missing[self.prepared.response_ids]
+            prompts = prompts[np.add.reduceat(wanted_N.astype(np.int64), self.prepared.sequence_offsets[:-1]) > 0]
+        size = self.data.global_batch_size
+        for step, start in enumerate(range(0, prompts.size, size)):
+            yield self._plan(step, 0, prompts[start : start + size])
+
+    def micro_batches(self, plan: StepPlan, dp_rank: int, reference: ReferenceCache | None = None) -> list[PackedBatch]:
+        """The micro-batches of one data-parallel rank; only these are built.
+
+        Args:
+            plan: from `step` or `scoring_plans`.
+            dp_rank: 0 <= dp_rank < dp_size.
+            reference: fills reference_logps_N when given.
+        """
+        batches = []
+        for i in range(plan.num_microbatches):
+            m = i * self.dp_size + dp_rank
+            items = plan.micro_batches[m] if m < len(plan.micro_batches) else ()
+            batch = assemble(self.prepared, items, self.data.micro_batch_size, self.data.seq_length, self.share_prefix)
+            if reference is not None:
+                batch = replace(batch, reference_logps_N=reference.lookup(batch.response_ids_N))
+            batches.append(batch)
+        return batches
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The prompts of an epoch in order, a function of (seed, epoch)."""
+        if not self.data.shuffle:
+            return np.arange(self.prepared.num_prompts)
+        generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
+        return torch.randperm(self.prepared.num_prompts, generator=generator).numpy()
+
+    def _plan(self, step: int, epoch: int, prompts: np.ndarray) -> StepPlan:
+        prepared, data = self.prepared, self.data
+        units = [u for p in prompts.tolist() for u in units_of(prepared, p, data.packing.enabled)]
+        chunks = [chunks_of(prepared, u, self.share_prefix) for u in units]
+        places = pack(chunks, data.seq_length, data.micro_batch_size, not data.packing.enabled)
+        filled: list[list[tuple[Unit, Placement]]] = [[] for _ in range(max(p.micro_batch for p in places) + 1)]
+        for unit, place in zip(units, places, strict=True):
+            filled[place.micro_batch].append((unit, place))
+        per_rank = -(-len(filled) // self.dp_size)
+        per_rank = -(-per_rank // self.microbatch_multiple) * self.microbatch_multiple
+        sequences = np.array([n for u in units for n in u.sequences], np.int64)
+        real = sum(map(sum, chunks))
+        return StepPlan(
+            step=step,
+            epoch=epoch,
+            prompts=prompts,
+            group_ids=prepared.group_ids[prompts],
+            num_prompts=prompts.size,
+            num_sequences=sequences.size,
+            num_pairs=sum(len(u.pairs) for u in units),
+            scored_tokens=int(prepared.lengths[sequences].sum()),
+            real_tokens=real,
+            sum_weighted_tokens=float((prepared.weights[sequences] * prepared.lengths[sequences]).sum()),
+            num_microbatches=per_rank,
+            padding_share=1.0 - real / (per_rank * self.dp_size * data.micro_batch_size * data.seq_length),
+            micro_batches=tuple(tuple(m) for m in filled),
+        )
+
+    def _decide_sharing(self) -> None:
+        prepared, packing = self.prepared, self.data.packing
+        sharing = measure_sharing(
+            prepared.prompt_lengths, prepared.sequence_offsets, prepared.lengths, self.data.seq_length
+        )
+        self.sharing_saves = sharing.saving
+        if packing.share_prefix == "on" and not packing.enabled:
+            raise UserError("data.packing.share_prefix=on needs data.packing.enabled=true (or set share_prefix=off)")
+        if packing.share_prefix == "auto":
+            self.share_prefix = packing.enabled and sharing.worth_it
+            if not packing.enabled:
+                why = "packing is off"
+            elif self.share_prefix:
+                why = f"saves {sharing.saving:.1%} of the positions"
+            elif sharing.longest_group > self.data.seq_length:
+                why = (
+                    f"the longest group would need {sharing.longest_group} positions, a row has {self.data.seq_length}"
+                )
+            else:
+                why = f"it would save only {sharing.saving:.1%} of the positions"
+            self.sharing_reason = f"auto: {why}"
+        else:
+            self.share_prefix = packing.share_prefix == "on"
+            self.sharing_reason = (
+                f"set: {'saves' if self.share_prefix else 'would save'} {sharing.saving:.1%} of the positions"
+            )
+
+    def _check_sizes(self) -> None:
+        """Every unit must fit an empty micro-batch."""
+        prepared, data = self.prepared, self.data
+        whole = data.packing.enabled
+        for prompt in range(prepared.num_prompts):
+            for unit in units_of(prepared, prompt, whole):
+                chunks = chunks_of(prepared, unit, self.share_prefix)
+                if fits(chunks, data.seq_length, data.micro_batch_size, not whole):
+                    continue
+                group, longest = int(prepared.group_ids[prompt]), max(chunks)
+                if longest > data.seq_length:
+                    remedy = f"set data.seq_length to at least {longest}, or build with a smaller max_length"
+                    if self.share_prefix:
+                        remedy += ", or set data.packing.share_prefix=off"
+                    raise UserError(
+                        f"prompt {group} needs {longest} positions in one row of {data.seq_length}: {remedy}"
+                    )
+                what = "sequences" if whole else "sequences (a pair)"
+                size = f"{len(chunks)} {what}, {sum(chunks)} positions"
+                have = f"{data.micro_batch_size} x {data.seq_length} of one micro-batch"
+                raise UserError(
+                    f"prompt {group} ({size}) does not fit the {have}: raise data.micro_batch_size or data.seq_length, "
+                    "or build with a smaller max_length"
+                )

@@ -1,0 +1,64 @@
+"""What `fuserl build` says at the end: a table where a person watches, plain lines in a log."""
+
+import sys
+from collections.abc import Iterator
+from typing import TextIO
+
+from fuserl_megatron.data.dataset import Manifest
+
+SOURCE_COLUMNS = ("source", "prompts", "responses", "mean reward", "mean weight", "win rate")
+
+
+def print_summary(manifest: Manifest, file: TextIO | None = None) -> None:
+    """Print sources, weights, token counts and everything dropped.
+
+    Args:
+        manifest: of the data set.
+        file: where to; None is standard output.
+    """
+    file = file or sys.stdout
+    head, *tail = summary_lines(manifest)
+    print(head, file=file)
+    if file.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*SOURCE_COLUMNS)
+        for row in source_rows(manifest):
+            table.add_row(*row)
+        Console(file=file).print(table)
+    else:
+        for row in source_rows(manifest):
+            print(", ".join(f"{name} {value}" for name, value in zip(SOURCE_COLUMNS, row, strict=True)), file=file)
+    for line in tail:
+        print(line, file=file)
+
+
+def source_rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
+    """One row of text per source."""
+    for name, s in manifest.per_source.items():
+        numbers = f"{s['mean_reward']:.4f}", f"{s['mean_weight']:.4f}", f"{s['win_rate']:.1%}"
+        yield name, f"{s['prompts']:,}", f"{s['responses']:,}", *numbers
+
+
+def summary_lines(manifest: Manifest) -> list[str]:
+    """Everything but the table of sources: a headline, then one subject a line."""
+    m, t, e = manifest, manifest.tokens, manifest.effective_number_of_sources
+    lines = [
+        f"{m.num_prompts:,} prompts, {m.num_responses:,} responses, {len(m.sources)} sources, data set {m.hash[:12]}",
+        f"effective number of sources at reward_temperature {m.reward_temperature:g} (scores: {m.score_aggregation}, "
+        f"standardisation: {m.reward_standardization}): mean {e['mean']:.2f} of {len(m.sources)}, "
+        f"p05 {e['p05']:.2f}, median {e['p50']:.2f}, p95 {e['p95']:.2f}",
+        f"tokens: prompt mean {t['prompt_mean']:.0f} max {t['prompt_max']:,}, response mean {t['response_mean']:.0f} "
+        f"max {t['response_max']:,}, prompt + response max {t['total_max']:,} (max_length {m.max_length:,})",
+        f"end of turn: {m.end_of_turn}",
+    ]
+    counted = ", ".join(f"{name} {n:,}" for name, n in m.counts.items() if n and name != "records")
+    lines.append(f"of {m.counts['records']:,} records: {counted or 'nothing dropped, cut or unusual'}")
+    if m.rejected:
+        reasons = ", ".join(f"{name} {n:,}" for name, n in m.rejected.items())
+        lines.append(f"rejected, listed in rejected.jsonl: {reasons}")
+    if m.unknown_keys:
+        keys = ", ".join(f"{name} ({n:,})" for name, n in m.unknown_keys.items())
+        lines.append(f"fields that were ignored: {keys}")
+    return lines
