@@ -1,0 +1,133 @@
+"""Hydra's part: the shipped tree, the user's own directory and the command line, composed into plain dictionaries.
+
+Hydra reports a misspelt key as missing from a "struct" and suggests `+`, so keys are checked against the schema before
+it sees them, and then set whether or not a yaml file mentions them.
+"""
+
+import dataclasses
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.words import all_keys, nearest, plain, show
+
+SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
+
+
+def conf_dir() -> Path:
+    """The shipped hydra tree: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise UserError(
+        f"conf/train.yaml is missing beside {package}: reinstall with `pip install --force-reinstall fuserl-megatron`."
+    )
+
+
+def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str | Path | None) -> dict[str, Any]:
+    """Compose `name` (a root file, without .yaml) over the schema's defaults into plain dictionaries, all resolved.
+
+    Raises:
+        UserError: unknown key or choice, missing file, text that is no override, a credential among the values.
+    """
+    import yaml
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    shipped = conf_dir()
+    primary = shipped if config_dir is None else Path(config_dir).resolve()
+    if not primary.is_dir():
+        raise UserError(f"--config-dir {config_dir}: no such directory.")
+    roots = [primary] if primary == shipped else [primary, shipped]
+    if not any((root / f"{name}.yaml").is_file() for root in roots):
+        found = sorted({file.stem for root in roots for file in root.glob("*.yaml")})
+        raise UserError(
+            f"--config-name {name}: no {name}.yaml in {' or '.join(map(str, roots))}.{nearest(name, found)}"
+        )
+    overrides = _check_overrides(schema, overrides, roots)
+    if len(roots) == 2:
+        overrides.append(f"hydra.searchpath=[file://{shipped}]")
+    try:
+        with initialize_config_dir(str(primary), version_base="1.3", job_name="fuserl"):
+            composed = compose(name, overrides)
+        defaults = OmegaConf.create(plain(dataclasses.asdict(schema())))
+        merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed), resolve=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise UserError(_one_line(error)) from error
+    _refuse_secrets(merged)
+    return merged
+
+
+def _check_overrides(schema: type, overrides: list[str], roots: list[Path]) -> list[str]:
+    """Refuse unknown keys with the nearest one; let known keys be set whether or not a yaml file mentions them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import OverrideType
+    from hydra.errors import HydraException
+
+    keys, parser, checked = all_keys(schema), OverridesParser.create(), []
+    groups = (
+        {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()} if schema is Config else set()
+    )
+    for text in overrides:
+        try:
+            parsed = parser.parse_override(text)
+        except HydraException as error:
+            hint = "write key=value" if "=" not in text else "put the value in quotes: " + _quoted(text)
+            raise UserError(f"'{text}' is not an override ({_one_line(error)}): {hint}") from error
+        key = parsed.key_or_group
+        if parsed.is_sweep_override():
+            raise UserError(
+                f"'{text}': one run takes one value; a list is written {key}=[...], text with commas in quotes."
+            )
+        if key not in keys and key not in groups:
+            raise UserError(f"{key}: no such key.{nearest(key, [*keys, *groups])}")
+        if parsed.type is OverrideType.DEL:
+            raise UserError(
+                f"'{text}': keys are set, never removed; leave it out, or write {key}=null where that is allowed."
+            )
+        value = parsed.value()
+        if key in groups and not isinstance(value, dict):
+            _check_choice(key, value, roots)
+            checked.append(text.lstrip("+"))
+        else:
+            checked.append("++" + text.lstrip("+"))
+    return checked
+
+
+def _check_choice(group: str, value: Any, roots: list[Path]) -> None:
+    options = sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
+    if not isinstance(value, str) or value.removesuffix(".yaml") not in options:
+        near = nearest(str(value), options) if isinstance(value, str) else ""
+        raise UserError(f"{group}={show(value)}: no such choice.{near} There are: {', '.join(options)}.")
+
+
+def _refuse_secrets(values: Any, path: str = "") -> None:
+    """The resolved config is saved with the run, so an interpolated credential must not reach it."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            _refuse_secrets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list):
+        for value in values:
+            _refuse_secrets(value, path)
+    elif isinstance(values, str):
+        for name, secret in os.environ.items():
+            if len(secret) >= 8 and secret in values and any(part in name.upper() for part in SECRET_NAMES):
+                raise UserError(
+                    f"{path}: holds the value of ${name}, and the config is saved with the run; "
+                    "leave it in the environment."
+                )
+
+
+def _quoted(text: str) -> str:
+    key, _, value = text.partition("=")
+    return f"'{key}=\"{value}\"'"
+
+
+def _one_line(error: BaseException) -> str:
+    """Hydra spreads a message over lines and indents it for a terminal of its own."""
+    return re.sub(r"\s+", " ", str(error)).strip()

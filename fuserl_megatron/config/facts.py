@@ -1,0 +1,57 @@
+"""What follows from the settings: layout product, batch arithmetic, number of steps. Numbers, and lines to print."""
+
+import math
+
+from fuserl_megatron.config.schema import Config
+
+
+def num_steps(config: Config, num_prompts: int | None) -> int | None:
+    """Optimizer steps of the run: the smaller of both limits. None while the size of the data set is not known.
+
+    The last batch of an epoch is filled up with groups of weight 0, so an epoch is ceil(prompts / global batch) steps.
+    """
+    trainer = config.trainer
+    by_epochs = None
+    if trainer.max_epochs is not None:
+        if num_prompts is None:
+            return None
+        by_epochs = trainer.max_epochs * math.ceil(num_prompts / config.data.global_batch_size)
+    limits = [limit for limit in (by_epochs, trainer.max_steps) if limit is not None]
+    return min(limits) if limits else None
+
+
+def num_warmup_steps(config: Config, steps: int) -> int:
+    """Steps of linear warm-up: warmup_steps where it is set, otherwise warmup_ratio of all steps, rounded down."""
+    sched = config.optim.sched
+    return sched.warmup_steps if sched.warmup_steps is not None else int(sched.warmup_ratio * steps)
+
+
+def layout_fact(config: Config, world_size: int, data_parallel_size: int) -> str:
+    """The layout as a product equal to the world size."""
+    model = config.model
+    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+    extra = ", sequence parallel" if model.sequence_parallel else ""
+    return f"layout   TP {tp} x PP {pp} x CP {cp} x DP {data_parallel_size} = {world_size} ranks{extra}"
+
+
+def batch_fact(config: Config, data_parallel_size: int) -> str:
+    """Prompts of a step over the ranks, tokens of a micro-batch."""
+    data = config.data
+    share = data.global_batch_size / data_parallel_size
+    per_rank = f"{share:g}" if share == int(share) else f"up to {math.ceil(share)}"
+    tokens = data.micro_batch_size * data.seq_length
+    return (
+        f"batch    {data.global_batch_size} prompts a step = {per_rank} on each of {data_parallel_size} data-parallel "
+        f"ranks; micro-batch {data.micro_batch_size} x {data.seq_length} = {tokens} tokens"
+    )
+
+
+def steps_fact(config: Config, steps: int, warmup: int, num_prompts: int | None) -> str:
+    """Steps of the run and where the number comes from."""
+    source = f"trainer.max_steps={config.trainer.max_steps}"
+    if num_prompts is not None and config.trainer.max_epochs is not None:
+        per_epoch = math.ceil(num_prompts / config.data.global_batch_size)
+        if steps == per_epoch * config.trainer.max_epochs:
+            batch, passes = config.data.global_batch_size, config.trainer.max_epochs
+            source = f"{num_prompts} prompts / {batch} = {per_epoch} a pass x {passes}"
+    return f"steps    {steps} ({source}), {warmup} of them warm-up"

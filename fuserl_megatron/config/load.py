@@ -1,0 +1,145 @@
+"""From the hydra tree in conf/ and the command line to the frozen dataclasses of `schema.py`, once.
+
+`compose.py` lets hydra compose (defaults lists, groups, recipes, overrides); then every value is checked strictly
+against the schema. The defaults live in the schema alone: a yaml file holds only what differs from them. Everything a
+person can get wrong here ends in a `UserError` of one line that names the full key, the value and what would work.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fuserl_megatron.config.compose import compose_tree
+from fuserl_megatron.config.schema import BuildConfig, Config, UserError
+from fuserl_megatron.config.words import all_keys, nearest, plain, show
+
+SCHEMAS = {"train": Config, "build": BuildConfig}
+EXAMPLES = {
+    "model.path": "model.path=/models/Llama-3.1-8B-Instruct",
+    "data.path": "data.path=/data/fused (the directory `fuserl build` wrote)",
+    "output": "output=/data/fused",
+    "tokenizer": "tokenizer=/models/Llama-3.1-8B-Instruct",
+    "reward_temperature": "reward_temperature=0.01 (tau of the source weights; docs/data_format.md says how to choose)",
+}
+
+
+def load_config(
+    kind: Literal["train", "build"],
+    overrides: Sequence[str] = (),
+    config_dir: str | Path | None = None,
+    config_name: str | None = None,
+) -> Config | BuildConfig:
+    """Compose conf/, the user's own directory and the command line into one checked configuration.
+
+    Args:
+        kind: which root: "train" gives a `Config`, "build" a `BuildConfig`.
+        overrides: hydra overrides such as `optim.lr=1e-6` or `recipe=llama31_8b_fusesft`.
+        config_dir: the user's own directory of yaml files, searched before the shipped tree.
+        config_name: root file (without .yaml) in config_dir or the shipped tree, or the path of a yaml file.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, a missing required value, a file that is not there.
+    """
+    schema = SCHEMAS[kind]
+    if config_name and config_name.endswith((".yaml", ".yml")):
+        file = Path(config_dir or ".") / config_name
+        if not file.is_file():
+            raise UserError(f"--config-name {config_name}: no such file (looked at {file.resolve()}).")
+        config_dir, config_name = file.parent, file.stem
+    return from_dict(schema, compose_tree(schema, config_name or kind, list(overrides), config_dir))
+
+
+def from_dict(schema: type, values: dict[str, Any]) -> Any:
+    """Map plain nested dictionaries onto a frozen dataclass of the schema, strictly. Keys left out take the default.
+
+    Raises:
+        UserError: unknown key, wrong type, or a required value that is still "???".
+    """
+    return _map_section(schema, values, "", set(all_keys(schema)))
+
+
+def to_yaml(config: Config | BuildConfig) -> str:
+    """The resolved configuration as yaml, in the schema's order; `from_dict` of its parse gives an equal config."""
+    import yaml
+
+    return yaml.safe_dump(
+        plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True, default_flow_style=False
+    )
+
+
+def _map_section(schema: type, values: Any, path: str, all_keys: set[str]) -> Any:
+    if not isinstance(values, dict):
+        names = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(schema))
+        raise UserError(f"{path}={show(values)}: {path} is a section; set one of its keys: {names}.")
+    fields, given = {field.name: field for field in dataclasses.fields(schema)}, {}
+    for name, value in values.items():
+        full = f"{path}.{name}" if path else str(name)
+        if name not in fields:
+            raise UserError(f"{full}: no such key.{nearest(full, all_keys)}")
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            given[name] = _map_section(kind, values[name], full, all_keys)
+        else:
+            given[name] = _convert(kind, value, full, fields[name].default)
+    config = schema(**given)
+    for field in dataclasses.fields(schema):
+        value = getattr(config, field.name)
+        if value == "???" or (field.type is float and math.isnan(value)):
+            full = f"{path}.{field.name}" if path else field.name
+            raise UserError(f"{full}: required and not set; type {EXAMPLES.get(full, full + '=...')}.")
+    return config
+
+
+def _convert(kind: Any, value: Any, key: str, default: Any) -> Any:
+    """One leaf. Text is no number, nor is a boolean; an int is a float, and 32 is "32" where that is a choice."""
+    if value == "???":
+        return value
+    options = (
+        list(typing.get_args(kind))
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else [kind]
+    )
+    if type(None) in options:
+        if value is None:
+            return None
+        options.remove(type(None))
+    (kind,) = options
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        text = (
+            {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+        )  # yaml reads on/off as booleans
+        if text in arguments:
+            return text
+        raise UserError(f"{key}={show(value)}: not one of {', '.join(arguments)}.{nearest(text, arguments)}")
+    if origin is tuple:
+        if isinstance(value, str) and arguments[-1] is Ellipsis:
+            value = [value]  # inputs=a.jsonl means inputs=[a.jsonl]
+        fixed = None if arguments[-1] is Ellipsis else len(arguments)
+        if not isinstance(value, list | tuple) or (fixed is not None and len(value) != fixed):
+            size = f" of {fixed}" if fixed else ""
+            raise UserError(f"{key}={show(value)}: must be a list{size}, such as {key}={_sample(kind, default)}.")
+        return tuple(_convert(arguments[0], item, key, None) for item in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind or (kind is float and math.isnan(value) and default == default):
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        raise UserError(f"{key}={show(value)}: must be {words}, such as {key}={_sample(kind, default)}.")
+    return value
+
+
+def _sample(kind: Any, default: Any) -> str:
+    """A value that would be accepted: the default where there is one."""
+    if default not in (None, "???", ()) and default == default:
+        return show(default)
+    if typing.get_origin(kind) is tuple:
+        return (
+            "["
+            + ",".join(_sample(argument, None) for argument in typing.get_args(kind) if argument is not Ellipsis)
+            + "]"
+        )
+    return {int: "1", float: "0.1", bool: "true", str: "name"}[kind]

@@ -1,0 +1,50 @@
+"""Words for error messages: the nearest known key, and values as a person would type them."""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+@functools.cache
+def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
+    """Every key of the schema with its full path, sections included."""
+    keys = []
+    for field in dataclasses.fields(schema):
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            keys.extend(all_keys(field.type, f"{prefix}{field.name}."))
+    return tuple(keys)
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The question " Did you mean ...?" with the nearest full key: by the whole path first, by its last part next."""
+    known = sorted(known)
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
+    if not match:
+        last = key.rpartition(".")[2]
+        by_last = {name.rpartition(".")[2]: name for name in known}
+        match = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    if not match:
+        match = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+    return f" Did you mean {match[0]}?" if match else ""
+
+
+def show(value: Any) -> str:
+    """A value as it is typed on the command line: null, true, [1,2], text bare."""
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(show(item) for item in value) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
+
+
+def plain(value: Any) -> Any:
+    """Tuples to lists and required NaN to "???", as yaml and omegaconf want them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return "???" if isinstance(value, float) and math.isnan(value) else value
