@@ -1,0 +1,310 @@
+"""Make everything the experiment commits, from nothing: sources, sampled responses with rewards, the weak target.
+
+    python examples/skills/make_sources.py --work build/skills            # everything, about 20 minutes on one core
+    python examples/skills/make_sources.py --work build/skills --steps gpt2 qwen2     # only some of the steps
+
+Steps, each skipped if its result lies in the work directory already (delete a file there to make it again):
+
+    gpt2 qwen2 mistral   train one source: mostly its own two skills, a little of the other four
+    pretrained           train the target's architecture on all six skills, not to the end
+    target               tune it towards careless answers: now it is weak, with latent skills a little data brings out
+    data                 sample N responses per prompt and source, score them, write data/
+    export               write target/
+
+Held-out and training prompts are never used to train a source or the target. The same seed on the same machine and
+torch version gives the same files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+if str(HERE) not in sys.path:
+    sys.path.insert(0, str(HERE))
+
+import models  # noqa: E402
+import skills  # noqa: E402
+
+NUM_HELDOUT = 200  # prompts per skill
+NUM_SFT, NUM_PO = 200, 300  # training prompts per skill and stage, 4 : 6
+NUM_RESPONSES = 4  # sampled responses per prompt and source
+TEMPERATURE = 0.9
+OWN_SHARE = 0.96  # of a source's training examples, those of its own skills
+TRAINING = {  # optimiser steps and peak learning rate; batches of BATCH_SIZE fresh examples
+    "gpt2": (500, 2e-3),
+    "qwen2": (300, 3e-3),
+    "mistral": (1200, 2e-3),
+    "pretrained": (600, 3e-3),
+    "target": (100, 1e-3),
+}
+BATCH_SIZE = 128
+CARELESS_SHARE = 0.75  # of the target's last training examples, those with a careless answer
+SHARD_BYTES = 1_000_000  # no committed file above 1 MiB
+STEPS = ("gpt2", "qwen2", "mistral", "pretrained", "target", "data", "export")
+
+
+def prompt_sets(seed: int) -> dict[str, list[skills.Task]]:
+    """The three disjoint prompt sets `heldout`, `train_sft` and `train_po`, skills in turn."""
+    sizes = {"heldout": NUM_HELDOUT, "train_sft": NUM_SFT, "train_po": NUM_PO}
+    sets: dict[str, list[skills.Task]] = {name: [] for name in sizes}
+    for skill in skills.SKILLS:
+        tasks = skills.make_tasks(seed, skill, sum(sizes.values()))
+        for name, size in sizes.items():
+            sets[name] += tasks[:size]
+            tasks = tasks[size:]
+    for name, tasks in sets.items():
+        random.Random(f"{seed}/{name}").shuffle(tasks)
+    return sets
+
+
+def encode_batch(tokenizer, prompts: list[str], answers: list[str]):
+    """Right-padded token ids and labels [B, S]; only answer tokens and the end-of-turn token carry labels."""
+    import torch
+
+    rows = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        head, tail = tokenizer.encode(models.render(prompt)), tokenizer.encode(answer) + [tokenizer.end_id]
+        rows.append((head + tail, [-100] * len(head) + tail))
+    width = max(len(ids) for ids, _ in rows)
+    ids_BS = torch.tensor([ids + [tokenizer.pad_id] * (width - len(ids)) for ids, _ in rows])
+    labels_BS = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+    return ids_BS, labels_BS
+
+
+def mean_nll(model, ids_BS, labels_BS):
+    """Mean negative log-likelihood of the labelled tokens. Padding is on the right, so causality hides it."""
+    import torch.nn.functional as F
+
+    logits_BSV = model(input_ids=ids_BS, use_cache=False).logits
+    return F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), labels_BS[:, 1:].flatten(), ignore_index=-100)
+
+
+def accuracies(model, tokenizer, tasks: list[skills.Task]) -> dict[str, float]:
+    """Greedy exact-match accuracy per skill, teacher-forced: all answer tokens are the argmax given the right ones."""
+    import torch
+
+    marks: dict[str, list[float]] = {skill: [] for skill in skills.SKILLS}
+    ids_BS, labels_BS = encode_batch(tokenizer, [t.prompt for t in tasks], [t.answer for t in tasks])
+    with torch.inference_mode():
+        guess_BS = model(input_ids=ids_BS, use_cache=False).logits[:, :-1].argmax(-1)
+    right_B = ((guess_BS == labels_BS[:, 1:]) | (labels_BS[:, 1:] == -100)).all(-1)
+    for task, right in zip(tasks, right_B.tolist(), strict=True):
+        marks[task.skill].append(float(right))
+    return {skill: sum(values) / len(values) for skill, values in marks.items()}
+
+
+def train(model, tokenizer, draw, num_steps: int, peak_lr: float, probe: list[skills.Task], name: str) -> None:
+    """AdamW on fresh batches from `draw() -> (prompts, answers)`, warm-up then cosine; prints accuracies on `probe`."""
+    import math
+
+    import torch
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.98), weight_decay=0.01)
+    started = time.time()
+    for step in range(num_steps):
+        lr = peak_lr * min((step + 1) / 50, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / num_steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = mean_nll(model, *encode_batch(tokenizer, *draw()))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 100 == 0 or step + 1 == num_steps:
+            scores = " ".join(f"{s} {100 * a:3.0f}" for s, a in accuracies(model, tokenizer, probe).items())
+            seconds = time.time() - started
+            print(
+                f"{name} | step {step + 1:5d}/{num_steps} | loss {loss.item():.3f} | {scores} | {seconds:.0f} s",
+                flush=True,
+            )
+
+
+def train_model(name: str, model, tokenizer, seed: int, reserved: set[str]) -> None:
+    """Train one model in place; see the module's docstring for what each is shown."""
+    own = models.SOURCES.get(name, skills.SKILLS)
+    others = [skill for skill in skills.SKILLS if skill not in own]
+    rng = random.Random(f"{seed}/{name}")
+    print(
+        f"{name}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{len(tokenizer)} tokens, good at {', '.join(own)}",
+        flush=True,
+    )
+
+    careless_share = CARELESS_SHARE if name == "target" else 0.0
+
+    def draw():
+        tasks = []
+        while len(tasks) < BATCH_SIZE:
+            task = skills.make_task(rng, rng.choice(own if not others or rng.random() < OWN_SHARE else others))
+            if task.prompt not in reserved:
+                tasks.append(task)
+        prompts = [task.prompt for task in tasks]
+        answers = [skills.careless_answer(t.prompt) if rng.random() < careless_share else t.answer for t in tasks]
+        return prompts, answers
+
+    probe = [task for skill in skills.SKILLS for task in skills.make_tasks(seed + 1, skill, 50, reserved)]
+    train(model, tokenizer, draw, *TRAINING[name], probe, name)
+
+
+def sample(model, tokenizer, prompts: list[str], temperature: float, max_new_tokens: int = 8) -> list[str]:
+    """One response per prompt; temperature 0 is greedy. Prompts of one length go together: no padding anywhere."""
+    import torch
+
+    rows_by_length: dict[int, list[int]] = {}
+    encoded = [tokenizer.encode(models.render(prompt)) for prompt in prompts]
+    for i, ids in enumerate(encoded):
+        rows_by_length.setdefault(len(ids), []).append(i)
+    responses = [""] * len(prompts)
+    for _, rows in sorted(rows_by_length.items()):
+        ids_BS = torch.tensor([encoded[i] for i in rows])
+        with torch.inference_mode():
+            new_BS = model.generate(
+                input_ids=ids_BS,
+                attention_mask=torch.ones_like(ids_BS),
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+            )[:, ids_BS.shape[1] :]
+        for i, ids in zip(rows, new_BS.tolist(), strict=True):
+            responses[i] = tokenizer.decode(ids)
+    return responses
+
+
+def write_records(directory: Path, name: str, records: list[dict]) -> None:
+    """Write records as `name.00.jsonl`, `name.01.jsonl`, ...: a new shard whenever SHARD_BYTES is reached."""
+    for old in directory.glob(f"{name}.*.jsonl"):
+        old.unlink()
+    shards, size = [[]], 0
+    for record in records:
+        line = json.dumps(record, separators=(",", ":")) + "\n"
+        if size + len(line) > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(line)
+        size += len(line)
+    for i, lines in enumerate(shards):
+        (directory / f"{name}.{i:02d}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def make_data(loaded: dict, sets: dict[str, list[skills.Task]], seed: int, directory: Path) -> None:
+    """Sample, score and write train_sft, train_po, heldout and the sources' greedy held-out answers."""
+    import torch
+
+    directory.mkdir(parents=True, exist_ok=True)
+    for name in ("train_sft", "train_po"):
+        by_prompt: dict[str, list[dict]] = {task.prompt: [] for task in sets[name]}
+        for source, (model, tokenizer) in loaded.items():
+            torch.manual_seed(seed)
+            prompts = [task.prompt for task in sets[name] for _ in range(NUM_RESPONSES)]
+            for prompt, response in zip(prompts, sample(model, tokenizer, prompts, TEMPERATURE), strict=True):
+                score = skills.reward(prompt, response)
+                record = {"prompt": prompt, "source": source, "response": response, "reward": score}
+                by_prompt[prompt].append(record)
+        write_records(directory, name, [record for records in by_prompt.values() for record in records])
+        print_source_table(name, by_prompt)
+    tasks = sets["heldout"]
+    lines = [json.dumps({"skill": t.skill, "prompt": t.prompt, "answer": t.answer}) for t in tasks]
+    (directory / "heldout.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with open(directory / "source_greedy.jsonl", "w", encoding="utf-8") as file:
+        for source, (model, tokenizer) in loaded.items():
+            prompts = [task.prompt for task in tasks]
+            for prompt, response in zip(prompts, sample(model, tokenizer, prompts, 0.0), strict=True):
+                file.write(json.dumps({"source": source, "prompt": prompt, "response": response}) + "\n")
+
+
+def print_source_table(name: str, by_prompt: dict[str, list[dict]]) -> None:
+    """Per source and skill: mean reward, mean best-of-N reward, share of prompts that give a preference pair."""
+    from rich.console import Console
+    from rich.table import Table
+
+    columns = ("mean reward", "best of N", "pairs")
+    table = Table("source", *skills.SKILLS, "all", title=f"{name}: {' / '.join(columns)}")
+    for source in models.SOURCES:
+        cells = []
+        for wanted in (*skills.SKILLS, None):
+            rewards = [
+                [record["reward"] for record in records if record["source"] == source]
+                for prompt, records in by_prompt.items()
+                if wanted in (None, skills.skill_of(prompt))
+            ]
+            mean = sum(map(sum, rewards)) / (len(rewards) * NUM_RESPONSES)
+            best = sum(map(max, rewards)) / len(rewards)
+            pairs = sum(max(r) > min(r) for r in rewards) / len(rewards)
+            cells.append(f"{mean:.2f}/{best:.2f}/{pairs:.2f}")
+        table.add_row(source, *cells)
+    Console(width=150).print(table)
+
+
+def export_target(model, directory: Path) -> None:
+    """Write the target as a Hugging Face directory, weights in bfloat16 to stay below 1 MiB."""
+    import torch
+    from transformers import GenerationConfig
+
+    model = model.to(torch.bfloat16)
+    tokenizer = models.build_target_tokenizer()
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=12, do_sample=False
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    # transformers 5 writes a class name and a key that transformers 4 does not read; both read these
+    config_path = directory / "tokenizer_config.json"
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config["additional_special_tokens"] = config.pop("extra_special_tokens", [models.USER, models.ASSISTANT])
+    config["chat_template"] = models.CHAT_TEMPLATE
+    config.pop("backend", None)
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (directory / "model.safetensors").chmod(0o644)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the steps asked for; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, required=True, help="where trained weights are kept between runs")
+    parser.add_argument("--out", type=Path, default=HERE, help="where data/ and target/ are written")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    args.work.mkdir(parents=True, exist_ok=True)
+    sets = prompt_sets(args.seed)
+    reserved = {task.prompt for tasks in sets.values() for task in tasks}
+
+    def load(name: str):
+        path = args.work / f"{name}.pt"
+        torch.manual_seed(args.seed)
+        tokenizer = models.build_tokenizer(name)
+        model = load("pretrained")[0] if name == "target" else models.build_model(name, tokenizer)
+        if not path.exists():
+            train_model(name, model.train(), tokenizer, args.seed, reserved)
+            temporary = path.with_suffix(".tmp")
+            torch.save(model.state_dict(), temporary)
+            temporary.rename(path)  # a file under its final name is a finished one
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval(), tokenizer
+
+    for step in args.steps:
+        if step == "data":
+            make_data({name: load(name) for name in models.SOURCES}, sets, args.seed, args.out / "data")
+        elif step == "export":
+            export_target(load("target")[0], args.out / "target")
+        else:
+            load(step)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
