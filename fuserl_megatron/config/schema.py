@@ -50,8 +50,8 @@ class TrainerConfig:
 class CheckpointConfig:
     """NeMo's exp_manager.checkpoint_callback_params."""
 
-    every_n_train_steps: int = 500
-    """Steps between checkpoints; one is always written at the end. 0 means only at the end."""
+    every_n_train_steps: int | None = 500
+    """Steps between checkpoints, and one at the end. 0: only at the end; null: none at all (the export is then all there is)."""
     save_top_k: int = 2
     """How many of the newest checkpoints are kept; -1 keeps all."""
 
@@ -143,7 +143,7 @@ class ObjectiveConfig:
     loss: Literal["dpo", "ln_dpo"] | None = None
     """FusePO: summed (dpo) or length-normalised (ln_dpo) log-ratios."""
     beta: float | None = None
-    """FusePO: scale of the log-ratio; 0.1 for dpo and 10 for ln_dpo when null."""
+    """FusePO: scale of the log-ratio; the loss's published default when null (0.01 for dpo, 10 for ln_dpo)."""
     reference: str | None = None
     """FusePO: Hugging Face directory of the reference model; null takes model.path (the FuseSFT result)."""
     min_reward_gap: float | None = None

@@ -7,7 +7,6 @@ do is done here, namely no weight decay for norms and biases (the `wd_mult` of c
 import math
 
 import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -63,9 +62,3 @@ def clip_and_update(optimizer: ChainedOptimizer, grad_norm: float, max_norm: flo
             clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
 
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank: decisions to stop are taken by all ranks or none."""
-    value = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)

@@ -138,6 +138,20 @@ def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
     )
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any rank: decisions to stop are taken by all ranks or none. Also a barrier."""
+    value = torch.tensor([int(flag)], device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value)
+
+
+def from_main_rank(value, device: torch.device):
+    """Rank 0's picklable value, on every rank."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=device)
+    return box[0]
+
+
 def shutdown() -> None:
     """Leave the process groups; safe to call when none were made."""
     if dist.is_initialized():

@@ -26,8 +26,8 @@ from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.mcore.attention import visibility_mask
 from fuserl_megatron.mcore.logprob import vocab_parallel_logps
 from fuserl_megatron.mcore.model import TargetModel
-from fuserl_megatron.mcore.optimizer import any_rank, clip_and_update, gradient_norm, set_learning_rate
-from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
+from fuserl_megatron.mcore.parallel import Layout, any_rank
 from fuserl_megatron.objectives import preference, reduce
 from fuserl_megatron.objectives.logps import sequence_logps
 from fuserl_megatron.objectives.sft import sft_losses

@@ -6,11 +6,13 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.hf_io import export_directory
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron, unshard
 from fuserl_megatron.convert.names import find_rule, local_name, megatron_names
 from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
 from fuserl_megatron.mcore.model import TargetModel
-from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.parallel import Layout, from_main_rank
 
 
 def named_parameters(target: TargetModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -87,3 +89,31 @@ def _to_rank_zero(full: torch.Tensor | None, layout: Layout) -> torch.Tensor | N
     received = torch.empty(shape, dtype=dtype, device=layout.device)
     dist.recv(received, src=source)
     return received.cpu()
+
+
+def export_hf(target: TargetModel, layout: Layout, destination: str, *, source_dir: str, lineage: dict) -> None:
+    """Write the trained weights as a Hugging Face directory, in the number format they were trained in. All ranks call it.
+
+    Raises:
+        UserError: on every rank, when rank 0 could not write; nothing half-written is left.
+    """
+    tensors = gather_hf_tensors(target, layout)
+    problem = None
+    if layout.is_main:
+        try:
+            export_directory(
+                destination,
+                config_dict=target.shape.raw,
+                tensors=tensors,
+                source_dir=source_dir,
+                lineage=lineage,
+                dtype=target.config.params_dtype,
+                force=True,
+            )
+        except (UserError, OSError) as error:
+            problem = str(error)
+    for _ in tensors:  # the other ranks, and rank 0 after a failure, take part in every gather to the end
+        pass
+    problem = from_main_rank(problem, layout.device)
+    if problem:
+        raise UserError(problem)

@@ -1,0 +1,200 @@
+"""Layout-independent checkpoints through core's dist_checkpointing: saved at one TP/PP/DP, loadable at any other.
+
+    checkpoints/iter_0000010/                     core's torch_dist format, stock GPTModel key names
+    checkpoints/latest_checkpointed_iteration.txt the pointer, written last, by rename, after everything is on the disk
+
+A checkpoint under way lives in a hidden sibling directory and gets its name only when complete, so what has a name is whole.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core import parallel_state as ps
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.mcore.parallel import any_rank
+from fuserl_megatron.mcore.step import Engine
+
+POINTER = "latest_checkpointed_iteration.txt"
+
+
+def iteration_directory(root: str | Path, iteration: int) -> Path:
+    """The folder of one iteration, as Megatron names it."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def saved_iterations(root: str | Path) -> list[int]:
+    """Iterations with a complete checkpoint, oldest first."""
+    found = (p.name.removeprefix("iter_") for p in Path(root).glob("iter_*") if p.is_dir())
+    return sorted(int(n) for n in found if n.isdigit())
+
+
+def newest_iteration(root: str | Path) -> int | None:
+    """The iteration the pointer names, None when there is no checkpoint.
+
+    Raises:
+        UserError: the pointer is not a number, or names a checkpoint that is not there.
+    """
+    pointer = Path(root) / POINTER
+    if not pointer.exists():
+        return None
+    text = pointer.read_text(errors="replace").strip()
+    have = saved_iterations(root)
+    if not text.isdigit() or int(text) not in have:
+        raise UserError(
+            f"{pointer} says {text[:40]!r}, but the checkpoints there are {have or 'none'}: "
+            "write one of these numbers into the file, or remove it to start anew."
+        )
+    return int(text)
+
+
+def _metadata() -> dict:
+    return {
+        "dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True),
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+    }
+
+
+def _state(engine: Engine, *, is_loading: bool) -> dict:
+    metadata = _metadata()
+    # with virtual stages layers carry their global index, so that all chunks make one model
+    models = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(engine.target.chunks)}
+    state = dict(models) if len(models) > 1 else {"model": models["model0"]}
+    if engine.optimizer is not None:
+        if is_loading:
+            _materialize_optimizer_state(engine.optimizer)
+        state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep: int) -> Path:
+    """Write one checkpoint, move the pointer, remove old ones. All ranks call it; all or none return.
+
+    Args:
+        engine: model and optimizer.
+        root: the run's checkpoints folder.
+        iteration: steps done.
+        progress: plain values that travel along (data position, config, versions).
+        keep: how many of the newest to keep; -1 keeps all.
+
+    Raises:
+        OSError: the disk refused (full, read-only); nothing half-written is left and older checkpoints are untouched.
+    """
+    root, final = Path(root), iteration_directory(root, iteration)
+    partial = root / f".{final.name}.partial"
+    problem = None
+    if engine.layout.is_main:
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        except OSError as error:
+            problem = error
+    if any_rank(problem is not None, engine.layout.device):
+        raise problem or OSError(f"{root}: the main rank could not create {partial.name}")
+    state = _state(engine, is_loading=False) | {"iteration": iteration, "progress": progress}
+    try:
+        dist_checkpointing.save(state, str(partial))
+    except Exception as error:  # core wraps a full disk in exceptions of its own
+        problem = error
+    if any_rank(problem is not None, engine.layout.device):
+        if engine.layout.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"{final}: the checkpoint could not be written ({problem or 'another rank failed'})") from problem
+    if engine.layout.is_main:
+        try:
+            _publish(root, partial, final, iteration, keep)
+        except OSError as error:
+            problem = error
+    if any_rank(problem is not None, engine.layout.device):
+        raise problem or OSError(f"{final}: the main rank could not publish the checkpoint")
+    return final
+
+
+def _publish(root: Path, partial: Path, final: Path, iteration: int, keep: int) -> None:
+    for file in [*partial.iterdir(), partial]:
+        _sync(file)
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+    pointer = root / f".{POINTER}.tmp"
+    pointer.write_text(f"{iteration}\n")
+    _sync(pointer)
+    pointer.rename(root / POINTER)
+    _sync(root)
+    for old in saved_iterations(root)[:-keep] if keep > 0 else []:
+        shutil.rmtree(iteration_directory(root, old), ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def load(engine: Engine, root: str | Path, iteration: int) -> dict:
+    """Fill model and optimizer from a checkpoint of any layout. Returns the `progress` that was saved.
+
+    Raises:
+        UserError: the checkpoint does not fit the model or cannot be read.
+    """
+    directory = iteration_directory(root, iteration)
+    try:
+        state = dist_checkpointing.load(_state(engine, is_loading=True) | {"iteration": 0, "progress": {}}, str(directory))
+    except Exception as error:  # damaged files surface as many kinds of errors
+        text = str(error).splitlines()
+        raise UserError(
+            f"{directory}: cannot be loaded ({type(error).__name__}: {text[0] if text else ''}): "
+            f"write an older iteration into {POINTER} there, or start in another run.results_dir."
+        ) from error
+    chunks = engine.target.chunks
+    for i, chunk in enumerate(chunks):
+        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"])
+    if engine.optimizer is not None:
+        _load_optimizer(engine.optimizer, state["optimizer"])
+    return state["progress"]
+
+
+# --- Core's optimizers with torch's AdamW (no Transformer Engine, no Apex) need three things around a load. They are upstream gaps
+# --- of the distributed optimizer, on GPUs too; each is met through public state, and tests/distributed ask for `step` afterwards.
+def _materialize_optimizer_state(optimizer) -> None:
+    """An optimizer that never stepped has no state to describe: give it zeros first."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer) and not part.optimizer.state:
+            part._init_optimizer_states_with_dummy_values()
+
+
+@torch.no_grad()
+def _load_optimizer(optimizer, state: dict) -> None:
+    for part in optimizer.chained_optimizers:
+        if isinstance(part, DistributedOptimizer):
+            _accept_step(part)
+    optimizer.load_state_dict(state)
+    for part in optimizer.chained_optimizers:
+        for values in part.optimizer.state.values():
+            if isinstance(values.get("step"), torch.Tensor):
+                values["step"] = values["step"].clone()  # one shared tensor would count once for every parameter
+
+
+def _accept_step(part: DistributedOptimizer) -> None:
+    """Loading writes exp_avg and the like, but stumbles over `step`: hand it the value that is already in place."""
+    original = type(part)._set_main_param_and_optimizer_states
+
+    def with_step(model_param, tensors):
+        group, index = part.model_param_group_index_map[model_param]
+        own = part.optimizer.state[part.optimizer.param_groups[group]["params"][index]]
+        if isinstance(own.get("step"), torch.Tensor):
+            tensors = {**tensors, "step": own["step"]}
+        with torch.no_grad():
+            return original(part, model_param, tensors)
+
+    part._set_main_param_and_optimizer_states = with_step
+

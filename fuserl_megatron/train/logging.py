@@ -1,0 +1,106 @@
+"""What a run says: one line a step, metrics.jsonl, TensorBoard, a progress bar where a person watches. Rank 0 alone speaks."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+from fuserl_megatron.config.schema import Config
+
+SHOWN = {
+    "fusesft": [("nll_per_token", "nll/tok")],
+    "fusepo": [("accuracy", "acc"), ("margin", "margin")],
+}
+
+
+def say(text: str = "") -> None:
+    """One line on stdout, at once."""
+    print(text, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def peak_memory_gb() -> float:
+    """Peak memory of this process: of the GPU where there is one, otherwise resident memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class RunLog:
+    """Log of one run; does nothing on ranks other than 0."""
+
+    def __init__(self, config: Config, directory: Path, total: int, first_step: int, active: bool):
+        self.config, self.total, self.first, self.active = config, total, first_step, active
+        self.started = time.monotonic()
+        self._tensorboard = self._bar = self._file = None
+        if not active:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if config.exp_manager.create_tensorboard_logger:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn(config.run.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self._bar = Progress(*columns, transient=True)
+            self._task = self._bar.add_task("train", total=total, completed=first_step)
+            self._bar.start()
+
+    def step(self, record: dict) -> None:
+        """Log one step. The record has step (from 1), loss, grad_norm, lr, seconds, tokens, metrics and more."""
+        if not self.active:
+            return
+        record = record | {"memory_gb": round(peak_memory_gb(), 3), "tokens_per_second": record["real_tokens"] / record["seconds"]}
+        finite = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            for name, value in finite.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._tensorboard.add_scalar(name, value, record["step"])
+        if record["step"] % self.config.trainer.log_every_n_steps == 0 or record["step"] == self.total:
+            self._print(self._line(record))
+        if self._bar:
+            self._bar.update(self._task, completed=record["step"])
+
+    def _line(self, record: dict) -> str:
+        done = record["step"] - self.first
+        eta = (time.monotonic() - self.started) / done * (self.total - record["step"])
+        width = len(str(self.total))
+        shown = [f"{label} {record[name]:8.4f}" for name, label in SHOWN[self.config.objective.stage] if name in record]
+        parts = [
+            f"step {record['step']:{width}d}/{self.total}",
+            f"loss {record['loss']:9.5f}",
+            f"grad {record['grad_norm']:8.3f}",
+            f"lr {record['lr']:.2e}",
+            *shown,
+            f"{record['tokens_per_second']:7.0f} tok/s",
+            f"{record['memory_gb']:5.2f} GB",
+            f"{record['seconds']:6.2f} s",
+            f"eta {duration(eta)}",
+        ]
+        return " | ".join(parts)
+
+    def _print(self, text: str) -> None:
+        self._bar.console.print(text, highlight=False) if self._bar else say(text)
+
+    def close(self) -> None:
+        """End the bar and the files."""
+        if self._bar:
+            self._bar.stop()
+        for out in (self._tensorboard, self._file):
+            if out:
+                out.close()
