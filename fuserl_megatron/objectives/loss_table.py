@@ -143,7 +143,9 @@ def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> 
     try:
         loss = PreferenceLoss(loss)
     except ValueError:
-        raise ValueError(f"loss {loss!r} is unknown{_nearest(str(loss), [*PreferenceLoss])}") from None
+        raise ValueError(
+            f"loss {loss!r} is unknown{_nearest(str(loss), [known.value for known in PreferenceLoss])}"
+        ) from None
     spec = LOSSES[loss]
     for name in given:
         if name not in spec.options:

@@ -1,0 +1,198 @@
+"""The table of losses and the dispatch: complete, strict, and equal to the functions it names."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fuserl_megatron.objectives import group_losses, preference
+from fuserl_megatron.objectives.dispatch import METRIC_NAMES, PreferenceInputs, preference_losses
+from fuserl_megatron.objectives.loss_table import (
+    LOSS_OPTIONS,
+    LOSSES,
+    NEEDS_ALL_RESPONSES,
+    NEEDS_PAIRS,
+    NEEDS_REFERENCE,
+    NEEDS_SINGLE_RESPONSES,
+    NEEDS_TRIPLES,
+    PreferenceLoss,
+    checked_options,
+    first_step_loss,
+    needs_reference,
+)
+
+REQUIRED = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}}
+OTHER_VALUES = {"length_normalized": False, "fusion": "mean", "label_smoothing": 0.3, "alpha_end": 0.5}
+
+
+def full_inputs(policy_logps_N=None):
+    """Four sequences, two pairs, with every field any loss may want."""
+    generator = torch.Generator().manual_seed(5)
+
+    def rand(*shape):
+        return -10 * (0.1 + torch.rand(*shape, generator=generator, dtype=torch.float64))
+
+    logps_N, reference_N = rand(4), rand(4)
+    return PreferenceInputs(
+        policy_logps_N=logps_N if policy_logps_N is None else policy_logps_N,
+        lengths_N=torch.tensor([3, 5, 4, 6]),
+        reference_logps_N=reference_N,
+        chosen_index_P=torch.tensor([2, 1]),
+        rejected_index_P=torch.tensor([0, 3]),
+        source_index_P=torch.tensor([3, 0]),
+        alpha=0.1,
+        reward_gaps_P=torch.tensor([0.2, 0.7], dtype=torch.float64),
+        source_chosen_mean_logps_PK=rand(2, 2) / 4,
+        source_rejected_mean_logps_PK=rand(2, 2) / 4,
+        source_present_PK=torch.tensor([[True, True], [False, True]]),
+        group_ids_N=torch.tensor([0, 1, 0, 1]),
+        num_groups=2,
+        advantages_N=torch.tensor([-1.0, 0.5, 1.0, -0.5], dtype=torch.float64),
+        best_N=torch.tensor([False, True, True, False]),
+        desirable_N=torch.tensor([False, True, True, False]),
+        kl=0.25,
+    )
+
+
+def terms(loss, inputs=None, **options):
+    return preference_losses(loss, inputs or full_inputs(), {**REQUIRED.get(str(loss), {}), **options})
+
+
+def test_every_loss_is_in_the_table_with_one_unit():
+    assert set(LOSSES) == set(PreferenceLoss)
+    units = [NEEDS_PAIRS, NEEDS_TRIPLES, NEEDS_ALL_RESPONSES, NEEDS_SINGLE_RESPONSES]
+    assert sorted(x for unit in units for x in unit) == sorted(PreferenceLoss)
+    assert set(PreferenceLoss) - NEEDS_REFERENCE == {"simpo", "cpo", "orpo"}
+
+
+@pytest.mark.parametrize("loss", [*PreferenceLoss])
+def test_every_option_of_every_loss_changes_its_numbers(loss):
+    """No option parses and does nothing."""
+    before = terms(loss).losses_I
+    for option in LOSS_OPTIONS[loss]:
+        if loss is PreferenceLoss.WRPO and option == "alpha_end":
+            continue  # read by wrpo_alpha, tested there; the loss is given alpha itself
+        default = LOSSES[loss].options[option]
+        value = OTHER_VALUES.get(option, (default or 0.0) + 0.5)
+        after = terms(loss, **{option: value}).losses_I
+        assert (after - before).abs().max() > 1e-6, option
+
+
+@pytest.mark.parametrize("loss", [*PreferenceLoss])
+def test_an_option_of_another_loss_is_refused(loss):
+    others = {option for options in LOSS_OPTIONS.values() for option in options} - set(LOSS_OPTIONS[loss])
+    for option in sorted(others):
+        with pytest.raises(ValueError, match=f"does not use the option '{option}'"):
+            checked_options(loss, {**REQUIRED.get(loss, {}), option: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "words"),
+    [
+        ("dqo", {}, "did you mean 'dpo'"),
+        ("dpo", {"bta": 0.1}, "did you mean 'beta'"),
+        ("dpo", {"label_smoothing": 0.1}, "does not use"),
+        ("robust", {}, "needs the option 'label_smoothing'"),
+        ("robust", {"label_smoothing": 0.5}, r"\[0, 0.5\)"),
+        ("dpo", {"beta": 0.0}, "a positive number"),
+        ("dpo", {"beta": math.nan}, "a positive number"),
+        ("dpo", {"beta": math.inf}, "a positive number"),
+        ("dpo", {"beta": "0.1"}, "a positive number"),
+        ("dpo", {"beta": True}, "a positive number"),
+        ("wrpo", {"alpha_end": 1.5}, r"\[0, 1\]"),
+        ("ipo", {"length_normalized": 1}, "true or false"),
+        ("infifpo", {"fusion": "median"}, "max_margin"),
+    ],
+)
+def test_bad_options_get_one_clear_line(loss, options, words):
+    with pytest.raises(ValueError, match=words) as error:
+        checked_options(loss, options)
+    assert "\n" not in str(error.value)
+
+
+def test_defaults_fill_what_was_not_given():
+    assert checked_options("simpo", {"beta": 2.5}) == {"beta": 2.5, "gamma_beta_ratio": 0.3, "rpo_alpha": 0.0}
+
+
+def test_dispatch_gathers_pairs_by_index():
+    inputs = full_inputs()
+    policy, reference, lengths = inputs.policy_logps_N, inputs.reference_logps_N, inputs.lengths_N
+    c, r, s = inputs.chosen_index_P, inputs.rejected_index_P, inputs.source_index_P
+    expected = {
+        "dpo": preference.dpo(policy[c], policy[r], reference[c], reference[r], beta=0.01),
+        "ln_dpo": preference.ln_dpo(
+            policy[c], policy[r], reference[c], reference[r], lengths[c], lengths[r], beta=10.0
+        ),
+        "simpo": preference.simpo(policy[c], policy[r], lengths[c], lengths[r], beta=10.0, gamma=3.0),
+        "cpo": preference.cpo(policy[c], policy[r], lengths[c], beta=0.1, cpo_alpha=1.0),
+        "wrpo": group_losses.wrpo(
+            policy[s], policy[c], policy[r], reference[s], reference[c], reference[r], beta=0.01, alpha=0.1
+        ),
+    }
+    for loss, pairs in expected.items():
+        actual = terms(loss)
+        assert torch.equal(actual.losses_I, pairs.losses_P), loss
+        assert torch.equal(actual.metrics["margin"][0], pairs.margins_P), loss
+
+
+def test_the_sft_term_is_added_to_the_response_that_is_learned():
+    inputs = full_inputs()
+    nll_N = -inputs.policy_logps_N / inputs.lengths_N
+    for loss, expected in {
+        "dpo": nll_N[inputs.chosen_index_P],
+        "wrpo": nll_N[inputs.source_index_P],
+        "rloo": nll_N * inputs.best_N,
+        "kto": nll_N * inputs.desirable_N,
+    }.items():
+        difference = terms(loss, rpo_alpha=2.0).losses_I - terms(loss).losses_I
+        torch.testing.assert_close(difference, 2.0 * expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("loss", [*PreferenceLoss])
+def test_metrics_are_detached_named_and_one_per_item(loss):
+    inputs = full_inputs(full_inputs().policy_logps_N.requires_grad_())
+    result = terms(loss, inputs)
+    assert result.losses_I.requires_grad
+    assert set(result.metrics) <= set(METRIC_NAMES)
+    for values_I, mask_I in result.metrics.values():
+        assert values_I.shape == result.losses_I.shape and not values_I.requires_grad
+        assert mask_I is None or mask_I.shape == values_I.shape
+
+
+@pytest.mark.parametrize("loss", [*PreferenceLoss])
+def test_gradcheck_through_the_dispatch_with_an_sft_term(loss):
+    options = {"rpo_alpha": 0.3} if "rpo_alpha" in LOSS_OPTIONS[loss] else {}
+    if loss is PreferenceLoss.RLOO:
+        options["kl_coef"] = 0.2
+    logps_N = full_inputs().policy_logps_N.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: terms(loss, full_inputs(x), **options).losses_I, logps_N)
+
+
+@pytest.mark.parametrize("loss", [*PreferenceLoss])
+def test_a_reference_is_asked_for_only_where_the_table_says(loss):
+    without = replace(full_inputs(), reference_logps_N=None)
+    if needs_reference(loss, checked_options(loss, REQUIRED.get(loss, {}))):
+        with pytest.raises(ValueError, match="reference_logps_N"):
+            terms(loss, without)
+    else:
+        assert torch.equal(terms(loss, without).losses_I, terms(loss).losses_I)
+    assert needs_reference(PreferenceLoss.RLOO, {"kl_coef": 0.1})
+
+
+@pytest.mark.parametrize("loss", [*PreferenceLoss])
+def test_the_first_step_has_the_value_the_table_gives(loss):
+    inputs = full_inputs()
+    inputs = replace(inputs, policy_logps_N=inputs.reference_logps_N, kl=0.0)
+    options = checked_options(loss, REQUIRED.get(loss, {}))
+    expected = first_step_loss(loss, options)
+    if expected is None:
+        assert loss in {"simpo", "cpo", "orpo", "rloo", "infifpo"}
+    else:
+        actual = terms(loss, inputs).losses_I
+        torch.testing.assert_close(actual, torch.full_like(actual, expected), atol=1e-12, rtol=0)
+
+
+def test_a_missing_input_is_named():
+    with pytest.raises(ValueError, match="mappo needs reward_gaps_P"):
+        terms("mappo", replace(full_inputs(), reward_gaps_P=None))
