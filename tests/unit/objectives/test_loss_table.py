@@ -73,8 +73,7 @@ def test_every_option_of_every_loss_changes_its_numbers(loss):
     for option in LOSS_OPTIONS[loss]:
         if loss is PreferenceLoss.WRPO and option == "alpha_end":
             continue  # read by wrpo_alpha, tested there; the loss is given alpha itself
-        default = LOSSES[loss].options[option]
-        value = OTHER_VALUES.get(option, (default or 0.0) + 0.5)
+        value = OTHER_VALUES[option] if option in OTHER_VALUES else LOSSES[loss].options[option] + 0.5
         after = terms(loss, **{option: value}).losses_I
         assert (after - before).abs().max() > 1e-6, option
 
