@@ -1,1 +1,1 @@
-"""From scored responses to packed batches: records, pairs, tokens, rows, sampling order, stored reference log-probabilities."""
+"""From scored responses to packed batches: records, tokens, pairs, rows, order, stored reference log-probabilities."""

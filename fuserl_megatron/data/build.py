@@ -1,18 +1,17 @@
-"""`fuserl build`: scored responses -> fused data set. Writes beside the output and renames at the end, so the output directory
-is either the old one, untouched, or the new one, whole.
+"""`fuserl build`: scored responses -> fused data set.
+
+Writes beside the output and renames at the end, so the output directory is the old one or the new one, whole.
 """
 
 import errno
 import math
 import os
 import shutil
-import sys
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,15 +27,16 @@ from fuserl_megatron.data.dataset import (
     FusedDataset,
     Manifest,
 )
-from fuserl_megatron.data.pairs import pair_table, reward_table
-from fuserl_megatron.data.records import BadRecord, LoadedRecords, RecordGroup, Rejects, file_sha256, load_groups
+from fuserl_megatron.data.files import file_sha256, replace_directory, sync
+from fuserl_megatron.data.pairs import pair_table
+from fuserl_megatron.data.progress import watched
+from fuserl_megatron.data.records import BadRecord, LoadedRecords, RecordGroup, Rejects, load_groups
+from fuserl_megatron.data.rewards import reward_table
 from fuserl_megatron.data.tokenize import BadPrompt, ChatTokenizer
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
 
 EXAMPLE_TEMPERATURES = (0.01, 0.1, 1.0)
 QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
-SHOW_PROGRESS_AFTER = 2.0
-"""Seconds before a progress bar appears."""
 
 
 def build(config: BuildConfig, progress: bool = True) -> Manifest:
@@ -50,7 +50,7 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
         The manifest, as written to disk.
 
     Raises:
-        UserError: anything in config or the records that the user can put right, or no space left. Nothing is left behind.
+        UserError: anything in config or the records that the user can put right, or a full disk. Nothing is left over.
     """
     output = _check_output(config)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
@@ -59,7 +59,7 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir()
         manifest = _write(config, tokenizer, partial, progress)
-        _replace(partial, output)
+        replace_directory(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left on the disk of {output.parent}: free some or set another output") from None
@@ -74,16 +74,15 @@ def _check_output(config: BuildConfig) -> Path:
     tau = config.reward_temperature
     if tau < 0:
         raise UserError(f"reward_temperature={tau}: it must be 0 (best source), a positive number or inf (uniform)")
-    output = Path(config.output).absolute()
+    output = Path(config.output).resolve()
     if output.exists():
         if not output.is_dir():
             raise UserError(f"output: {config.output} is a file: name a directory")
-        ours = (output / MANIFEST_FILE).is_file()
-        if not ours and any(output.iterdir()):
-            raise UserError(
-                f"output: {config.output} holds something that is not a fused data set: name another directory"
-            )
-        if ours and not config.force:
+        foreign = sorted(set(os.listdir(output)) - {GROUPS_FILE, MANIFEST_FILE, REJECTED_FILE})
+        if foreign:
+            what = f"{config.output} holds files that are not a fused data set's ({foreign[0]})"
+            raise UserError(f"output: {what}: name another directory")
+        if any(output.iterdir()) and not config.force:
             raise UserError(f"output: {config.output} exists: set force=true to replace it, or name another directory")
     return output
 
@@ -92,22 +91,22 @@ def _write(config: BuildConfig, tokenizer: ChatTokenizer, partial: Path, progres
     with open(partial / REJECTED_FILE, "w", encoding="utf-8") as rejected:
         rejects = Rejects(config.on_bad_record, rejected)
         loaded = load_groups(
-            config.inputs, rejects, config.sources, lambda rows: _watched(rows, None, "reading", progress)
+            config.inputs, rejects, config.sources, lambda rows: watched(rows, None, "reading", progress)
         )
         if math.isnan(config.reward_temperature):
             raise UserError(_temperature_help(config, loaded))
         counts: Counter[str] = Counter()
         rows = _tokenize(loaded, tokenizer, rejects, counts)
-        if not _write_groups(partial / GROUPS_FILE, _watched(rows, len(loaded.groups), "tokenising", progress)):
+        if not _write_groups(partial / GROUPS_FILE, watched(rows, len(loaded.groups), "tokenising", progress)):
             why = ", ".join(f"{kind} {n}" for kind, n in rejects.counts.items())
             raise UserError(f"every record was rejected ({why}): correct the inputs or raise max_length")
-        _sync(rejected)
+        sync(rejected)
     if not rejects.skip:
         (partial / REJECTED_FILE).unlink()
     manifest = _describe(config, tokenizer, loaded, rejects, counts, partial / GROUPS_FILE)
     with open(partial / MANIFEST_FILE, "w", encoding="utf-8") as file:
         file.write(manifest.to_json())
-        _sync(file)
+        sync(file)
     return manifest
 
 
@@ -159,7 +158,7 @@ def _write_groups(path: Path, rows: Iterable[dict[str, Any] | None]) -> int:
             while waiting := list(islice(kept, ROWS_PER_BATCH)):
                 writer.write_batch(_record_batch(waiting))
                 num_rows += len(waiting)
-        _sync(file)
+        sync(file)
     return num_rows
 
 
@@ -276,57 +275,3 @@ def _temperature_help(config: BuildConfig, loaded: LoadedRecords) -> str:
         shown.append(f"{float(effective):.2f} at {tau:g}")
     what = f"the effective number of sources (of {len(loaded.sources)}) on this data would be {', '.join(shown)}"
     return f"reward_temperature is required, for example reward_temperature={EXAMPLE_TEMPERATURES[1]:g}: {what}"
-
-
-def _watched(items: Iterable, total: int | None, text: str, progress: bool) -> Iterator:
-    """The items, with a progress bar for a person who has waited long enough."""
-    if not (progress and sys.stderr.isatty()):
-        yield from items
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(text, total=total)
-    started, shown = time.monotonic(), False
-    try:
-        for i, item in enumerate(items):
-            yield item
-            if not shown and i % 64 == 0 and time.monotonic() - started > SHOW_PROGRESS_AFTER:
-                bar.start()
-                shown = True
-            if shown and i % 64 == 0:
-                bar.update(task, completed=i + 1)
-    finally:
-        if shown:
-            bar.stop()
-
-
-def _sync(file: IO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _replace(partial: Path, output: Path) -> None:
-    """Put the finished directory in the place of the old one; if that fails the old one is put back."""
-    _sync_directory(partial)
-    old = output.parent / f".{output.name}.old-{os.getpid()}"
-    if output.exists():
-        os.rename(output, old)
-    try:
-        os.rename(partial, output)
-    except BaseException:
-        if old.exists():
-            os.rename(old, output)
-        raise
-    _sync_directory(output.parent)
-    shutil.rmtree(old, ignore_errors=True)

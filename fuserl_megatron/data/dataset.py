@@ -1,7 +1,8 @@
 """The fused data set on disk: a directory with `groups.arrow` (memory-mapped) and `manifest.json`.
 
 One row of groups.arrow is one group: `prompt` list<int32>, `responses` list<list<int32>>, `source_ids` list<int32>,
-`rewards` list<double>, `truncated` list<bool>. Responses are numbered through the whole data set; a group's are consecutive.
+`rewards` list<double>, `truncated` list<bool>. Responses are numbered through the whole data
+set; a group's are consecutive.
 
 Shapes: G groups, R responses of the whole data set.
 """
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.records import file_sha256
+from fuserl_megatron.data.files import file_sha256
 
 FORMAT_VERSION = 1
 GROUPS_FILE, MANIFEST_FILE, REJECTED_FILE = "groups.arrow", "manifest.json", "rejected.jsonl"

@@ -1,11 +1,11 @@
 """Packing as plain integers: which micro-batch, row and column everything goes to. Knows nothing of tokens.
 
-A *chunk* is a run of positions that must lie in one row; a *unit* is a list of chunks that must lie in one micro-batch (B rows of
-S positions). What the chunks of a group are depends on prefix sharing (P prompt tokens, R_m response tokens):
+A *chunk* is a run of positions that must lie in one row; a *unit* is a list of chunks that must lie in one micro-batch
+(B rows of S positions). The chunks of a group depend on prefix sharing (P prompt tokens, R_m response tokens):
 
     without   one chunk per response, P + R_m - 1 positions (the last response token predicts nothing)
-    with      one chunk for the whole group, (P - 1) + sum_m R_m positions: the prompt without its last token once, then for
-              each response a copy of that last token and the response without its own last token
+    with      one chunk for the whole group, (P - 1) + sum_m R_m positions: the prompt without its last token once, then
+              for each response a copy of that last token and the response without its own last token
 
 With packing off every chunk has a row to itself.
 """
@@ -45,8 +45,8 @@ def pack(
 ) -> list[Placement]:
     """First-fit decreasing over the micro-batches, best-fit decreasing over a micro-batch's rows.
 
-    Units go from large to small (ties: given order) into the first micro-batch that takes them whole; there each chunk, from
-    large to small, goes into the row with the least room that still holds it. A function of its arguments alone.
+    Units go from large to small (ties: given order) into the first micro-batch that takes them whole; there each chunk,
+    from large to small, goes into the row with the least room that still holds it. A function of its arguments alone.
 
     Args:
         units: chunk lengths of every unit.

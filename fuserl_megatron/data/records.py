@@ -1,35 +1,23 @@
 """Scored responses from disk or the hub, checked one by one and grouped by prompt.
 
-A record is {"prompt", "source", "response", "reward"}; docs/data_format.md is the user's view of this file. Every complaint is
-one line that begins with `file:line`. A group is everything recorded for one prompt; groups come in order of first appearance.
+A record is {"prompt", "source", "response", "reward"}; docs/data_format.md is the user's view of this file. Every
+complaint is one line that begins with `file:line`. A group is everything recorded for one prompt; groups come in order
+of first appearance.
 """
 
-import glob
-import gzip
-import hashlib
 import json
 import math
-import os
-import re
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, TextIO
 
 from fuserl_megatron.config.schema import UserError
-
-FIELDS = ("prompt", "source", "response", "reward")
-IGNORED_FIELDS = ("meta",)
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
+from fuserl_megatron.data.inputs import FIELDS, IGNORED_FIELDS, Place, expand_inputs, first_line, input_hash, rows
 
 Messages = tuple[tuple[str, str], ...]
 """A prompt in canonical form: ((role, content), ...)."""
-Place = tuple[str, int]
-"""Where a record was read: file (or hub name) and line or row, counted from 1."""
 
 
 class BadRecord(UserError):
@@ -87,7 +75,7 @@ class LoadedRecords:
     groups: list[RecordGroup]
     sources: list[str]
     inputs: list[dict[str, Any]]
-    """Per file: name, sha256 (or the hub's fingerprint) and number of records."""
+    """Per file: name, sha256 (null for a hub data set) and number of records."""
     counts: Counter[str]
     """records, duplicates, filtered_by_source."""
     unknown_keys: Counter[str]
@@ -108,17 +96,17 @@ def load_groups(
     Raises:
         UserError: an input that cannot be read, a bad record under `stop`, a source that never appears, nothing left.
     """
-    source_ids = {name: i for i, name in enumerate(sources)}
+    source_ids = {name: i for i, name in enumerate(dict.fromkeys(sources))}
     groups: dict[Messages, RecordGroup] = {}
     loaded = LoadedRecords([], [], [], Counter(), Counter())
     seen: set[str] = set()
     for name in expand_inputs(inputs):
         num_before = loaded.counts["records"]
-        for place, raw in watch(_rows(name)):
+        for place, raw in watch(rows(name)):
             loaded.counts["records"] += 1
             try:
                 record = raw if isinstance(raw, dict) else _decode(place, raw)
-                loaded.unknown_keys.update(k for k in record if k not in FIELDS and k not in IGNORED_FIELDS)
+                loaded.unknown_keys.update(_unknown_keys(record))
                 if isinstance(record.get("source"), str):
                     seen.add(record["source"])
                     if sources and record["source"] not in sources:
@@ -139,7 +127,7 @@ def load_groups(
             except BadRecord as bad:
                 rejects.add(bad, raw.decode("utf-8", "replace").rstrip() if isinstance(raw, bytes) else raw)
         num_records = loaded.counts["records"] - num_before
-        loaded.inputs.append({"name": name, "sha256": _input_hash(name), "records": num_records})
+        loaded.inputs.append({"name": name, "sha256": input_hash(name), "records": num_records})
     for name in sources:
         if name not in seen:
             near = get_close_matches(name, sorted(seen), n=1) or sorted(seen)[:5]
@@ -206,100 +194,28 @@ def canonical_prompt(place: Place, prompt: Any) -> Messages:
     return tuple(messages)
 
 
-def expand_inputs(inputs: Sequence[str]) -> list[str]:
-    """Files in the order given (a glob's matches sorted) and hub names; each once.
-
-    Raises:
-        UserError: nothing given, a glob without a match, a directory, a file of another kind, a path that does not exist.
-    """
-    if not inputs:
-        raise UserError("inputs is empty: name at least one .jsonl, .jsonl.gz or .parquet file, glob or hub data set")
-    names: list[str] = []
-    for item in inputs:
-        if os.path.isdir(item):
-            raise UserError(f"{item} is a directory: give its files, for example '{item.rstrip('/')}/*.jsonl'")
-        if os.path.exists(item):
-            matches = [item]
-        elif glob.has_magic(item):
-            matches = sorted(glob.glob(item, recursive=True))
-            if not matches:
-                raise UserError(f"inputs: no file matches {item!r} (looked from {os.getcwd()})")
-        elif HUB_NAME.match(item) and not item.endswith((*SUFFIXES, ".json", ".csv", ".txt", ".gz")):
-            names.append(item)
-            continue
-        else:
-            raise UserError(f"inputs: {item} does not exist")
-        for match in matches:
-            if not match.endswith(SUFFIXES):
-                raise UserError(
-                    f"inputs: {match} is not {', '.join(SUFFIXES)}: convert it to one record per line (JSONL)"
-                )
-        names.extend(matches)
-    return list(dict.fromkeys(names))
-
-
-def _rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
-    """Raw lines of a JSONL file (blank ones left out), rows of a parquet file or of a hub data set."""
-    if not os.path.exists(name):
-        yield from _hub_rows(name)
-    elif name.endswith(".parquet"):
-        yield from _parquet_rows(name)
-    else:
-        try:
-            with gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        yield (name, number), line
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{name}: not a complete gzip file ({error}): copy or compress it again") from None
-
-
-def _parquet_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(name)
-        missing = [f for f in FIELDS if f not in file.schema_arrow.names]
-        if missing:
-            have = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{name}: column {missing[0]!r} is missing (columns: {have}): needs {', '.join(FIELDS)}")
-        columns = [c for c in file.schema_arrow.names if c not in IGNORED_FIELDS]
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield (name, number), row
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{name}: not a readable parquet file ({_first_line(error)})") from None
-
-
-def _hub_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
-    import datasets
-
-    hub_name, _, split = name.partition(":")
-    try:
-        rows = datasets.load_dataset(hub_name, split=split or "train")
-    except Exception as error:  # the hub client raises a dozen unrelated classes; all mean that there is no data
-        what = f"no file of that name here, and the hub gave no data set ({_first_line(error)})"
-        raise UserError(f"inputs: {name}: {what}; without a network connection give a local file") from None
-    missing = [f for f in FIELDS if f not in rows.column_names]
-    if missing:
-        raise UserError(f"{name}: column {missing[0]!r} is missing (columns: {', '.join(rows.column_names)})")
-    for number, row in enumerate(rows, 1):
-        yield (name, number), row
-
-
 def _decode(place: Place, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRecord(place, "not_utf8", f"not UTF-8 (byte {error.start + 1} of the line)") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise BadRecord(place, "malformed_json", f"not valid JSON ({_first_line(error)})") from None
+        raise BadRecord(place, "malformed_json", f"not valid JSON ({first_line(error)})") from None
     if not isinstance(record, dict):
         raise BadRecord(place, "malformed_json", f"a record must be a JSON object, not {_shown(record)}")
     return record
+
+
+def _unknown_keys(record: dict[str, Any]) -> set[str]:
+    """Keys that nothing reads, those of messages as prompt[].key."""
+    unknown = {k for k in record if k not in FIELDS and k not in IGNORED_FIELDS}
+    if isinstance(record.get("prompt"), list):
+        for message in record["prompt"]:
+            if isinstance(message, dict) and len(message) > 2:
+                unknown.update(
+                    f"prompt[].{k}" for k in message if k not in ("role", "content") and message[k] is not None
+                )
+    return unknown
 
 
 def _text(place: Place, name: str, value: Any, kind: str | None = None) -> str:
@@ -324,18 +240,3 @@ def _encodable(place: Place, name: str, value: str, kind: str | None = None) -> 
 def _shown(value: Any) -> str:
     text = json.dumps(value, default=str)
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _input_hash(name: str) -> str | None:
-    """sha256 of a file's bytes; None for a hub data set (its content is covered by the data set's own hash)."""
-    return file_sha256(name) if os.path.exists(name) else None
-
-
-def file_sha256(path: str | Path) -> str:
-    """Hex sha256 of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,13 +1,12 @@
-"""Stored reference log-probabilities: one float32 per response of the data set, memory-mapped, NaN where not yet scored.
+"""Stored reference log-probabilities: one float32 per response of the data set, memory-mapped, NaN where not scored.
 
 Two files in a directory: `reference_logps.f32` (raw little-endian float32) and `reference.json` (the key, the number of
-responses, whether scoring is complete). The key is a hash of everything the numbers depend on; a directory with another key
-is refused, never overwritten. One rank writes; every rank may read.
+responses, whether scoring is complete). The key is a hash of everything the numbers depend on; a directory with another
+key is refused, never overwritten. One rank writes; every rank may read.
 """
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.dataset import Manifest
+from fuserl_megatron.data.files import write_file
 
 DATA_FILE, KEY_FILE = "reference_logps.f32", "reference.json"
 FILL_CHUNK = 1 << 20
@@ -70,7 +70,7 @@ class ReferenceCache:
         directory = Path(directory)
         if not (directory / KEY_FILE).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            _write_durably(directory / DATA_FILE, _nan_bytes(num_responses))
+            write_file(directory / DATA_FILE, _nan_bytes(num_responses))
             cls._write_key(directory, key, num_responses, complete=False)  # last: its presence makes the cache valid
         return cls(directory, key, num_responses, cls._check(directory, key, num_responses), writable=True)
 
@@ -148,7 +148,7 @@ class ReferenceCache:
     @staticmethod
     def _write_key(directory: Path, key: str, num_responses: int, complete: bool) -> None:
         text = json.dumps({"key": key, "num_responses": num_responses, "complete": complete}) + "\n"
-        _write_durably(directory / KEY_FILE, [text.encode()])
+        write_file(directory / KEY_FILE, [text.encode()])
 
     @staticmethod
     def _check(directory: Path, key: str, num_responses: int) -> bool:
@@ -170,18 +170,3 @@ class ReferenceCache:
 def _nan_bytes(count: int) -> list[bytes]:
     full = np.full(min(count, FILL_CHUNK), np.nan, "<f4").tobytes()
     return [full] * (count // FILL_CHUNK) + [full[: 4 * (count % FILL_CHUNK)]]
-
-
-def _write_durably(path: Path, pieces: list[bytes]) -> None:
-    """Write beside the target, fsync, rename: the file is there whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

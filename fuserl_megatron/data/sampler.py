@@ -1,8 +1,9 @@
 """Which prompts make up which optimizer step, and which data-parallel rank holds what of it.
 
-Everything is a function of (seed, epoch, position): no state, no communication. A step's prompts are packed into micro-batches
-without looking at the number of ranks; the micro-batches are then dealt out in turn, and ranks that come up short get batches
-of padding (N = P = 0), so that every rank runs the same number. The last step of an epoch takes the prompts that are left.
+Everything is a function of (seed, epoch, position): no state, no communication. A step's prompts are packed into
+micro-batches without looking at the number of ranks; the micro-batches are then dealt out in turn, and ranks that come
+up short get batches of padding (N = P = 0), so that every rank runs the same number. The last step of an epoch takes
+the prompts that are left.
 """
 
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ class GlobalBatchSampler:
         """Every prompt once in the order of the data set, in the row shapes of training, for a pass without gradients.
 
         Args:
-            missing: [responses of the data set] bool; prompts none of whose sequences are missing are left out. None: all.
+            missing: [responses of the data set] bool; prompts without a missing sequence are left out. None: all.
         """
         prompts = np.arange(self.prepared.num_prompts)
         if missing is not None:

@@ -12,8 +12,9 @@ The method, step by step, for a prompt (messages) and a response:
    end-of-turn token (`<|im_end|>`, `<|eot_id|>`, `</s>`). What follows it, a newline for instance, is not.
    A closing without a special token is scored without its trailing white space and followed by the eos token.
 
-Prompt and response are tokenised separately, as at inference: no token spans both. Tokenizers that put a space in front of
-every text (SentencePiece's dummy prefix) tokenise prompt + response together where that leaves the prompt's tokens as they are.
+Prompt and response are tokenised separately, as at inference: no token spans both. Tokenizers that put a space in
+front of every text (SentencePiece's dummy prefix) tokenise prompt + response together where that leaves the prompt's
+tokens as they are.
 Nothing is ever masked by token id, so pad == eos does no harm. A tokenizer without a template: prompt + response + eos.
 """
 
@@ -25,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.records import BadRecord, Messages, Place
+from fuserl_megatron.data.inputs import Place, first_line
+from fuserl_megatron.data.records import BadRecord, Messages
 
 MARKER = "fuserl0response0marker"
 
@@ -83,7 +85,7 @@ class ChatTokenizer:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its many loaders raise
-            raise UserError(f"tokenizer: {path} cannot be opened as a tokenizer ({_first_line(error)})") from None
+            raise UserError(f"tokenizer: {path} cannot be opened as a tokenizer ({first_line(error)})") from None
         self.tokenizer.model_max_length = int(1e30)  # the limit is ours; keeps transformers from warning about its own
         if max_length < 2:
             raise UserError(f"max_length={max_length}: at least 2 (one prompt and one response token), usually 2048")
@@ -92,12 +94,12 @@ class ChatTokenizer:
             try:
                 self.template = Path(chat_template).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"chat_template: {chat_template} cannot be read ({_first_line(error)})") from None
+                raise UserError(f"chat_template: {chat_template} cannot be read ({first_line(error)})") from None
         else:
             try:
                 self.template = self.tokenizer.get_chat_template() if self.tokenizer.chat_template else None
             except ValueError as error:  # several named templates, none called default
-                raise UserError(f"tokenizer: {path}: {_first_line(error)}; set chat_template to a file") from None
+                raise UserError(f"tokenizer: {path}: {first_line(error)}; set chat_template to a file") from None
         specials = {t.content: i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special}
         specials.update(zip(self.tokenizer.all_special_tokens, self.tokenizer.all_special_ids, strict=True))
         self._specials = {text: i for text, i in specials.items() if text}
@@ -164,7 +166,7 @@ class ChatTokenizer:
             limit = f"max_length={self.max_length}"
             raise BadPrompt(
                 "prompt_too_long",
-                f"the prompt has {len(tokens)} tokens and leaves no room for a response within {limit}: raise max_length",
+                f"the prompt has {len(tokens)} tokens: no room for a response within {limit}; raise max_length",
             )
         return RenderedPrompt(messages, text, tokens, before, after)
 
@@ -258,12 +260,8 @@ class ChatTokenizer:
             )
         except Exception as error:  # jinja: syntax, undefined names, the template's own raise_exception
             raise BadPrompt(
-                "template_error", f"the chat template refuses the conversation ({_first_line(error)})"
+                "template_error", f"the chat template refuses the conversation ({first_line(error)})"
             ) from None
 
     def _ids(self, text: str | list[str], add_special_tokens: bool = False) -> Any:
         return self.tokenizer(text, add_special_tokens=add_special_tokens, return_attention_mask=False)["input_ids"]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

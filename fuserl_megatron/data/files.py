@@ -1,0 +1,58 @@
+"""Durable writing: a file or directory appears whole under its name, or not at all."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO
+
+
+def file_sha256(path: str | Path) -> str:
+    """Hex sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(file: IO) -> None:
+    """Flush a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_directory(partial: Path, output: Path) -> None:
+    """Put the finished directory in the place of the old one; if that fails the old one is put back."""
+    _sync_directory(partial)
+    old = output.parent / f".{output.name}.old-{os.getpid()}"
+    try:
+        if output.exists():
+            os.rename(output, old)
+        os.rename(partial, output)
+    except BaseException:
+        if old.exists() and not output.exists():
+            os.rename(old, output)
+        raise
+    _sync_directory(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_file(path: Path, pieces: Iterable[bytes]) -> None:
+    """Write beside the target, fsync, rename: the file is there whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+            sync(file)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
