@@ -73,6 +73,16 @@ def test_dynamic_follows_the_longest_sequence_as_the_running_module_does(make_co
     assert torch.equal(rope_inverse_frequencies(ours, 6, 128)[0], rope_inverse_frequencies(unscaled, 6)[0])
 
 
+@pytest.mark.parametrize("inside", [{}, {"original_max_position_embeddings": 100}])
+@pytest.mark.parametrize("beside", [{}, {"original_max_position_embeddings": 32}])
+def test_the_original_length_is_found_where_transformers_finds_it(make_config, inside, beside):
+    fields = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0} | inside
+    config = make_config(head_dim=64, rope_parameters=fields, **beside)
+    expected = LlamaRotaryEmbedding(AutoConfig.for_model(**(config | {"rope_parameters": dict(fields)})))
+    actual, _ = rope_inverse_frequencies(read_config(config).rope, 64)
+    assert torch.equal(actual, expected.inv_freq)
+
+
 def test_a_null_yarn_factor_is_the_ratio_of_the_context_lengths(make_config):
     fields = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32, "rope_theta": 10000.0}
     config = make_config(rope_parameters=fields)

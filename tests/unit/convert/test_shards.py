@@ -11,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert import shard_writer
+from fuserl_megatron.convert import shards as shards_module
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron, shard, unshard
 from fuserl_megatron.convert.names import megatron_names, te_name
@@ -239,6 +241,49 @@ def test_written_files_are_read_by_the_safetensors_library(tmp_path, make_config
         assert sum(sizes) <= max_shard_bytes or len([size for size in sizes if size]) == 1
     with ShardReader(tmp_path) as reader:
         assert torch.equal(reader.read("scalar"), torch.tensor(2.5, dtype=dtype))
+
+
+def test_tensors_larger_than_the_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(shard_writer, "WINDOW_BYTES", 1000)
+    monkeypatch.setattr(shards_module, "WINDOW_BYTES", 1000)
+    pwrite, preadv = os.pwrite, os.preadv  # a file system may take or give less than it is asked for
+    monkeypatch.setattr(os, "pwrite", lambda fd, view, at: pwrite(fd, view[:300], at))
+    monkeypatch.setattr(os, "preadv", lambda fd, views, at: preadv(fd, [views[0][:300]], at))
+    weights = {"matrix": torch.randn(37, 50), "wide": torch.randn(3, 2000), "vector": torch.randn(4001)}
+    with ShardWriter(tmp_path, {n: tuple(t.shape) for n, t in weights.items()}, torch.bfloat16) as writer:
+        for name, tensor in weights.items():
+            writer.write(name, tensor)
+    loaded = load_file(tmp_path / "model.safetensors")
+    with ShardReader(tmp_path) as reader:
+        for name, tensor in weights.items():
+            assert torch.equal(loaded[name], tensor.bfloat16())
+            assert torch.equal(reader.read(name), loaded[name])
+        assert torch.equal(reader.read("matrix", 1, 7, 31), loaded["matrix"][:, 7:31])
+        assert torch.equal(reader.read("wide", 1, 1999, 2000), loaded["wide"][:, 1999:])
+        assert torch.equal(reader.read("matrix", 0, 36, 37), loaded["matrix"][36:])
+        assert reader.read("matrix", 0, 5, 5).shape == (0, 50)
+
+
+@pytest.mark.parametrize("places", [[[0, 4], [0, 4]], [[0, 4], [8, 12]], [[4, 8], [0, 4]], [[0, 4], [4, 12]]])
+def test_headers_with_gaps_or_overlaps_are_refused(tmp_path, places):
+    entries = {n: {"dtype": "F32", "shape": [1], "data_offsets": p} for n, p in zip("ab", places, strict=True)}
+    header = json.dumps(entries).encode()
+    end = max(place[1] for place in places)
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(end))
+    if places == [[4, 8], [0, 4]]:  # another order without gaps is fine
+        assert ShardReader(tmp_path).tensors.keys() == {"a", "b"}
+        return
+    with pytest.raises(UserError, match="not those of its shape"):
+        ShardReader(tmp_path)
+
+
+def test_a_file_cut_while_it_is_read_is_an_error_not_a_crash(tmp_path, make_config, write_model):
+    write_model(tmp_path, make_config())
+    with ShardReader(tmp_path) as reader:
+        cut(tmp_path / "model.safetensors", 5000)
+        with pytest.raises(UserError, match="cut short"):
+            for name in reader.tensors:
+                reader.read(name)
 
 
 def test_wrong_writes_are_refused(tmp_path):
