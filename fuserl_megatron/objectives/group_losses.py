@@ -78,7 +78,7 @@ def kto(
 ) -> Tensor:
     """KTO: a+ (1 - s(b (h - kl))) for a desirable response, a- (1 - s(b (kl - h))) for an undesirable one.
 
-    Ethayarajh et al., arXiv 2402.01306, eq. 8. The implicit rewards are b h.
+    Ethayarajh et al., arXiv 2402.01306. The implicit rewards are b h.
 
     Args:
         policy_logps_N: [N] log pi(y | x), summed.

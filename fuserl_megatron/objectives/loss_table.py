@@ -50,7 +50,7 @@ class LossSpec:
     """Option -> default; None means that there is no default and the user must choose."""
 
 
-# Defaults are the published settings of METHOD's recipes; beta differs by three orders of magnitude between the losses
+# Defaults are published settings (docs/math.md, conf/); beta differs by three orders of magnitude between the losses
 # and is therefore never shared. rpo_alpha is the weight of the SFT term beside the loss.
 LOSSES: Mapping[PreferenceLoss, LossSpec] = {
     PreferenceLoss.DPO: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "rpo_alpha": 0.0}),

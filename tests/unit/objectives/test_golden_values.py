@@ -1,4 +1,4 @@
-"""METHOD's golden values, in float64, at the digits published there (1e-12)."""
+"""The golden values of docs/math.md, in float64, to 1e-12."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Properties of every pair loss: gradients, extremes, METHOD's properties 1, 2, 5, 6, 9 and split invariance (10)."""
+"""Properties of every pair loss: gradients, extremes, docs/math.md's properties 1, 2, 5, 6, 9 and split invariance (10)."""
 
 import math
 
