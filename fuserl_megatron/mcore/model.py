@@ -16,12 +16,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fuserl_megatron.config.schema import ModelConfig, OptimConfig, UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.layout import check_tensor_parallel, padded_vocab_size
+from fuserl_megatron.convert.names import find_rule
 from fuserl_megatron.convert.rope import rope_inverse_frequencies
 from fuserl_megatron.mcore.attention import SegmentAttention
 from fuserl_megatron.mcore.parallel import Layout
@@ -106,7 +108,7 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
-        perform_initialization=False,  # every parameter is loaded
+        perform_initialization=False,  # every parameter is loaded; see _mark_tensor_parallel
         use_cpu_initialization=not on_gpu,
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
@@ -187,10 +189,20 @@ def build_model(shape: ModelShape, model: ModelConfig, layout: Layout, dtype: to
         for module in chunk.modules():
             if isinstance(module, SegmentAttention):
                 module.scale *= attention_scaling**2
+        _mark_tensor_parallel(chunk)
         if chunk.post_process:
             chunk.output_layer.forward = _hand_through
         chunks.append(chunk.to(layout.device))
     return TargetModel(shape=shape, chunks=chunks, config=config, padded_vocab=padded)
+
+
+def _mark_tensor_parallel(chunk: GPTModel) -> None:
+    """Say which parameters are split over TP. Core does so while it initialises weights, which is skipped here; without the
+    marks the gradient norm counts the split parameters of the first TP rank only."""
+    for name, parameter in chunk.named_parameters():
+        split = find_rule(name)[0].split
+        if split != "none" and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, True, 1 if split == "row" else 0, 1)
 
 
 def _hand_through(hidden: torch.Tensor, weight=None, runtime_gather_output=None):

@@ -1,6 +1,6 @@
 """Weights into and out of the model-parallel ranks: every rank reads only its own slices; export gathers one tensor at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -45,10 +45,17 @@ def load_hf_weights(target: TargetModel, directory: str, layout: Layout) -> None
 
 
 @torch.no_grad()
-def gather_hf_tensors(target: TargetModel, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+def gather_hf_tensors(
+    target: TargetModel, layout: Layout, value: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach
+) -> Iterator[tuple[str, torch.Tensor]]:
     """All Hugging Face tensors in export order, on rank 0's CPU; the other ranks take part and get nothing.
 
     Peak extra memory is one full parameter. Every rank must exhaust the iterator.
+
+    Args:
+        target: the model.
+        layout: this rank's place.
+        value: what to gather of each parameter, in its shape; the weights unless said (main_grad for gradients).
     """
     held = dict(named_parameters(target))
     tp_group = ps.get_tensor_model_parallel_group()
@@ -56,17 +63,17 @@ def gather_hf_tensors(target: TargetModel, layout: Layout) -> Iterator[tuple[str
         parameter = held.get(name) if layout.dp_rank == 0 and layout.cp_rank == 0 else None
         full = None
         if parameter is not None:
-            full = _gather_over_tp(name, parameter, tp_group, layout)
+            full = _gather_over_tp(name, value(parameter), tp_group, layout)
         full = _to_rank_zero(full if layout.tp_rank == 0 else None, layout)
         if layout.is_main:
             yield from hf_tensors_from_megatron(name, full, target.shape)
 
 
-def _gather_over_tp(name: str, parameter: torch.Tensor, group: dist.ProcessGroup, layout: Layout) -> torch.Tensor | None:
+def _gather_over_tp(name: str, part: torch.Tensor, group: dist.ProcessGroup, layout: Layout) -> torch.Tensor | None:
     if layout.tp_size == 1 or find_rule(name)[0].split == "none":
-        return parameter.detach()
-    parts = [torch.empty_like(parameter) for _ in range(layout.tp_size)]
-    dist.all_gather(parts, parameter.detach().contiguous(), group=group)
+        return part
+    parts = [torch.empty_like(part) for _ in range(layout.tp_size)]
+    dist.all_gather(parts, part.contiguous(), group=group)
     return unshard(parts, name) if layout.tp_rank == 0 else None
 
 
