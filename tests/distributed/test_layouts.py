@@ -35,3 +35,85 @@ def check(ranks, expected, config, world, reference_dir):
 def test_layout_parity(ranks, case, expected, tmp_path, stage, tp, pp, dp, sp):
     config = make_config(case, SFT if stage == "fusesft" else DPO, tp=tp, pp=pp, sp=bool(sp))
     check(ranks, expected[stage], config, tp * pp * dp, tmp_path / "reference")
+
+
+@pytest.mark.parametrize("reduction", ["token_sum", "weighted_token_mean"])
+def test_the_other_reductions(ranks, case, tmp_path, reduction):
+    objective = SFT | {"nll_reduction": reduction}
+    config = make_config(case, objective, tp=1, pp=2)
+    check(ranks, twin(case, objective), config, 2, tmp_path)
+
+
+VARIANTS = {
+    "unpacked": (dict(packing=False, rows=2, seq_length=96), 2),
+    "prefix shared": (dict(share="on", rows=2), 1),
+    "prefix shared, tp2 sp": (dict(share="on", rows=1, tp=2, sp=True), 2),
+    "one row a micro-batch": (dict(rows=1, seq_length=320), 1),
+    "four rows a micro-batch": (dict(rows=4), 1),
+    "distributed optimizer": (dict(distopt=True, tp=1), 2),
+    "full recompute, tp2 sp": (dict(recompute="full", tp=2, sp=True), 2),
+    "selective recompute": (dict(recompute="selective"), 1),
+}
+
+
+@pytest.mark.parametrize("stage", ["fusesft", "fusepo"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_packing_micro_batches_and_recompute_change_nothing(ranks, case, expected, tmp_path, stage, name):
+    changes, world = VARIANTS[name]
+    config = make_config(case, SFT if stage == "fusesft" else DPO, **changes)
+    check(ranks, expected[stage], config, world, tmp_path / "reference")
+
+
+def test_variants_differ_in_micro_batches(ranks, case, tmp_path):
+    counts = {n: check_count(ranks, case, changes, world, tmp_path) for n, (changes, world) in VARIANTS.items()}
+    assert counts["unpacked"] > counts["one row a micro-batch"] > counts["four rows a micro-batch"]
+
+
+def check_count(ranks, case, changes, world, tmp_path):
+    return ranks.run(loss_and_gradients, world, make_config(case, SFT, **changes), str(tmp_path))[0][4]
+
+
+@pytest.mark.parametrize("fault", ["divide_by_local_count", "divide_by_rows", "ignore_segments", "norm_not_marked"])
+def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, fault):
+    """Each planted mistake is one that real trainers have shipped; the comparison above must see it."""
+    stage, changes, world = {
+        "divide_by_local_count": ("fusesft", dict(tp=1), 2),
+        "divide_by_rows": ("fusepo", dict(rows=2), 1),
+        "ignore_segments": ("fusesft", dict(rows=2), 1),
+        "norm_not_marked": ("fusesft", dict(tp=2, sp=True), 2),
+    }[fault]
+    config = make_config(case, SFT if stage == "fusesft" else DPO, **changes)
+    loss, _, norm, grads, _ = ranks.run(planted, world, fault, config, str(tmp_path / "reference"))[0]
+    assert worst_relative_error(grads, expected[stage][1]) > 100 * BOUND
+
+
+def planted(fault, config, reference_dir):
+    """The worker with one mistake in it."""
+    from unittest import mock
+
+    import torch
+
+    from fuserl_megatron.mcore import model, step
+
+    original_loss = step.batch_loss
+
+    def wrong_loss(objective, logps_N, batch, sources):
+        total, metrics = original_loss(objective, logps_N, batch, sources)
+        local = len(set(batch.prompt_ids_N.tolist())) if fault == "divide_by_local_count" else batch.num_sequences
+        return total * 7 / max(local, 1) / 2, metrics  # 7 prompts, 2 ranks or pairs
+
+    class Unmarked(model.RMSNorm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.weight.sequence_parallel = False
+
+    patches = {
+        "divide_by_local_count": mock.patch.object(step, "batch_loss", wrong_loss),
+        "divide_by_rows": mock.patch.object(step, "batch_loss", wrong_loss),
+        "ignore_segments": mock.patch.object(
+            step, "visibility_mask", lambda s, p: torch.ones(s.shape[0], 1, s.shape[1], s.shape[1], dtype=torch.bool).tril()
+        ),
+        "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
+    }
+    with patches[fault]:
+        return loss_and_gradients(config, reference_dir)

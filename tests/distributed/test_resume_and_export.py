@@ -1,0 +1,109 @@
+"""Checkpoints and export: 2 + 2 steps equal 4 bit for bit, other layouts continue the same run, HF -> Megatron -> HF is exact."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from fusion_case import DPO, SFT, make_case, make_config
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("case"))
+
+
+def run(config):
+    from fuserl_megatron.train.loop import train
+
+    return train(config)
+
+
+def losses(directory):
+    rows = map(json.loads, (Path(directory) / "metrics.jsonl").read_text().splitlines())
+    return {r["step"]: (r["loss"], r["grad_norm"]) for r in rows}
+
+
+def four_steps(ranks, case, directory, world, objective=SFT, **layout):
+    config = make_config(case, objective, global_batch_size=3, max_steps=4, every=2, results_dir=str(directory), **layout)
+    assert ranks.run(run, world, config) == [0] * world
+    return config
+
+
+def cut_back_to_step_two(source, destination):
+    shutil.copytree(source, destination)
+    checkpoints = Path(destination) / "checkpoints"
+    shutil.rmtree(checkpoints / "iter_0000004")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2\n")
+    shutil.rmtree(Path(destination) / "hf")
+    (Path(destination) / "metrics.jsonl").unlink()
+
+
+def weights(directory):
+    return load_file(Path(directory) / "hf" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "layout", [dict(tp=2), dict(distopt=True), dict(pp=2, precision="bf16")], ids=["tp2", "dp2 distopt", "pp2 bf16"]
+)
+def test_two_plus_two_is_four_bit_for_bit(ranks, case, tmp_path, layout):
+    config = four_steps(ranks, case, tmp_path / "whole", 2, **layout)
+    cut_back_to_step_two(tmp_path / "whole", tmp_path / "resumed")
+    four_steps(ranks, case, tmp_path / "resumed", 2, **layout)
+    whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "resumed")
+    assert sorted(resumed) == [3, 4]
+    assert all(resumed[s] == whole[s] for s in resumed)
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
+    assert all(torch.equal(actual[n], expected[n]) for n in expected)
+    start = load_file(Path(config.model.path) / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    assert not torch.equal(start[name].to(expected[name].dtype), expected[name])
+
+
+@pytest.mark.parametrize(
+    "first,world,second,world2",
+    [
+        (dict(tp=2), 2, dict(pp=2), 2),
+        (dict(tp=2, distopt=True), 4, dict(distopt=True), 2),
+        (dict(distopt=True), 1, dict(distopt=True), 2),
+    ],
+    ids=["tp2 to pp2", "tp2 dp2 to dp2", "dp1 to dp2"],
+)
+def test_another_layout_continues_the_run(ranks, case, tmp_path, first, world, second, world2):
+    four_steps(ranks, case, tmp_path / "whole", world, objective=DPO, **first)
+    cut_back_to_step_two(tmp_path / "whole", tmp_path / "resumed")
+    four_steps(ranks, case, tmp_path / "resumed", world2, objective=DPO, **second)
+    whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "resumed")
+    for step in (3, 4):
+        assert resumed[step] == pytest.approx(whole[step], rel=2e-5)
+        assert resumed[step][0] == pytest.approx(whole[step][0], abs=1e-6)
+
+
+@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize("tp,pp", [(1, 1), (2, 1), (1, 2), (2, 2)])
+def test_hf_to_megatron_to_hf_is_exact(ranks, tmp_path, tie, tp, pp):
+    from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
+
+    source = tmp_path / "source"
+    save_tiny_model(source, vocab_size=151, tie_word_embeddings=tie, num_key_value_heads=2)
+    save_char_tokenizer(source)
+    ranks.run(there_and_back, tp * pp, str(source), str(tmp_path / "back"), tp, pp)
+    expected, actual = (load_file(d / "model.safetensors") for d in (source, tmp_path / "back"))
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[n], actual[n]) for n in expected)
+    assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+
+
+def there_and_back(source, destination, tp, pp):
+    from fuserl_megatron.config.schema import ModelConfig, TrainerConfig
+    from fuserl_megatron.convert.hf_config import read_config
+    from fuserl_megatron.mcore import parallel, weights
+    from fuserl_megatron.mcore.model import build_model
+
+    model = ModelConfig(path=source, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    layout = parallel.initialize(model, TrainerConfig())
+    target = build_model(read_config(source), model, layout, torch.float32)
+    weights.load_hf_weights(target, source, layout)
+    weights.export_hf(target, layout, destination, source_dir=source, lineage={"target": source})
