@@ -1,4 +1,4 @@
-"""Properties of every pair loss: gradients, extremes, docs/math.md's properties 1, 2, 5, 6, 9 and split invariance (10)."""
+"""Properties of every pair loss: gradients, extremes, and properties 1, 2, 5, 6, 9 and 10 (splits) of docs/math.md."""
 
 import math
 

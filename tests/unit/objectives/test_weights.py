@@ -1,4 +1,4 @@
-"""Source weights, selections, advantages and pairs: docs/math.md's properties 1-5 and 7, the limits, degenerate data."""
+"""Source weights, selections, advantages, pairs: properties 1-5 and 7 of docs/math.md, limits, degenerate data."""
 
 import math
 
