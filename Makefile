@@ -1,0 +1,47 @@
+# Every target makes the virtual environment it needs first: .venv, from pyproject.toml and constraints.txt.
+VENV ?= .venv
+# the first interpreter that runs and is new enough; override with `make PYTHON=... test`
+PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+BENCHMARKS := $(wildcard benchmarks/*.py)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-slow test-gpu bench lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
+
+venv: $(INSTALLED)  ## only the virtual environment (.venv)
+
+demo: $(INSTALLED)  ## the skills experiment: build, FuseSFT, FusePO, export, evaluate (writes demo/)
+	$(BIN)/fuserl demo --dir demo
+
+test: lint  ## lint and all tests but the slow and the GPU ones
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(INSTALLED)  ## the long proofs
+	$(PYTEST) -m "slow and not gpu"
+
+test-gpu: $(INSTALLED)  ## what needs a CUDA device
+	$(PYTEST) -m gpu
+
+bench: $(INSTALLED)  ## every script in benchmarks/
+	@test -n "$(BENCHMARKS)" || { echo "make bench: there are no scripts in benchmarks/ yet" >&2; exit 2; }
+	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script; done
+
+lint: $(INSTALLED)  ## ruff
+	$(BIN)/ruff check .
+
+clean:  ## remove the virtual environment
+	rm -rf $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found: install python3.11, or type make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "make: $(PYTHON) cannot make virtual environments: install its venv package (Debian, Ubuntu: apt install python3-venv)" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a minute or more, once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,218 @@
+"""`fuserl`: one subcommand per job, each a thin call into a room.
+
+Nothing heavy is imported before a command needs it: `--help`, a misspelt key or a wrong layout answer within a second.
+Exit codes: 0 done, 1 a failed check or a crash, 2 something the user can put right (one line), 130 after Ctrl-C.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from fuserl_megatron import __version__, commands
+from fuserl_megatron.config.schema import UserError
+
+OVERRIDES = """
+Settings are hydra overrides, key=value: any key of fuserl_megatron/config/schema.py, and the groups of conf/
+(objective=..., model=..., trainer=..., optim=..., recipe=...). A list is written key=[a,b]; text with spaces, commas
+or equal signs goes in quotes: 'run.name="a, b"'.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
+    if unknown:  # only overrides may stand after further options
+        options.subparser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `fuserl ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
+        if os.environ.get("FUSERL_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"fuserl: error: {one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def one_line(error: Exception) -> str:
+    """The message without line breaks; for an OSError the path first and no errno."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; every subcommand's namespace carries `run`, the function that does it."""
+    parser = argparse.ArgumentParser(
+        prog="fuserl",
+        description="Fuse several strong language models into one smaller target: FuseRL on Megatron-core.",
+        epilog="""examples:
+  fuserl doctor
+  fuserl build inputs=[scored.jsonl] output=fused tokenizer=models/target reward_temperature=0.01
+  fuserl train --nproc 8 recipe=llama31_8b_fusesft model.path=models/target data.path=fused
+  fuserl COMMAND --help
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fuserl {__version__}")
+    jobs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    build = _command(
+        jobs,
+        "build",
+        commands.build,
+        "scored responses -> fused data set",
+        f"""examples:
+  fuserl build inputs=[scored.jsonl] output=fused tokenizer=models/target reward_temperature=0.01
+  fuserl build inputs=[part-*.parquet] output=fused tokenizer=models/target reward_temperature=0.01 on_bad_record=skip
+  fuserl build --config-dir my_conf --config-name my_build force=true
+{OVERRIDES}""",
+    )
+    _add_config_options(build, "build")
+
+    train = _command(
+        jobs,
+        "train",
+        commands.train,
+        "FuseSFT or FusePO, everything else from the configuration",
+        f"""examples:
+  fuserl train --nproc 2 trainer=cpu model=tiny model.path=models/target data.path=fused optim.lr=1e-4
+  fuserl train --nproc 8 recipe=llama31_8b_fusesft model.path=models/target data.path=fused
+  fuserl train --nproc 8 recipe=llama31_8b_fusepo_ln_dpo model.path=runs/llama31_8b_fusesft/hf data.path=fused_po
+  fuserl train --dry-run recipe=llama31_8b_fusesft model.path=models/target data.path=fused --nproc 8
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m fuserl_megatron.cli train recipe=...
+  srun --ntasks 16 fuserl train recipe=...
+
+The same command on the same run.results_dir resumes from its newest checkpoint.
+{OVERRIDES}""",
+    )
+    train.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: TP x PP x CP)")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check, print the resolved settings and what follows, stop"
+    )
+    _add_config_options(train, "train")
+
+    convert = _command(
+        jobs,
+        "convert",
+        None,
+        "Hugging Face directory <-> Megatron checkpoint",
+        """examples:
+  fuserl convert hf-to-megatron models/target checkpoints/target
+  fuserl convert megatron-to-hf runs/fuserl exported --dtype bfloat16
+""",
+    )
+    directions = convert.add_subparsers(title="directions", metavar="DIRECTION", required=True)
+    _add_conversions(directions)
+
+    verify = _command(
+        jobs,
+        "verify",
+        commands.verify,
+        "do two models give the same log-probabilities?",
+        """examples:
+  fuserl verify models/target exported
+  fuserl verify models/target exported --text my_prompts.txt --threshold 1e-4 --json report.json
+
+Exit code 0 when no token's log-probability differs by more than the threshold, 1 otherwise.
+""",
+    )
+    verify.add_argument("a", metavar="A", help="Hugging Face directory")
+    verify.add_argument("b", metavar="B", help="Hugging Face directory")
+    verify.add_argument("--text", metavar="FILE", help="one text per line to score (default: built-in texts)")
+    verify.add_argument("--threshold", type=float, default=1e-5, help="largest difference allowed, nats (default 1e-5)")
+    verify.add_argument("--json", metavar="OUT", help="write the figures to this file")
+
+    doctor = _command(
+        jobs,
+        "doctor",
+        commands.doctor,
+        "what is installed, what that gives, what to do about the rest",
+        """examples:
+  fuserl doctor
+  fuserl doctor --json
+
+Exit code 1 when training cannot work in this environment.
+""",
+    )
+    doctor.add_argument("--json", action="store_true", help="machine-readable")
+
+    demo = _command(
+        jobs,
+        "demo",
+        commands.demo,
+        "the skills experiment, end to end, on this machine",
+        """examples:
+  fuserl demo
+  fuserl demo --dir /tmp/demo
+""",
+    )
+    demo.add_argument("--dir", default="demo", help="directory to write (default: demo)")
+    return parser
+
+
+def _command(jobs, name: str, run, summary: str, epilog: str) -> argparse.ArgumentParser:
+    command = jobs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ("" if summary.endswith("?") else "."),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=run, subparser=command)
+    return command
+
+
+def _add_config_options(command: argparse.ArgumentParser, root: str) -> None:
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
+    command.add_argument(
+        "--config-name", metavar="X", help=f"root file, without .yaml, or a yaml file's path (default {root})"
+    )
+    command.add_argument(
+        "--config-dir", metavar="D", help="your own directory of yaml files, searched before the shipped ones"
+    )
+
+
+def _add_conversions(directions) -> None:
+    to_megatron = _command(
+        directions,
+        "hf-to-megatron",
+        commands.hf_to_megatron,
+        "Hugging Face directory -> checkpoint",
+        """example:
+  fuserl convert hf-to-megatron models/target checkpoints/target
+
+Training starts from a Hugging Face directory by itself; this is for other Megatron programs.
+""",
+    )
+    to_hf = _command(
+        directions,
+        "megatron-to-hf",
+        commands.megatron_to_hf,
+        "checkpoint -> Hugging Face directory",
+        """example:
+  fuserl convert megatron-to-hf runs/fuserl exported --dtype bfloat16 --max-shard-size 5GB
+""",
+    )
+    to_hf.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights (default: as trained)"
+    )
+    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one safetensors file (default 5GB)")
+    for direction in (to_megatron, to_hf):
+        direction.add_argument("source", metavar="SRC")
+        direction.add_argument("destination", metavar="DST")
+        direction.add_argument("--force", action="store_true", help="replace an existing destination")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

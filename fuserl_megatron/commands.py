@@ -1,0 +1,132 @@
+"""What each subcommand of `fuserl` does with its parsed options: a thin call into a room, returning the exit code.
+
+Rooms are imported inside the functions, after everything that can be checked without them.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from fuserl_megatron.config.schema import Config, UserError
+
+
+def build(options: argparse.Namespace) -> int:
+    """`fuserl build`."""
+    from fuserl_megatron.config.load import load_config
+    from fuserl_megatron.config.validate import validate_build
+
+    config = load_config("build", options.overrides, options.config_dir, options.config_name)
+    validate_build(config)
+    from fuserl_megatron.data.build import build as run
+    from fuserl_megatron.data.summary import print_summary
+
+    print_summary(run(config))
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    """`fuserl train`: check everything once, then be a rank, or start the ranks."""
+    from fuserl_megatron.config.load import load_config, to_yaml
+    from fuserl_megatron.launch import local
+
+    config = load_config("train", options.overrides, options.config_dir, options.config_name)
+    is_rank = local.is_rank()
+    if is_rank and options.nproc is not None:
+        raise UserError("--nproc: torchrun or srun has started the ranks already; leave it out.")
+    model = config.model
+    smallest = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    num_ranks = local.launched_world_size() if is_rank else smallest if options.nproc is None else options.nproc
+    if options.nproc is not None and options.nproc < 1:
+        raise UserError(f"--nproc {options.nproc}: must be at least 1; --nproc {max(smallest, 1)} would work.")
+    facts = check(config, num_ranks)
+    if options.dry_run:
+        print(to_yaml(config), *facts, sep="\n")
+        return 0
+    if config.trainer.accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # core takes any GPU it sees
+    if is_rank or num_ranks == 1:
+        if not is_rank:  # in an sbatch script without srun, SLURM's variables describe other ranks than this one
+            os.environ.update(local.rank_environment(0, 1, local.free_port()))
+        from fuserl_megatron.train.loop import train as run
+
+        return run(config)
+    command = [sys.executable, "-m", "fuserl_megatron.cli", "train", *options.overrides]
+    for name in ("config_dir", "config_name"):
+        if getattr(options, name) is not None:
+            command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
+    return local.run_ranks(command, num_ranks)
+
+
+def check(config: Config, num_ranks: int) -> list[str]:
+    """All rules, the cheap ones first; returns what follows from the settings. Raises UserError."""
+    from fuserl_megatron.config.validate import validate
+
+    validate(config, num_ranks)
+    if not Path(config.model.path).is_dir():  # before torch is imported
+        raise UserError(f"model.path={config.model.path}: no such directory; give a Hugging Face model directory.")
+    from fuserl_megatron.convert.hf_config import read_config
+    from fuserl_megatron.data.dataset import Manifest
+
+    return validate(config, num_ranks, read_config(config.model.path), data_set=Manifest.read(config.data.path))
+
+
+def hf_to_megatron(options: argparse.Namespace) -> int:
+    """`fuserl convert hf-to-megatron`."""
+    from fuserl_megatron.mcore import offline
+
+    offline.hf_to_megatron(options.source, options.destination, force=options.force)
+    return 0
+
+
+def megatron_to_hf(options: argparse.Namespace) -> int:
+    """`fuserl convert megatron-to-hf`."""
+    size = _bytes(options.max_shard_size)
+    from fuserl_megatron.mcore import offline
+
+    offline.megatron_to_hf(
+        options.source, options.destination, dtype=options.dtype, max_shard_size=size, force=options.force
+    )
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """`fuserl verify`."""
+    from fuserl_megatron.mcore.verify import verify as run
+
+    return run(options.a, options.b, text=options.text, threshold=options.threshold, json_path=options.json)
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """`fuserl doctor`."""
+    from fuserl_megatron.doctor import examine, print_report
+
+    report = examine()
+    print_report(report, as_json=options.json)
+    return 0 if report.works else 1
+
+
+def demo(options: argparse.Namespace) -> int:
+    """`fuserl demo`: the examples are no part of the wheel, so this needs a checkout."""
+    checkout = Path(__file__).resolve().parents[1]
+    for root in (Path.cwd(), checkout):
+        script = root / "examples" / "skills" / "run_demo.py"
+        if script.is_file():
+            return subprocess.call([sys.executable, str(script), "--dir", options.dir])
+    raise UserError(
+        "demo: examples/skills is not here (the wheel carries no examples); clone the repository and type `make demo`."
+    )
+
+
+def _bytes(text: str) -> int:
+    """Decimal units as in 5GB, 500MB; a plain number is bytes."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in units else (text, "")
+    try:
+        size = int(float(number) * units.get(unit, 1))
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise UserError(f"--max-shard-size {text}: is no size; 5GB would work.")
+    return size

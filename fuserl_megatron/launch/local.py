@@ -1,0 +1,177 @@
+"""Ranks on this machine: `fuserl train --nproc 4` starts four processes of itself and watches over them.
+
+The environment each rank gets is torchrun's (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT), so the same entry
+runs under torchrun and srun. torchrun itself is not used here: its agent imports torch a further time (seconds, and
+memory), answers every failure with exit code 1, and prints a traceback of its own over a one-line user error.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+
+USER_ERROR = 2
+OTHERS_MAY_REPORT_S = 2.0
+"""After the first rank failed, seconds for the others to end by themselves: most user errors are met by all ranks."""
+TERM_TO_KILL_S = 10.0
+"""Seconds between SIGTERM and SIGKILL."""
+POLL_S = 0.05
+ERROR_PREFIX = "fuserl: error:"
+
+
+def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process as one rank: torchrun, this module, or an srun of several tasks."""
+    return "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
+    """Ranks over all nodes, as the launcher that started this one says."""
+    return int(environ["WORLD_SIZE"] if "RANK" in environ else environ["SLURM_STEP_NUM_TASKS"])
+
+
+def rank_environment(rank: int, num_ranks: int, port: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What a rank on this machine needs to find the others. Values the user already chose are kept."""
+    defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
+    if any(name == "lo" for _, name in socket.if_nameindex()):
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would otherwise look up the host name, which may not resolve
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+    }
+    return {**defaults, **environ, **address, **place}
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(command: Sequence[str], num_ranks: int, environ: Mapping[str, str] = os.environ) -> int:
+    """Run one process per rank until all have ended.
+
+    Rank 0 has this terminal. What the other ranks print goes to standard error, marked with the rank; a user error that
+    rank 0 reports as well is not repeated. When a rank fails, all are ended. SIGTERM and SIGUSR1 are passed on.
+
+    Args:
+        command: the program and its arguments, the same for every rank.
+        num_ranks: processes to start.
+        environ: environment of the ranks, before the rank's own variables.
+
+    Returns:
+        0, or the exit code of the rank that failed first (128 + signal number for a killed one, 130 after Ctrl-C).
+    """
+    port = free_port()
+    group = _Group()
+    forwarded = {sig: signal.signal(sig, group.forward) for sig in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        for rank in range(num_ranks):
+            group.start(rank, command, rank_environment(rank, num_ranks, port, environ))
+        return group.watch()
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        group.end()
+        for sig, handler in forwarded.items():
+            signal.signal(sig, handler)
+
+
+class _Group:
+    """The processes of one run, in rank order."""
+
+    def __init__(self) -> None:
+        self.ranks: list[subprocess.Popen] = []
+        self.pumps: list[threading.Thread] = []
+        self.held_errors: dict[int, str] = {}
+
+    def start(self, rank: int, command: Sequence[str], environ: dict[str, str]) -> None:
+        stdio = {}
+        if rank:
+            stdio = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(
+            command, env=environ, text=True, errors="replace", preexec_fn=_die_with_parent, **stdio
+        )
+        self.ranks.append(process)
+        if rank:
+            self.pumps.append(threading.Thread(target=self._pump, args=(rank, process), daemon=True))
+            self.pumps[-1].start()
+
+    def _pump(self, rank: int, process: subprocess.Popen) -> None:
+        for line in process.stdout:
+            if line.startswith(ERROR_PREFIX):
+                self.held_errors[rank] = line.rstrip()
+            else:
+                print(f"[rank {rank}] {line.rstrip()}", file=sys.stderr, flush=True)
+
+    def forward(self, signal_number: int, _frame: object) -> None:
+        for process in self.ranks:
+            if process.poll() is None:
+                process.send_signal(signal_number)
+
+    def watch(self) -> int:
+        """Wait for all ranks or for the first failure; report it; return the exit code."""
+        while True:
+            codes = [process.poll() for process in self.ranks]
+            failed = [rank for rank, code in enumerate(codes) if code]
+            if failed:
+                break
+            if None not in codes:
+                return 0
+            time.sleep(POLL_S)
+        first = min(failed, key=lambda rank: codes[rank] != USER_ERROR)
+        self._wait(OTHERS_MAY_REPORT_S)
+        rank_0_spoke = bool(self.ranks[0].poll())
+        self.end()
+        code = codes[first]
+        if code == USER_ERROR:
+            if first and not rank_0_spoke:
+                print(self.held_errors.get(first, f"{ERROR_PREFIX} rank {first} refused its settings"), file=sys.stderr)
+            return code
+        for rank, line in self.held_errors.items():
+            print(f"[rank {rank}] {line}", file=sys.stderr)
+        print(f"{ERROR_PREFIX} rank {first} ended first, {_cause(code)}; the other ranks were ended.", file=sys.stderr)
+        return code if code > 0 else 128 - code
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while any(process.poll() is None for process in self.ranks) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+    def end(self) -> None:
+        """End what still runs: SIGTERM, then SIGKILL. Nothing to do when all ranks have ended."""
+        alive = [process for process in self.ranks if process.poll() is None]
+        for process in alive:
+            process.terminate()
+        try:
+            if alive:
+                self._wait(TERM_TO_KILL_S)
+        except KeyboardInterrupt:
+            pass  # a second Ctrl-C: no more waiting
+        for process in self.ranks:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        for pump in self.pumps:
+            pump.join(timeout=1.0)
+
+
+def _cause(code: int) -> str:
+    if code > 0:
+        return f"with exit code {code}"
+    hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+    return f"killed by {signal.Signals(-code).name}{hint}"
+
+
+def _die_with_parent() -> None:
+    """In the child, before it becomes the rank: ask Linux for SIGTERM when the launcher is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
