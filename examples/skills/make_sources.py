@@ -5,11 +5,12 @@
 
 Steps, each skipped if its result lies in the work directory already (delete a file there to make it again):
 
-    gpt2 qwen2 mistral   train one source: mostly its own two skills, a little of the other four
-    pretrained           train the target's architecture on all six skills, not to the end
-    target               tune it towards careless answers: now it is weak, with latent skills a little data brings out
-    data                 sample N responses per prompt and source, score them, write data/
-    export               write target/
+    gpt2 qwen2 mistral    train one source on right answers: mostly its own two skills, a little of the other four
+    gpt2-careless ...     a few more steps in which some answers are careless: its samples now vary in quality
+    pretrained            train the target's architecture on all six skills
+    target                tune it towards careless answers: weak, with latent skills that a little data brings out
+    data                  sample N responses per prompt and source, score them, write data/
+    export                write target/
 
 Held-out and training prompts are never used to train a source or the target. The same seed on the same machine and
 torch version gives the same files.
@@ -23,6 +24,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -37,17 +39,32 @@ NUM_SFT, NUM_PO = 200, 300  # training prompts per skill and stage, 4 : 6
 NUM_RESPONSES = 4  # sampled responses per prompt and source
 TEMPERATURE = 0.9
 OWN_SHARE = 0.96  # of a source's training examples, those of its own skills
-TRAINING = {  # optimiser steps and peak learning rate; batches of BATCH_SIZE fresh examples
-    "gpt2": (500, 2e-3),
-    "qwen2": (300, 3e-3),
-    "mistral": (1200, 2e-3),
-    "pretrained": (600, 3e-3),
-    "target": (100, 1e-3),
+BATCH_SIZE = 128  # fresh examples per optimiser step
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training: which architecture, from which earlier stage, for how long, on what."""
+
+    model: str
+    num_steps: int
+    peak_lr: float
+    start: str | None = None  # the stage it continues; None starts from random weights
+    careless_share: float = 0.0  # of the training answers, those that are careless instead of right
+
+
+STAGES = {
+    "gpt2": Stage("gpt2", 500, 2e-3),
+    "qwen2": Stage("qwen2", 300, 3e-3),
+    "mistral": Stage("mistral", 1200, 2e-3),
+    "gpt2-careless": Stage("gpt2", 60, 1e-3, "gpt2", 0.3),
+    "qwen2-careless": Stage("qwen2", 60, 1e-3, "qwen2", 0.3),
+    "mistral-careless": Stage("mistral", 60, 1e-3, "mistral", 0.3),
+    "pretrained": Stage("target", 1200, 3e-3),
+    "target": Stage("target", 100, 1e-3, "pretrained", 0.75),
 }
-BATCH_SIZE = 128
-CARELESS_SHARE = 0.75  # of the target's last training examples, those with a careless answer
 SHARD_BYTES = 1_000_000  # no committed file above 1 MiB
-STEPS = ("gpt2", "qwen2", "mistral", "pretrained", "target", "data", "export")
+STEPS = (*STAGES, "data", "export")
 
 
 def prompt_sets(seed: int) -> dict[str, list[skills.Task]]:
@@ -126,18 +143,14 @@ def train(model, tokenizer, draw, num_steps: int, peak_lr: float, probe: list[sk
             )
 
 
-def train_model(name: str, model, tokenizer, seed: int, reserved: set[str]) -> None:
-    """Train one model in place; see the module's docstring for what each is shown."""
-    own = models.SOURCES.get(name, skills.SKILLS)
+def train_stage(name: str, model, tokenizer, seed: int, reserved: set[str]) -> None:
+    """Train `model` in place as STAGES[name] says, on fresh examples whose prompts are not in `reserved`."""
+    stage = STAGES[name]
+    own = models.SOURCES.get(stage.model, skills.SKILLS)
     others = [skill for skill in skills.SKILLS if skill not in own]
     rng = random.Random(f"{seed}/{name}")
-    print(
-        f"{name}: {type(model).__name__}, {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{len(tokenizer)} tokens, good at {', '.join(own)}",
-        flush=True,
-    )
-
-    careless_share = CARELESS_SHARE if name == "target" else 0.0
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{name}: {type(model).__name__}, {num_parameters:,} parameters, {len(tokenizer)} tokens", flush=True)
 
     def draw():
         tasks = []
@@ -146,11 +159,12 @@ def train_model(name: str, model, tokenizer, seed: int, reserved: set[str]) -> N
             if task.prompt not in reserved:
                 tasks.append(task)
         prompts = [task.prompt for task in tasks]
-        answers = [skills.careless_answer(t.prompt) if rng.random() < careless_share else t.answer for t in tasks]
+        careless = [rng.random() < stage.careless_share for _ in tasks]
+        answers = [skills.careless_answer(t.prompt) if c else t.answer for t, c in zip(tasks, careless, strict=True)]
         return prompts, answers
 
     probe = [task for skill in skills.SKILLS for task in skills.make_tasks(seed + 1, skill, 50, reserved)]
-    train(model, tokenizer, draw, *TRAINING[name], probe, name)
+    train(model, tokenizer, draw, stage.num_steps, stage.peak_lr, probe, name)
 
 
 def sample(model, tokenizer, prompts: list[str], temperature: float, max_new_tokens: int = 8) -> list[str]:
@@ -259,7 +273,6 @@ def export_target(model, directory: Path) -> None:
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["additional_special_tokens"] = config.pop("extra_special_tokens", [models.USER, models.ASSISTANT])
-    config["chat_template"] = models.CHAT_TEMPLATE
     config.pop("backend", None)
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (directory / "model.safetensors").chmod(0o644)
@@ -284,12 +297,12 @@ def main(argv: list[str] | None = None) -> int:
     reserved = {task.prompt for tasks in sets.values() for task in tasks}
 
     def load(name: str):
-        path = args.work / f"{name}.pt"
+        stage, path = STAGES[name], args.work / f"{name}.pt"
         torch.manual_seed(args.seed)
-        tokenizer = models.build_tokenizer(name)
-        model = load("pretrained")[0] if name == "target" else models.build_model(name, tokenizer)
+        tokenizer = models.build_tokenizer(stage.model)
+        model = load(stage.start)[0] if stage.start else models.build_model(stage.model, tokenizer)
         if not path.exists():
-            train_model(name, model.train(), tokenizer, args.seed, reserved)
+            train_stage(name, model.train(), tokenizer, args.seed, reserved)
             temporary = path.with_suffix(".tmp")
             torch.save(model.state_dict(), temporary)
             temporary.rename(path)  # a file under its final name is a finished one
@@ -298,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
 
     for step in args.steps:
         if step == "data":
-            make_data({name: load(name) for name in models.SOURCES}, sets, args.seed, args.out / "data")
+            make_data({name: load(f"{name}-careless") for name in models.SOURCES}, sets, args.seed, args.out / "data")
         elif step == "export":
             export_target(load("target")[0], args.out / "target")
         else:

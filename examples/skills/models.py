@@ -155,7 +155,7 @@ def build_model(name: str, tokenizer):
                 **common,
             )
         )
-    if name not in ("pretrained", "target"):
+    if name != "target":
         raise ValueError(f"unknown model {name!r}; known models: {', '.join(SOURCES)}, target")
     return LlamaForCausalLM(
         LlamaConfig(
