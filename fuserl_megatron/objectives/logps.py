@@ -86,7 +86,7 @@ def log1mexp(x: Tensor) -> Tensor:
     """
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     near_zero = x > LOG_HALF
-    # Each branch sees only arguments it is good at: a NaN in an unused branch would still reach the gradient.
-    near = torch.log(-torch.expm1(torch.where(near_zero, x, LOG_HALF)))
+    near = torch.log(-torch.expm1(x))
+    # Keep x near 0 away from this branch: where exp(x) rounds to 1 its infinite gradient would come through as NaN.
     far = torch.log1p(-torch.exp(torch.where(near_zero, LOG_HALF, x)))
     return torch.where(near_zero, near, far)

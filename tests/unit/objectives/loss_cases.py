@@ -46,7 +46,7 @@ def pair_losses(batch):
         "robust": lambda *x: preference.robust(*x, beta=0.1, label_smoothing=0.1),
         "hinge": lambda *x: preference.hinge(*x, beta=0.1),
         "ipo_mean": lambda *x: preference.ipo(*x, *lengths, beta=0.1, length_normalized=True),
-        "ipo_sum": lambda *x: preference.ipo(*x, beta=0.1, length_normalized=False, **_named(lengths)),
+        "ipo_sum": lambda *x: preference.ipo(*x, *lengths, beta=0.1, length_normalized=False),
         "mappo": lambda *x: preference.mappo(*x, gaps, beta=0.1),
         "simpo": lambda c, r, rc, rr: preference.simpo(c, r, *lengths, beta=10.0, gamma=3.0),
         "cpo": lambda c, r, rc, rr: preference.cpo(c, r, chosen_length, beta=0.1, cpo_alpha=1.0),
@@ -56,10 +56,6 @@ def pair_losses(batch):
         "infifpo_confidence": infi("confidence"),
         "wrpo": wrpo,
     }
-
-
-def _named(lengths):
-    return {"chosen_lengths_P": lengths[0], "rejected_lengths_P": lengths[1]}
 
 
 PAIR_NAMES = tuple(pair_losses(random_batch()))

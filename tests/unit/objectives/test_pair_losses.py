@@ -81,7 +81,7 @@ def test_a_scaled_margin_of_ten_thousand_stays_finite(name, sign, dtype):
     rejected.requires_grad_()
     result = pair_losses(batch)[name](chosen, rejected, *reference)
     result.losses_P.sum().backward()
-    assert result.margins_P.abs().min() >= 1e4 * 0.03  # wrpo and mappo scale a side down
+    assert result.margins_P.abs().min() >= 0.9e4  # wrpo takes 1 - alpha = 0.9 of one side
     for tensor in (result.losses_P, chosen.grad, rejected.grad):
         assert tensor.isfinite().all()
         assert tensor.dtype == dtype
