@@ -2,15 +2,17 @@
 
 The method, step by step, for a prompt (messages) and a response:
 
-1. prompt text   = template(messages, add_generation_prompt=True): what the model will be given when it is used.
-2. The template renders the conversation with a marker as the assistant's answer. What stands before the marker is the
-   assistant's header, what stands after it closes the turn.
-   A template that knows no generation prompt leaves the header out of 1; then the text before the marker is the prompt.
-3. The conversation is rendered with the real response; between the same header and closing stands the response as the
+1. The template renders the conversation with a marker as the assistant's answer. What stands before the marker is the
+   prompt and the assistant's header, what stands after it closes the turn.
+2. prompt text = template(messages, add_generation_prompt=True): what the model will be given when it is used. It must
+   be the beginning of 1. A template that knows no generation prompt leaves the header out; then all that stands before
+   the marker is the prompt (without spaces at its end: they belong to the answer's first word).
+3. The conversation is rendered with the real response; between the same beginning and end stands the response as the
    template prints it (many templates strip white space).
-4. Scored are the response, the closing text up to the first special token of the closing, and that token: the
-   end-of-turn token (`<|im_end|>`, `<|eot_id|>`, `</s>`). What follows it, a newline for instance, is not.
-   A closing without a special token is scored without its trailing white space and followed by the eos token.
+4. Scored is what the model has to write after the prompt: the response, the closing text up to the first special token
+   of the closing, and that token: the end-of-turn token (`<|im_end|>`, `<|eot_id|>`, `</s>`). What follows it is not
+   (a newline, for instance). A closing without a special token is scored without its trailing white space and followed
+   by the eos token. What a template prints between generation prompt and answer, the model has to write too.
 
 Prompt and response are tokenised separately, as at inference: no token spans both. Tokenizers that put a space in
 front of every text (SentencePiece's dummy prefix) tokenise prompt + response together where that leaves the prompt's
@@ -62,6 +64,8 @@ class RenderedPrompt:
     """The rendered conversation up to the response ..."""
     after: str
     """... and after it."""
+    lead: str
+    """The end of `before` that is not in `text`: scored in front of every response (mostly nothing, or a space)."""
 
 
 class ChatTokenizer:
@@ -113,7 +117,7 @@ class ChatTokenizer:
             source = chat_template or f"the template of {path}"
             try:
                 self.has_generation_prompt = self._render(probe, True) != self._render(probe, False)
-                self._surroundings(probe)
+                self._prompt_text(probe, self._surroundings(probe)[0])
             except BadPrompt as error:
                 raise UserError(f"chat_template: {source}: {error}") from None
         else:
@@ -152,13 +156,13 @@ class ChatTokenizer:
                 raise BadPrompt(
                     "needs_chat_template", "several messages, but the tokenizer has no chat template: set chat_template"
                 )
-            text, before, after = messages[0][1], "", ""
+            text, before, after = messages[0][1], messages[0][1], ""
             plain, full = self._ids(text), self._ids(text, add_special_tokens=True)
             lead = next((i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain), 0)
             tokens = full[: lead + len(plain)]  # with the bos token of a tokenizer that adds one, never its eos
         else:
             before, after = self._surroundings(messages)
-            text = self._render(messages, True) if self.has_generation_prompt else before
+            text = self._prompt_text(messages, before)
             tokens = self._ids(text)
         if not tokens:
             raise BadPrompt("prompt_without_tokens", "the prompt has no tokens")
@@ -168,7 +172,7 @@ class ChatTokenizer:
                 "prompt_too_long",
                 f"the prompt has {len(tokens)} tokens: no room for a response within {limit}; raise max_length",
             )
-        return RenderedPrompt(messages, text, tokens, before, after)
+        return RenderedPrompt(messages, text, tokens, before, after, before[len(text) :])
 
     def encode_responses(
         self, prompt: RenderedPrompt, responses: list[tuple[str, Place]]
@@ -182,7 +186,7 @@ class ChatTokenizer:
                 results.append(BadRecord(place, error.kind, str(error)))
         closing, end = self._closing(prompt.after)
         texts = [r for r in results if isinstance(r, str)]
-        encoded = iter(self._response_ids(prompt, [t + closing for t in texts]))
+        encoded = iter(self._response_ids(prompt, [prompt.lead + t + closing for t in texts]))
         room = self.max_length - len(prompt.tokens)
         for i, (result, (_, place)) in enumerate(zip(results, responses, strict=True)):
             if not isinstance(result, str):
@@ -236,6 +240,19 @@ class ChatTokenizer:
         if not found:
             raise BadPrompt("template_hides_response", "the chat template does not print the assistant's response")
         return before, after
+
+    def _prompt_text(self, messages: Messages, before: str) -> str:
+        """What the model is given: a beginning of `before`."""
+        text = self._render(messages, True)
+        if self.has_generation_prompt:
+            if not before.startswith(text):
+                ends = f"{text[-20:]!r} is not how it prints an answer, {before[-20:]!r}"
+                raise BadPrompt(
+                    "generation_prompt_mismatch", f"the chat template's generation prompt {ends}; set chat_template"
+                )
+            return text
+        bare = before.rstrip(" ")
+        return text if before.startswith(text) and len(text) > len(bare) else bare
 
     def _closing(self, after: str) -> tuple[str, int]:
         """Text after the response that is scored with it, and the id of the end-of-turn token."""
