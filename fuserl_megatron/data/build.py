@@ -114,14 +114,20 @@ def _tokenize(
     loaded: LoadedRecords, tokenizer: ChatTokenizer, rejects: Rejects, counts: Counter[str]
 ) -> Iterator[dict[str, Any] | None]:
     """One row of groups.arrow per prompt; None for a prompt that lost all its responses."""
+    input_ids = {entry["name"]: i for i, entry in enumerate(loaded.inputs)}
     for group in loaded.groups:
-        row = _tokenize_group(group, loaded.sources, tokenizer, rejects, counts)
+        row = _tokenize_group(group, loaded.sources, input_ids, tokenizer, rejects, counts)
         counts["prompts_without_response"] += row is None
         yield row
 
 
 def _tokenize_group(
-    group: RecordGroup, sources: list[str], tokenizer: ChatTokenizer, rejects: Rejects, counts: Counter[str]
+    group: RecordGroup,
+    sources: list[str],
+    input_ids: dict[str, int],
+    tokenizer: ChatTokenizer,
+    rejects: Rejects,
+    counts: Counter[str],
 ) -> dict[str, Any] | None:
     def reject(bad: BadRecord, source_id: int, text: str, reward: float) -> None:
         prompt = [{"role": role, "content": content} for role, content in group.messages]
@@ -136,7 +142,7 @@ def _tokenize_group(
         return None
     row: dict[str, Any] = {name: [] for name in SCHEMA.names} | {"prompt": prompt.tokens}
     encoded = tokenizer.encode_responses(prompt, [(text, place) for _, text, _, place in entries])
-    for result, (source_id, text, reward, _) in zip(encoded, entries, strict=True):
+    for result, (source_id, text, reward, place) in zip(encoded, entries, strict=True):
         if isinstance(result, BadRecord):
             reject(result, source_id, text, reward)
             continue
@@ -144,6 +150,8 @@ def _tokenize_group(
         row["source_ids"].append(source_id)
         row["rewards"].append(reward)
         row["truncated"].append(result.truncated)
+        row["inputs"].append(input_ids[place[0]])
+        row["lines"].append(place[1])
         counts["truncated_responses"] += result.truncated
         counts["responses_with_special_tokens"] += result.special_in_text
     return row if row["responses"] else None
@@ -176,6 +184,8 @@ def _record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
         lists("source_ids", np.int32),
         lists("rewards", np.float64),
         lists("truncated", np.bool_),
+        lists("inputs", np.int32),
+        lists("lines", np.int64),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 

@@ -1,8 +1,8 @@
 """The fused data set on disk: a directory with `groups.arrow` (memory-mapped) and `manifest.json`.
 
-One row of groups.arrow is one group: `prompt` list<int32>, `responses` list<list<int32>>, `source_ids` list<int32>,
-`rewards` list<double>, `truncated` list<bool>. Responses are numbered through the whole data
-set; a group's are consecutive.
+One row of groups.arrow is one group: `prompt` list<int32>, `responses` list<list<int32>> (the scored tokens), and one
+entry per response in `source_ids` list<int32>, `rewards` list<double>, `truncated` list<bool>, `inputs` list<int32> and
+`lines` list<int64> (where it was read). Responses are numbered through the whole data set; a group's are consecutive.
 
 Shapes: G groups, R responses of the whole data set.
 """
@@ -30,6 +30,8 @@ SCHEMA = pa.schema(
         ("source_ids", pa.list_(pa.int32())),
         ("rewards", pa.list_(pa.float64())),
         ("truncated", pa.list_(pa.bool_())),
+        ("inputs", pa.list_(pa.int32())),
+        ("lines", pa.list_(pa.int64())),
     ]
 )
 
@@ -167,6 +169,7 @@ class FusedDataset:
     def _map_file(self, file: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(file)))
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        self._batches = batches
         self._prompts = [_list_views(b.column("prompt")) for b in batches]
         outer = [_offsets(b.column("responses")) for b in batches]
         self._responses = [_list_views(b.column("responses").values) for b in batches]
@@ -215,6 +218,17 @@ class FusedDataset:
         offsets, values = self._responses[i // ROWS_PER_BATCH]
         row = response_id - self.response_offsets[first]
         return values[offsets[row] : offsets[row + 1]]
+
+    def place(self, response_id: int) -> str:
+        """Where a response was read, as file:line (for messages that name a response)."""
+        i = int(np.searchsorted(self.response_offsets, response_id, side="right")) - 1
+        batch, row, column = (
+            self._batches[i // ROWS_PER_BATCH],
+            i % ROWS_PER_BATCH,
+            response_id - self.response_offsets[i],
+        )
+        name, line = (batch.column(c)[row][int(column)].as_py() for c in ("inputs", "lines"))
+        return f"{self.manifest.inputs[name]['name']}:{line}"
 
     def group(self, i: int) -> Group:
         """Group i, 0 <= i < num_groups."""

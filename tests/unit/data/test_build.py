@@ -273,9 +273,15 @@ def test_the_arrow_file_is_plain_arrow(build_dataset, make_record, tmp_path):
     build_dataset([make_record(response="w3 w4")])
     with pa.memory_map(str(tmp_path / "fused" / "groups.arrow")) as source:
         rows = pa.ipc.open_file(source).read_all().to_pylist()
-    assert rows == [
-        {"prompt": [3, 4], "responses": [[5, 6, 1]], "source_ids": [0], "rewards": [0.5], "truncated": [False]}
-    ]
+    row = {"prompt": [3, 4], "responses": [[5, 6, 1]], "source_ids": [0], "rewards": [0.5], "truncated": [False]}
+    assert rows == [{**row, "inputs": [0], "lines": [1]}]
+
+
+def test_a_response_can_be_traced_to_its_line(write_records, make_record, build_dataset):
+    one = write_records([make_record(), "", make_record(prompt="w9")], "one.jsonl")
+    two = write_records([make_record(response="w5"), make_record(prompt="w9", response="w6")], "two.jsonl")
+    data = build_dataset([], inputs=(one, two))
+    assert [data.place(i) for i in range(4)] == [f"{one}:1", f"{two}:1", f"{one}:3", f"{two}:2"]
 
 
 def test_nothing_is_left_when_every_record_is_bad(build_dataset, make_record, tmp_path):
