@@ -21,9 +21,9 @@ def num_steps(config: Config, num_prompts: int | None) -> int | None:
 
 
 def num_warmup_steps(config: Config, steps: int) -> int:
-    """Steps of linear warm-up: warmup_steps where it is set, otherwise warmup_ratio of all steps, rounded down."""
+    """Steps of linear warm-up: warmup_steps where it is set, otherwise warmup_ratio of all steps, rounded up."""
     sched = config.optim.sched
-    return sched.warmup_steps if sched.warmup_steps is not None else int(sched.warmup_ratio * steps)
+    return sched.warmup_steps if sched.warmup_steps is not None else math.ceil(sched.warmup_ratio * steps)
 
 
 def layout_fact(config: Config, world_size: int, data_parallel_size: int) -> str:
@@ -54,4 +54,6 @@ def steps_fact(config: Config, steps: int, warmup: int, num_prompts: int | None)
         if steps == per_epoch * config.trainer.max_epochs:
             batch, passes = config.data.global_batch_size, config.trainer.max_epochs
             source = f"{num_prompts} prompts / {batch} = {per_epoch} a pass x {passes}"
-    return f"steps    {steps} ({source}), {warmup} of them warm-up"
+    # FusePO drops prompts without a pair, which shows when the data set is read
+    limit = "at most " if config.objective.stage == "fusepo" and "prompts" in source else ""
+    return f"steps    {limit}{steps} ({source}), {warmup} of them warm-up"

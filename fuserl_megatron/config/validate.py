@@ -29,8 +29,9 @@ class DataSet(Protocol):
     """What the checks ask of a fused data set (its manifest)."""
 
     num_prompts: int
-    max_length: int
     max_token_id: int
+    tokens: dict[str, float]
+    """Has total_max: tokens of the longest prompt + response."""
 
 
 def validate(
@@ -70,7 +71,7 @@ def validate(
     steps = num_steps(config, num_prompts)
     if steps is not None:
         warmup = num_warmup_steps(config, steps)
-        if warmup >= steps > 0:
+        if config.optim.sched.warmup_steps is not None and warmup >= steps:
             _refuse(config, "optim.sched.warmup_steps", f"must be smaller than the run's {steps} steps", steps // 10)
         facts.append(steps_fact(config, steps, warmup, num_prompts))
     return facts
@@ -84,8 +85,8 @@ def validate_build(config: BuildConfig) -> None:
     """
     if not config.inputs:
         raise UserError("inputs=[]: needs at least one file of scored responses; type inputs=[responses.jsonl].")
-    if not (config.reward_temperature > 0 and math.isfinite(config.reward_temperature)):
-        _refuse(config, "reward_temperature", "must be a positive number", 0.01)
+    if config.reward_temperature < 0:
+        _refuse(config, "reward_temperature", "must be positive, 0 (best source alone) or inf (uniform)", 0.01)
     if config.max_length < 2:
         _refuse(config, "max_length", "must hold a prompt and a response", 2048)
     if len(set(config.sources)) != len(config.sources):
@@ -125,7 +126,6 @@ def _check_numbers(config: Config) -> None:
         "trainer.distributed_timeout_minutes": 30.0,
         "optim.lr": 5e-6,
         "optim.eps": 1e-8,
-        "data.reward_temperature": 0.01,
         "objective.beta": 0.1,
     }
     not_negative = {
@@ -142,6 +142,7 @@ def _check_numbers(config: Config) -> None:
     check(lambda value: value > 0 and math.isfinite(value), "must be a positive number", positive)
     check(lambda value: value >= 0 and math.isfinite(value), "must not be negative or infinite", not_negative)
     check(lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for all", {f"{checkpoint}.save_top_k": 2})
+    check(lambda value: value >= 0, "must be positive, 0 or inf", {"data.reward_temperature": 0.01})
     check(lambda value: value >= 2, "a row must hold a prompt and a response", {"data.seq_length": 2048})
     check(lambda value: 0 <= value < 1, "must lie in [0, 1)", {"optim.sched.warmup_ratio": 0.1})
     check(lambda value: all(0 <= beta < 1 for beta in value), "must lie in [0, 1)", {"optim.betas": (0.9, 0.95)})
@@ -233,11 +234,14 @@ def _check_model(config: Config, shape: ModelShape, data_set: DataSet | None) ->
     if shape.num_layers % pp:
         rule = f"does not divide the model's {shape.num_layers} layers"
         _refuse(config, "model.pipeline_model_parallel_size", rule, _largest_divisor(shape.num_layers, pp))
-    length, longest = config.data.seq_length, shape.max_position_embeddings
-    sequence = length if data_set is None else min(length, data_set.max_length)
-    if sequence > longest:
-        rule = f"sequences may be {sequence} tokens long, and the model's max_position_embeddings is {longest}"
-        _refuse(config, "data.seq_length", rule, longest)
+    # a packed row may be longer than any position: what counts is the longest prompt + response
+    longest = int(data_set.tokens["total_max"]) if data_set is not None else 0
+    limit = shape.max_position_embeddings
+    if longest > limit:
+        raise UserError(
+            f"data.path={config.data.path}: its longest prompt + response has {longest} tokens, and the model's "
+            f"max_position_embeddings is {limit}; build it with max_length={limit}."
+        )
     if data_set is not None and data_set.max_token_id >= shape.vocab_size:
         raise UserError(
             f"data.path={config.data.path}: holds token {data_set.max_token_id}, and the model's vocabulary has "

@@ -1,0 +1,241 @@
+import dataclasses
+import typing
+
+import pytest
+import yaml
+
+from fuserl_megatron.config.compose import conf_dir
+from fuserl_megatron.config.load import from_dict, load_config, to_yaml
+from fuserl_megatron.config.schema import BuildConfig, Config, UserError
+from fuserl_megatron.config.validate import validate
+from fuserl_megatron.config.words import all_keys
+
+PATHS = ["model.path=/m", "data.path=/d"]
+BUILD = ["inputs=[a.jsonl]", "output=o", "tokenizer=t", "reward_temperature=0.01"]
+CONF = conf_dir()
+GROUP_FILES = sorted(file.relative_to(CONF) for file in CONF.glob("*/*.yaml"))
+
+
+def error_of(kind, *overrides, **keywords):
+    with pytest.raises(UserError) as caught:
+        load_config(kind, overrides, **keywords)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- what comes out ---
+
+
+def test_without_a_choice_the_schema_is_the_result():
+    expected = dataclasses.asdict(Config())
+    expected["model"]["path"], expected["data"]["path"] = "/m", "/d"
+    actual = load_config("train", PATHS)
+    assert dataclasses.asdict(actual) == expected
+    assert isinstance(actual.optim.betas, tuple)
+
+
+def test_build():
+    actual = load_config("build", [*BUILD[1:], "inputs=[a.jsonl,b/*.parquet]", "sources=[x,y]"])
+    assert (actual.inputs, actual.sources, actual.reward_temperature) == (("a.jsonl", "b/*.parquet"), ("x", "y"), 0.01)
+    assert load_config("build", [*BUILD[1:], "inputs=a.jsonl"]).inputs == ("a.jsonl",)
+    assert load_config("build", [*BUILD[:3], "reward_temperature=inf"]).reward_temperature == float("inf")
+
+
+def test_command_line_beats_recipe_beats_group_beats_schema():
+    recipe = load_config("train", [*PATHS, "recipe=llama31_8b_fusepo_dpo"])
+    assert (recipe.objective.loss, recipe.objective.beta, recipe.optim.lr) == ("dpo", 0.01, 5e-7)
+    assert recipe.optim.use_distributed_optimizer and not Config().optim.use_distributed_optimizer
+    both = load_config("train", ["optim.lr=1", *PATHS, "recipe=llama31_8b_fusepo_dpo", "model=tiny"])
+    assert (both.optim.lr, both.model.tensor_model_parallel_size, both.model.sequence_parallel) == (1.0, 2, False)
+
+
+@pytest.mark.parametrize("kind, overrides", [("train", [*PATHS, "recipe=llama31_8b_fusesft"]), ("build", BUILD)])
+def test_saved_yaml_gives_the_same_config_again(kind, overrides, tmp_path):
+    expected = load_config(kind, overrides)
+    text = to_yaml(expected)
+    assert from_dict(type(expected), yaml.safe_load(text)) == expected
+    saved = tmp_path / "config.yaml"
+    saved.write_text(text)
+    assert load_config(kind, config_name=str(saved)) == expected
+
+
+def test_own_directory_on_top_of_the_shipped_tree(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("path: /mine\nlogprob_chunk_size: 7\n")
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [train, {override model: mine}, {override objective: fusepo_dpo}, _self_]\n"
+        "data: {path: /d, global_batch_size: 8, packing: {share_prefix: on}}\n"
+        "run: {results_dir: 'runs/${run.name}_${data.seq_length}'}\n"
+    )
+    config = load_config("train", ["run.name=x"], config_dir=tmp_path, config_name="mine")
+    assert (config.model.path, config.model.logprob_chunk_size, config.objective.loss) == ("/mine", 7, "dpo")
+    assert (config.run.results_dir, config.data.packing.share_prefix) == ("runs/x_2048", "on")
+    assert load_config("train", ["model=tiny", "model.path=/m"], tmp_path, "mine").model.path == "/m"
+
+
+def test_numbers_that_yaml_and_people_write():
+    config = load_config("train", [*PATHS, "trainer.precision=32", "optim.lr=1", "optim.betas=[0,0.5]"])
+    assert (config.trainer.precision, config.optim.lr, config.optim.betas) == ("32", 1.0, (0.0, 0.5))
+    assert type(config.optim.lr) is float
+
+
+# --- every shipped file ---
+
+
+@pytest.mark.parametrize("file", GROUP_FILES, ids=str)
+def test_every_group_file_loads_and_validates(file):
+    group, choice = file.parent.name, file.stem
+    overrides = [*PATHS, f"{group}={choice}"]
+    config = load_config("train", overrides)
+    model = config.model
+    size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    assert validate(config, 4 * size)[0].endswith(
+        f"DP 4 = {4 * size} ranks" + ", sequence parallel" * model.sequence_parallel
+    )
+    assert config != load_config("train", PATHS) or choice == "fusesft", "a file that changes nothing"
+
+
+def test_every_file_is_reached():
+    roots = {file.name for file in CONF.glob("*.yaml")}
+    assert roots == {"train.yaml", "build.yaml"} and len(GROUP_FILES) >= 10
+    assert len(list(CONF.rglob("*"))) == len(roots) + len(GROUP_FILES) + len(list(CONF.glob("*/")))
+
+
+EXAMPLES = sorted((CONF.parent / "examples").glob("*/conf/*.yaml"))
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: f"{file.parents[1].name}/{file.name}")
+def test_every_file_of_the_examples_loads_and_validates(file):
+    config = load_config("train", PATHS, config_dir=file.parent, config_name=file.stem)
+    model = config.model
+    validate(config, model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+
+
+def test_recipes_are_the_published_ones():
+    sft, ln_dpo = (load_config("train", [*PATHS, f"recipe=llama31_8b_{name}"]) for name in ("fusesft", "fusepo_ln_dpo"))
+    assert (sft.optim.lr, sft.trainer.max_epochs, sft.data.global_batch_size, sft.data.seq_length) == (
+        5e-6,
+        3,
+        128,
+        2048,
+    )
+    assert (sft.optim.sched.name, sft.optim.sched.warmup_ratio, sft.trainer.precision) == ("cosine", 0.1, "bf16")
+    assert (ln_dpo.objective.beta, ln_dpo.optim.lr, ln_dpo.trainer.max_epochs) == (10.0, 8e-7, 1)
+
+
+# --- what a person gets wrong ---
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("optim.lrr=1", "optim.lr?"),
+        ("model.tensor_parallel_size=2", "model.tensor_model_parallel_size?"),
+        ("max_steps=2", "trainer.max_steps?"),
+        ("+trainer.max_step=2", "trainer.max_steps?"),
+        ("optim.sched.warmup=2", "optim.sched.warmup_steps?"),
+        ("trainer={max_stepz: 3}", "trainer.max_steps?"),
+        ("objektive=fusesft", "objective?"),
+    ],
+)
+def test_unknown_key_names_the_nearest(override, nearest):
+    message = error_of("train", *PATHS, override)
+    assert "no such key" in message and message.endswith(f"Did you mean {nearest}")
+
+
+def test_unknown_key_in_a_file_is_named_with_its_full_path(tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [train, _self_]\ndata: {path: /d, packing: {share_prefx: auto}}\n")
+    message = error_of("train", "model.path=/m", config_dir=tmp_path, config_name="mine")
+    assert message == "data.packing.share_prefx: no such key. Did you mean data.packing.share_prefix?"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optim.lr=fast", "optim.lr=fast: must be a number, such as optim.lr=5e-06."),
+        ("optim.lr=true", "optim.lr=true: must be a number, such as optim.lr=5e-06."),
+        ("optim.lr=nan", "optim.lr=nan: must be a number, such as optim.lr=5e-06."),
+        ("optim.lr=null", "optim.lr=null: must be a number, such as optim.lr=5e-06."),
+        ("trainer.max_steps=1.5", "trainer.max_steps=1.5: must be a whole number, such as trainer.max_steps=1."),
+        ("data.shuffle=1", "data.shuffle=1: must be true or false, such as data.shuffle=true."),
+        ("run.name=7", "run.name=7: must be text, such as run.name=fuserl."),
+        ("optim.betas=[0.9]", "optim.betas=[0.9]: must be a list of 2, such as optim.betas=[0.9,0.95]."),
+        ("optim.betas=[0.9,a]", "optim.betas=a: must be a number, such as optim.betas=0.1."),
+        ("trainer.precision=bf17", "trainer.precision=bf17: not one of 32, bf16. Did you mean bf16?"),
+        ("optim.sched=cosine", "optim.sched=cosine: optim.sched is a section; set one of its keys: optim.sched.name, "),
+        ("model=llama31_8", "model=llama31_8: no such choice. Did you mean llama31_8b? There are: llama31_8b, "),
+        ("model=null", "model=null: no such choice. There are: llama31_8b, "),
+        ("run.seed=1,2", "'run.seed=1,2': one run takes one value"),
+        ("~optim.lr", "'~optim.lr': keys are set, never removed"),
+        ("optim.lr", "'optim.lr' is not an override"),
+        ("run.name=a=b", "'run.name=a=b' is not an override"),
+        ("run.name=${nowhere}", "Interpolation key 'nowhere' not found"),
+    ],
+)
+def test_wrong_values_name_field_value_and_what_works(override, expected):
+    assert error_of("train", *PATHS, override).startswith(expected)
+
+
+def test_required_fields_say_what_to_type():
+    assert error_of("train") == "model.path: required and not set; type model.path=/models/Llama-3.1-8B-Instruct."
+    assert error_of("train", "model.path=/m").startswith("data.path: required and not set; type data.path=")
+    assert error_of("build", *BUILD[:3]).startswith(
+        "reward_temperature: required and not set; type reward_temperature=0.01"
+    )
+
+
+def test_missing_files(tmp_path):
+    assert error_of("train", config_name="trian").endswith("Did you mean train?")
+    assert "no such directory" in error_of("train", config_dir=tmp_path / "none")
+    assert "no such file" in error_of("train", config_name="none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    assert "bad.yaml" in error_of("train", config_dir=tmp_path, config_name="bad")
+    (tmp_path / "lost.yaml").write_text("defaults: [train, {override model: lost}]\n")
+    assert "lost" in error_of("train", config_dir=tmp_path, config_name="lost")
+
+
+def test_a_credential_does_not_reach_the_saved_config(monkeypatch):
+    monkeypatch.setenv("SOME_TOKEN", "hush-hush-1234")
+    message = error_of("train", *PATHS, "run.name='x ${oc.env:SOME_TOKEN}'")
+    assert message.startswith("run.name: holds the value of $SOME_TOKEN") and "hush" not in message
+
+
+def test_every_key_can_be_set_on_the_command_line():
+    """Whether or not a yaml file mentions it: the default of every leaf is accepted back."""
+
+    def leaves(values, prefix=""):
+        for name, value in values.items():
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    expected = load_config("train", PATHS)
+    words = {None: "null", True: "true", False: "false"}
+    overrides = []
+    for key, value in leaves(dataclasses.asdict(expected)):
+        text = (
+            words[value]
+            if value is None or isinstance(value, bool)
+            else list(value)
+            if isinstance(value, tuple)
+            else value
+        )
+        overrides.append(f"{key}={text}")
+    assert len(overrides) > 40
+    assert load_config("train", overrides) == expected
+
+
+@pytest.mark.parametrize("schema", [Config, BuildConfig])
+def test_every_field_has_a_type_that_is_checked(schema):
+    def types(section):
+        for field in dataclasses.fields(section):
+            yield from types(field.type) if dataclasses.is_dataclass(field.type) else [field.type]
+
+    plain = {int, float, bool, str, type(None)}
+    for kind in types(schema):
+        members = typing.get_args(kind) if typing.get_origin(kind) is not typing.Literal else [str]
+        for member in members or [kind]:
+            assert member in plain or member is Ellipsis or typing.get_origin(member) is typing.Literal, kind
+    assert len(all_keys(schema)) > 10

@@ -1,0 +1,164 @@
+# ruff: noqa: E501  (tables of one case a line)
+from types import SimpleNamespace
+
+import pytest
+
+from fuserl_megatron.config.load import load_config
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.config.validate import validate, validate_build
+
+LLAMA_8B = SimpleNamespace(
+    num_layers=32,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+)
+SMOLLM2 = SimpleNamespace(
+    num_layers=30,
+    ffn_hidden_size=1536,
+    num_attention_heads=9,
+    num_query_groups=3,
+    vocab_size=49152,
+    max_position_embeddings=8192,
+)
+DATA_SET = SimpleNamespace(num_prompts=1000, max_token_id=49151, tokens={"total_max": 2048.0})
+TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
+
+
+def config(*overrides):
+    return load_config("train", ["model.path=/m", "data.path=/d", *overrides])
+
+
+def error_of(*overrides, world_size=1, shape=None, **keywords):
+    with pytest.raises(UserError) as caught:
+        validate(config(*overrides), world_size, shape, **keywords)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_defaults_hold():
+    validate(config(), 1, LLAMA_8B, data_set=DATA_SET)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "shape", "expected"),
+    [
+        ([f"{TP}=2"], 2, SMOLLM2, f"{TP}=2: does not divide the model's 9 attention heads; {TP}=1 would work."),
+        ([f"{TP}=9"], 9, SMOLLM2, f"{TP}=9: does not divide the model's 3 key/value heads; {TP}=3 would work."),
+        ([f"{TP}=16"], 16, LLAMA_8B, f"{TP}=16: does not divide the model's 8 key/value heads; {TP}=8 would work."),
+        ([f"{PP}=4"], 4, SMOLLM2, f"{PP}=4: does not divide the model's 30 layers; {PP}=3 would work."),
+        ([f"{TP}=2", f"{PP}=2"], 6, LLAMA_8B, "world size 6: must be a multiple of TP 2 x PP 2 x CP 1 = 4; --nproc 4 or 8 would work."),
+        ([f"{TP}=8"], 4, LLAMA_8B, "world size 4: must be a multiple of TP 8 x PP 1 x CP 1 = 8; --nproc 8 would work."),
+        (["model.context_parallel_size=2"], 2, None, "model.context_parallel_size=2: context parallelism is not offered yet"),
+        ([f"{PP}=2", "model.virtual_pipeline_model_parallel_size=2"], 2, None, "model.virtual_pipeline_model_parallel_size=2: refused"),
+        (["model.sequence_parallel=true"], 1, None, f"model.sequence_parallel=true: needs {TP} > 1"),
+        (["model.sequence_parallel=true", f"{TP}=2", "data.seq_length=1001"], 2, None, "data.seq_length=1001: model.sequence_parallel splits"),
+    ],
+)  # fmt: skip
+def test_layout_and_model(overrides, world_size, shape, expected):
+    assert error_of(*overrides, world_size=world_size, shape=shape).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["data.micro_batch_size=0"], "data.micro_batch_size=0: must be at least 1; data.micro_batch_size=1 would work."),
+        (["data.global_batch_size=-1"], "data.global_batch_size=-1: must be at least 1"),
+        ([f"{TP}=0"], f"{TP}=0: must be at least 1"),
+        (["optim.lr=0"], "optim.lr=0.0: must be a positive number"),
+        (["optim.lr=inf"], "optim.lr=inf: must be a positive number"),
+        (["trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val=-1.0: must not be negative"),
+        (["exp_manager.checkpoint_callback_params.save_top_k=0"], "exp_manager.checkpoint_callback_params.save_top_k=0"),
+        (["data.seq_length=1"], "data.seq_length=1: a row must hold a prompt and a response"),
+        (["optim.betas=[0.9,1]"], "optim.betas=[0.9,1.0]: must lie in [0, 1); optim.betas=[0.9,0.95] would work."),
+        (["optim.sched.warmup_ratio=1"], "optim.sched.warmup_ratio=1.0: must lie in [0, 1)"),
+        (["trainer.max_epochs=null"], "trainer.max_epochs=null: the run would not end"),
+        (["optim.sched.min_lr=1e-3"], "optim.sched.min_lr=0.001: must not be above optim.lr=5e-06"),
+        (["optim.sched.name=constant", "optim.sched.min_lr=1e-7"], "optim.sched.min_lr=1e-07: optim.sched.name=constant"),
+        (["optim.overlap_param_gather=true"], "optim.overlap_param_gather=true: needs optim.use_distributed_optimizer=true"),
+        (["trainer.max_epochs=null", "trainer.max_steps=10", "optim.sched.warmup_steps=10"], "optim.sched.warmup_steps=10: must be smaller than the run's 10 steps; optim.sched.warmup_steps=1 would work."),
+        (["trainer=cpu", "model.transformer_impl=transformer_engine"], "model.transformer_impl=transformer_engine: Transformer Engine needs CUDA"),
+        (["model.recompute_num_layers=2"], "model.recompute_num_layers=2: is used with model.recompute_granularity=full only"),
+        (["data.packing.enabled=false", "data.packing.share_prefix=on"], "data.packing.share_prefix=on: data.packing.enabled=false"),
+    ],
+)  # fmt: skip
+def test_settings(overrides, expected):
+    assert error_of(*overrides).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["objective.beta=0.1"], "objective.beta=0.1: belongs to objective.stage=fusepo, and this run's stage is fusesft; objective.beta=null would work."),
+        (["objective.loss=dpo"], "objective.loss=dpo: belongs to objective.stage=fusepo"),
+        (["objective.reference=/r"], "objective.reference=/r: belongs to objective.stage=fusepo"),
+        (["objective=fusepo_dpo", "objective.selection=per_source"], "objective.selection=per_source: belongs to objective.stage=fusesft"),
+        (["objective=fusepo_dpo", "objective.nll_reduction=token_sum"], "objective.nll_reduction=token_sum: belongs to"),
+        (["objective.top_m=4"], "objective.top_m=4: is used with objective.selection=top_m only"),
+        (["objective.selection=top_m", "objective.top_m=0"], "objective.top_m=0: must be at least 1"),
+        (["objective.stage=fusepo"], "objective.loss=null: objective.stage=fusepo needs a loss; objective.loss=ln_dpo would work."),
+        (["objective=fusepo_dpo", "objective.beta=0"], "objective.beta=0.0: must be a positive number"),
+        (["objective=fusepo_dpo", "objective.min_reward_gap=-1"], "objective.min_reward_gap=-1.0: must not be negative"),
+        (["objective=fusepo_dpo", "objective.min_reward_gap=2", "objective.max_reward_gap=1"], "objective.min_reward_gap=2.0: no pair is above it"),
+    ],
+)  # fmt: skip
+def test_objective(overrides, expected):
+    assert error_of(*overrides).startswith(expected)
+
+
+def test_device_decides_where_the_accelerator_is_left_open():
+    override = "model.transformer_impl=transformer_engine"
+    assert validate(config(override), 1, device="cuda")
+    assert "needs CUDA" in error_of(override, device="cpu")
+
+
+def test_data_set_and_model_belong_together():
+    foreign = SimpleNamespace(num_prompts=10, max_token_id=128000, tokens={"total_max": 9})
+    assert "holds token 128000" in error_of(shape=SMOLLM2, data_set=foreign)
+    long = SimpleNamespace(num_prompts=10, max_token_id=1, tokens={"total_max": 9000.0})
+    expected = (
+        "longest prompt + response has 9000 tokens, and the model's max_position_embeddings is 8192; build it with"
+    )
+    assert expected in error_of(shape=SMOLLM2, data_set=long)
+    # a long row of many short sequences is no long sequence
+    assert validate(config("data.seq_length=16384"), 1, SMOLLM2, data_set=DATA_SET)
+
+
+def test_facts():
+    recipe = config("recipe=llama31_8b_fusesft")
+    layout, batch, steps = validate(
+        recipe, 8, LLAMA_8B, data_set=SimpleNamespace(**{**vars(DATA_SET), "max_token_id": 1})
+    )
+    assert layout == "layout   TP 2 x PP 1 x CP 1 x DP 4 = 8 ranks, sequence parallel"
+    assert (
+        batch == "batch    128 prompts a step = 32 on each of 4 data-parallel ranks; micro-batch 1 x 2048 = 2048 tokens"
+    )
+    assert steps == "steps    24 (1000 prompts / 128 = 8 a pass x 3), 3 of them warm-up"
+    assert validate(config("trainer.max_steps=5"), 3, data_set=DATA_SET)[1:] == [
+        "batch    128 prompts a step = up to 43 on each of 3 data-parallel ranks; micro-batch 1 x 2048 = 2048 tokens",
+        "steps    5 (trainer.max_steps=5), 1 of them warm-up",
+    ]
+    assert len(validate(config(), 1)) == 2, "without the data set the number of steps is not known"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["inputs=[]"], "inputs=[]: needs at least one file"),
+        (
+            ["reward_temperature=-1"],
+            "reward_temperature=-1.0: must be positive, 0 (best source alone) or inf (uniform)",
+        ),
+        (["max_length=1"], "max_length=1: must hold a prompt and a response; max_length=2048 would work."),
+        (["sources=[a,a]"], "sources=[a,a]: a source is named twice"),
+    ],
+)
+def test_build_settings(overrides, expected):
+    base = ["inputs=[a]", "output=o", "tokenizer=t", "reward_temperature=0.01"]
+    validate_build(load_config("build", base))
+    with pytest.raises(UserError) as caught:
+        validate_build(load_config("build", [*base, *overrides]))
+    assert str(caught.value).startswith(expected)

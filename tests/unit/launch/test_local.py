@@ -1,0 +1,151 @@
+"""The launcher of local ranks, with small programs as ranks: what it passes on, prints and leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from fuserl_megatron.launch import local
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(autouse=True)
+def short_grace(monkeypatch):
+    monkeypatch.setattr(local, "OTHERS_MAY_REPORT_S", 0.7)
+
+
+def run(program, num_ranks=2):
+    head = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+    return local.run_ranks([sys.executable, "-c", head + program], num_ranks)
+
+
+def gone(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(condition, seconds=20.0):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert condition()
+
+
+def test_every_rank_gets_its_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    program = f"open(rf'{tmp_path}/{{rank}}', 'w').write(' '.join(os.environ[n] for n in {names}))"
+    assert run(program, 3) == 0
+    actual = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
+    threads, port = str(max(1, os.cpu_count() // 3)), actual[0][4]
+    assert actual == [[str(rank), str(rank), "3", "127.0.0.1", port, threads] for rank in range(3)]
+
+
+def test_the_users_own_thread_count_is_kept():
+    environ = local.rank_environment(1, 4, 29500, {"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth0", "RANK": "9"})
+    assert (environ["OMP_NUM_THREADS"], environ["GLOO_SOCKET_IFNAME"], environ["RANK"]) == ("7", "eth0", "1")
+
+
+def test_rank_0_has_the_terminal_and_the_others_are_marked(capfd):
+    assert run("print('out', rank); print('err', rank, file=sys.stderr)") == 0
+    out, err = capfd.readouterr()
+    assert out == "out 0\n"
+    assert sorted(err.splitlines()) == ["[rank 1] err 1", "[rank 1] out 1", "err 0"]
+
+
+def test_a_user_error_of_all_ranks_is_printed_once(capfd):
+    assert run("print('fuserl: error: x is wrong', file=sys.stderr); sys.exit(2)", 3) == 2
+    assert capfd.readouterr().err == "fuserl: error: x is wrong\n"
+
+
+def test_a_user_error_of_one_rank_is_printed_and_ends_all(capfd):
+    program = "if rank == 1: print('fuserl: error: no disk here', file=sys.stderr); sys.exit(2)\ntime.sleep(60)"
+    started = time.monotonic()
+    assert run(program, 3) == 2
+    assert time.monotonic() - started < 15
+    assert capfd.readouterr().err == "fuserl: error: no disk here\n"
+
+
+def test_a_crash_ends_all_and_its_exit_code_is_passed_on(capfd):
+    started = time.monotonic()
+    assert run("if rank == 1: print('boom', file=sys.stderr); sys.exit(3)\ntime.sleep(60)") == 3
+    assert time.monotonic() - started < 15
+    err = capfd.readouterr().err
+    assert "[rank 1] boom\n" in err
+    assert err.endswith("fuserl: error: rank 1 ended first, with exit code 3; the other ranks were ended.\n")
+
+
+def test_a_killed_rank_is_named(capfd):
+    assert run("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)") == 128 + 9
+    assert "rank 1 ended first, killed by SIGKILL (out of memory?)" in capfd.readouterr().err
+
+
+def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch):
+    monkeypatch.setattr(local, "TERM_TO_KILL_S", 0.5)
+    program = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank == 1: time.sleep(1); sys.exit(5)\ntime.sleep(60)"
+    started = time.monotonic()
+    assert run(program) == 5
+    assert time.monotonic() - started < 15
+
+
+def start_launcher(tmp_path, body):
+    """A launcher in a process of its own, whose two ranks write their pids and then do `body`."""
+    program = (
+        "import os, signal, sys, time\nrank = os.environ['RANK']\n"
+        f"{body.split('|')[0]}\nopen(rf'{tmp_path}/{{rank}}.tmp', 'w').write(str(os.getpid()))\n"
+        f"os.rename(rf'{tmp_path}/{{rank}}.tmp', rf'{tmp_path}/{{rank}}.pid')\n{body.split('|')[1]}\n"
+    )
+    code = (
+        "import sys; from fuserl_megatron.launch import local; local.OTHERS_MAY_REPORT_S = 0.5\n"
+        f"sys.exit(local.run_ranks([sys.executable, '-c', {program!r}], 2))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    wait_until(lambda: all((tmp_path / f"{rank}.pid").exists() for rank in range(2)))
+    return launcher, [int((tmp_path / f"{rank}.pid").read_text()) for rank in range(2)]
+
+
+def test_ctrl_c_ends_all(tmp_path):
+    launcher, pids = start_launcher(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)|time.sleep(60)")
+    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+    assert launcher.wait(timeout=20) == 130
+    assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_signals_are_passed_on_and_the_ranks_decide(tmp_path, name):
+    body = f"signal.signal(signal.{name}, lambda *_: sys.exit(0))|time.sleep(60)"
+    launcher, pids = start_launcher(tmp_path, body)
+    launcher.send_signal(getattr(signal, name))
+    assert launcher.wait(timeout=20) == 0
+    assert all(gone(pid) for pid in pids)
+
+
+def test_no_rank_outlives_a_killed_launcher(tmp_path):
+    launcher, pids = start_launcher(tmp_path, "|time.sleep(60)")
+    launcher.kill()
+    launcher.wait(timeout=20)
+    wait_until(lambda: all(gone(pid) for pid in pids))
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, 8),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),  # an sbatch script, before any srun
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, 8),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1"}, None),
+    ],
+)
+def test_who_started_this_process(environ, expected):
+    assert local.is_rank(environ) == (expected is not None)
+    if expected is not None:
+        assert local.launched_world_size(environ) == expected

@@ -1,0 +1,254 @@
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fuserl_megatron import __version__, commands, doctor
+from fuserl_megatron.cli import build_parser, main
+from fuserl_megatron.commands import _bytes
+from fuserl_megatron.config.load import load_config
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.data.dataset import FORMAT_VERSION, Manifest
+
+ROOT = Path(__file__).resolve().parents[2]
+LLAMA = dict(
+    model_type="llama",
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=160,
+    max_position_embeddings=512,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "FUSERL_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def paths(tmp_path):
+    """Overrides that name a model directory (its config only) and a data set (its manifest only)."""
+    values = {name: {} for name in Manifest.__dataclass_fields__}
+    values |= dict(format_version=FORMAT_VERSION, num_prompts=1000, max_token_id=159, tokens={"total_max": 300})
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "manifest.json").write_text(Manifest(**values).to_json())
+    return [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'data'}"]
+
+
+def error_line(capsys, *arguments):
+    """The one line on standard error of a command that ends with exit code 2."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("fuserl: error: ") and err.count("\n") == 1
+    return err.removeprefix("fuserl: error: ").rstrip("\n")
+
+
+def all_commands(parser=None, path=()):
+    """Every command and subcommand, as words."""
+    yield path
+    for action in (parser or build_parser())._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, sub in action.choices.items():
+                yield from all_commands(sub, (*path, name))
+
+
+@pytest.mark.parametrize("words", list(all_commands()), ids=" ".join)
+def test_help_of_every_command_has_an_example(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"  fuserl {' '.join(words)}".rstrip() in text.split("example", 1)[1]
+
+
+def test_the_commands():
+    names = {" ".join(words) for words in all_commands()}
+    assert {"build", "train", "convert", "verify", "doctor", "demo"} <= names
+    assert {"convert hf-to-megatron", "convert megatron-to-hf"} <= names
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"fuserl {__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["trian"], ["train", "--bogus"], ["doctor", "x=1"], ["convert"], ["train", "--nproc", "two"]]
+)
+def test_a_wrong_command_line_ends_with_2(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and "error" in capsys.readouterr().err
+
+
+def test_examples_in_the_help_are_valid_settings(capsys):
+    """What --help tells people to type goes through the loader."""
+    for kind in ("build", "train"):
+        with pytest.raises(SystemExit):
+            main([kind, "--help"])
+        lines = [line.strip() for line in capsys.readouterr().out.splitlines() if f" {kind} " in line]
+        lines = [line for line in lines if "=" in line and "..." not in line and "--config" not in line]
+        assert len(lines) >= 2
+        for line in lines:
+            load_config(kind, [word for word in line.split() if "=" in word])
+
+
+# --- user errors ---
+
+
+def test_user_errors_come_before_torch():
+    """In a fresh interpreter, as typed: one line, exit code 2, and nothing heavy loaded on the way."""
+    cases = [
+        (["train", "optim.lrr=1"], "optim.lrr: no such key. Did you mean optim.lr?"),
+        (["train", "model.path=/none", "data.path=/none", "model=tiny", "--nproc", "3"], "world size 3: must be"),
+        (["train", "model.path=/none", "data.path=/none"], "model.path=/none: no such directory"),
+        (["build", "inputs=[a]"], "output: required and not set"),
+        (["convert", "megatron-to-hf", "a", "b", "--max-shard-size", "big"], "--max-shard-size big: is no size"),
+    ]
+    code = (
+        "import sys; from fuserl_megatron.cli import main\n"
+        f"codes = [main(words) for words in {[words for words, _ in cases]!r}]\n"
+        "print(codes, [name for name in ('torch', 'megatron', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.stdout.strip() == f"{[2] * len(cases)} []", done.stderr
+    for line, (_, expected) in zip(done.stderr.splitlines(), cases, strict=True):
+        assert line.startswith(f"fuserl: error: {expected}")
+
+
+def test_paths_in_errors(capsys, monkeypatch, paths):
+    def fail(options):
+        raise PermissionError(13, "Permission denied", "/locked/file")
+
+    monkeypatch.setattr(commands, "doctor", fail)
+    assert error_line(capsys, "doctor") == "/locked/file: Permission denied"
+    assert "is not a fused data set" in error_line(capsys, "train", paths[0], "data.path=/none")
+    assert "config.json" in error_line(capsys, "train", f"model.path={ROOT}", paths[1])
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setenv("FUSERL_DEBUG", "1")
+    with pytest.raises(UserError):
+        main(["train", "optim.lrr=1"])
+
+
+def test_ctrl_c_ends_with_130(monkeypatch):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "doctor", interrupt)
+    assert main(["doctor"]) == 130
+
+
+def test_tensor_parallel_that_does_not_divide_the_heads(capsys, paths):
+    line = error_line(capsys, "train", *paths, "model.tensor_model_parallel_size=3")
+    assert line.startswith("model.tensor_model_parallel_size=3: does not divide the model's 8 attention heads;")
+
+
+def test_nproc(capsys, monkeypatch, paths):
+    assert error_line(capsys, "train", "--nproc", "0", *paths).startswith("--nproc 0: must be at least 1")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "has started the ranks already" in error_line(capsys, "train", "--nproc", "2", *paths)
+    assert error_line(capsys, "train", *paths, "model.pipeline_model_parallel_size=4").startswith("world size 2:")
+
+
+def test_a_demo_outside_a_checkout(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "site" / "fuserl_megatron" / "commands.py"))
+    assert "clone the repository" in error_line(capsys, "demo")
+
+
+# --- what works ---
+
+
+def test_dry_run(capsys, paths):
+    """Settings may stand before and after options; the default number of ranks is what the layout needs."""
+    words = [
+        "train",
+        paths[0],
+        "--dry-run",
+        paths[1],
+        "model=tiny",
+        "data.global_batch_size=100",
+        "trainer.max_epochs=2",
+    ]
+    assert main(words) == 0
+    *settings, layout, batch, steps = capsys.readouterr().out.splitlines()
+    assert layout == "layout   TP 2 x PP 1 x CP 1 x DP 1 = 2 ranks"
+    assert (
+        batch
+        == "batch    100 prompts a step = 100 on each of 1 data-parallel ranks; micro-batch 1 x 2048 = 2048 tokens"
+    )
+    assert steps == "steps    20 (1000 prompts / 100 = 10 a pass x 2), 2 of them warm-up"
+    assert "  global_batch_size: 100" in settings and "  tensor_model_parallel_size: 2" in settings
+    assert main([*words, "--nproc", "4"]) == 0
+    assert "DP 2 = 4 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5KB", 1500), ("77", 77)])
+def test_sizes(text, size):
+    assert _bytes(text) == size
+
+
+# --- doctor ---
+
+
+def test_doctor_refuses_an_unrelated_apex(tmp_path):
+    """A package of that name without NVIDIA's contents, as `pip install apex` gives; everything else is fine here."""
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('imported')\n")
+    environ = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "fuserl_megatron.cli", "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=120)
+    report = json.loads(done.stdout)
+    status = {finding["name"]: finding["status"] for finding in report["findings"]}
+    assert done.returncode == 1 and not report["works"], done.stderr
+    assert [name for name, value in status.items() if value == "broken"] == ["apex"]
+    assert status["torch"] == status["megatron-core"] == "ok"
+
+
+def test_doctor_knows_nvidias_apex_by_its_contents(tmp_path):
+    assert doctor.apex_kind(None) == "none"
+    assert doctor.apex_kind(tmp_path) == "pypi"
+    (tmp_path / "normalization").mkdir()
+    (tmp_path / "normalization" / "fused_layer_norm.py").touch()
+    assert doctor.apex_kind(tmp_path) == "nvidia"
+
+
+@pytest.mark.parametrize(
+    ("versions", "name", "status"),
+    [
+        ({"megatron-core": "0.16.1"}, "megatron-core", "ok"),
+        ({"megatron-core": "0.16.0"}, "megatron-core", "broken"),
+        ({"megatron-core": "0.20.0"}, "megatron-core", "broken"),
+        ({}, "megatron-core", "broken"),
+        ({"megatron-core": "0.16.1"}, "triton", "missing"),
+        ({"megatron-core": "0.19.2"}, "triton", "broken"),
+        ({"megatron-core": "0.19.2", "triton": "3.7.1"}, "triton", "ok"),
+        ({}, "psutil", "broken"),
+    ],
+)
+def test_doctor_versions(monkeypatch, versions, name, status):
+    monkeypatch.setattr(doctor, "version", versions.get)
+    finding = {"megatron-core": doctor._core, "triton": doctor._triton}.get(name, lambda: doctor._required(name))()
+    assert (finding.name, finding.status) == (name, status)
+    assert bool(finding.remedy) == (status == "broken")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0.16.1", (0, 16, 1)), ("2.13.0+cpu", (2, 13, 0)), ("0.17.0rc1", (0, 17, 0))]
+)
+def test_version_numbers(text, expected):
+    assert doctor.numbers(text) == expected
