@@ -1,6 +1,6 @@
 """Make everything the experiment commits, from nothing: sources, sampled responses with rewards, the weak target.
 
-    python examples/skills/make_sources.py --work build/skills            # everything, about 20 minutes on one core
+    python examples/skills/make_sources.py --work build/skills            # everything, about 14 minutes on one core
     python examples/skills/make_sources.py --work build/skills --steps gpt2 qwen2     # only some of the steps
 
 Steps, each skipped if its result lies in the work directory already (delete a file there to make it again):
