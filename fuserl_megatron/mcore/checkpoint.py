@@ -17,40 +17,9 @@ from megatron.core import parallel_state as ps
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.mcore.dist_format import POINTER, iteration_directory, newest_iteration, saved_iterations
 from fuserl_megatron.mcore.parallel import any_rank
 from fuserl_megatron.mcore.step import Engine
-
-POINTER = "latest_checkpointed_iteration.txt"
-
-
-def iteration_directory(root: str | Path, iteration: int) -> Path:
-    """The folder of one iteration, as Megatron names it."""
-    return Path(root) / f"iter_{iteration:07d}"
-
-
-def saved_iterations(root: str | Path) -> list[int]:
-    """Iterations with a complete checkpoint, oldest first."""
-    found = (p.name.removeprefix("iter_") for p in Path(root).glob("iter_*") if p.is_dir())
-    return sorted(int(n) for n in found if n.isdigit())
-
-
-def newest_iteration(root: str | Path) -> int | None:
-    """The iteration the pointer names, None when there is no checkpoint.
-
-    Raises:
-        UserError: the pointer is not a number, or names a checkpoint that is not there.
-    """
-    pointer = Path(root) / POINTER
-    if not pointer.exists():
-        return None
-    text = pointer.read_text(errors="replace").strip()
-    have = saved_iterations(root)
-    if not text.isdigit() or int(text) not in have:
-        raise UserError(
-            f"{pointer} says {text[:40]!r}, but the checkpoints there are {have or 'none'}: "
-            "write one of these numbers into the file, or remove it to start anew."
-        )
-    return int(text)
 
 
 def _metadata() -> dict:

@@ -1,0 +1,128 @@
+"""Directories that are either complete or not there.
+
+Everything is prepared in a hidden directory beside the destination (same file system), flushed to the device and
+renamed at the very end. On any error the hidden directory goes; an older destination stays as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fuserl_megatron.config.schema import UserError
+
+SLACK_BYTES = 2**20  # headers, index, directory entries
+
+
+def check_destination(target: Path, source_dir: str | Path | None, force: bool) -> None:
+    """Refuse a destination that is a file, is not empty (without `force`), or holds the source.
+
+    Raises:
+        UserError: one line.
+    """
+    if source_dir is not None:
+        source = Path(os.path.realpath(source_dir))
+        if target == source or target in source.parents:
+            raise UserError(
+                f"{target}: replacing it would remove the model it is made from; choose another destination"
+            )
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target}: a file is in the way; choose a directory")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise UserError(f"{target}: not empty; choose another destination or replace it with --force")
+
+
+def create_partial(target: Path, needed_bytes: int) -> Path:
+    """Make the hidden directory beside the target, after a look at the free space.
+
+    Raises:
+        UserError: not enough space, or the place cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = needed_bytes + SLACK_BYTES, shutil.disk_usage(target.parent).free
+        if free < needed:
+            raise UserError(
+                f"{target}: needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free; "
+                "free space or choose another destination"
+            )
+        partial.mkdir()
+    except OSError as error:
+        raise cannot_write(target, error, "created") from None
+    return partial
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Flush everything below `partial` to the device and rename it to `target`, moving an older target aside first.
+
+    Raises:
+        UserError: the file system refused; the older target is back in its place.
+    """
+    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        for file in [*partial.rglob("*"), partial]:
+            _sync(file)
+        try:
+            if target.exists():
+                os.rename(target, aside)
+            os.rename(partial, target)
+        finally:
+            if aside.exists():
+                if target.exists():
+                    shutil.rmtree(aside)
+                else:
+                    os.rename(aside, target)
+        _sync(target.parent)
+    except OSError as error:
+        raise cannot_write(target, error) from error
+
+
+def discard(partial: Path) -> None:
+    """Remove an unfinished directory. Safe to call when it is already gone."""
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def whole_directory(
+    destination: str | Path, *, needed_bytes: int, source_dir: str | Path | None, force: bool
+) -> Iterator[Path]:
+    """The steps above for one process: yields the hidden directory; publishes it when the body ends, else removes it.
+
+    Args:
+        destination: where the directory shall be.
+        needed_bytes: what will be written; compared with the free space.
+        source_dir: what the destination must not replace; None for nothing.
+        force: replace a non-empty destination.
+
+    Raises:
+        UserError: one line, also for what the file system refuses in the body.
+    """
+    target = Path(os.path.realpath(destination))
+    check_destination(target, source_dir, force)
+    partial = create_partial(target, needed_bytes)
+    try:
+        yield partial
+        publish(partial, target)
+    except BaseException as error:  # also Ctrl-C: nothing that looks finished may stay
+        discard(partial)
+        if isinstance(error, OSError):
+            raise cannot_write(target, error) from error
+        raise
+
+
+def cannot_write(target: Path, error: OSError, what: str = "written") -> UserError:
+    """One line for what the file system refused."""
+    return UserError(f"{target}: cannot be {what} ({error.strerror or error}); choose another destination")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,155 @@
+"""A Megatron checkpoint as a model: where it lies, which config belongs to it, its parameters by name.
+
+Legend: as in offline.py.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.hf_config import ModelShape
+from fuserl_megatron.convert.layout import hf_tensors_from_megatron
+from fuserl_megatron.convert.names import TE_FUSED, find_rule, hf_shapes, megatron_names, te_name
+from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, iteration_directory, newest_iteration
+from fuserl_megatron.mcore.dist_reader import DistReader
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A Megatron checkpoint and what is needed to make a Hugging Face model of it."""
+
+    folder: Path
+    """The iteration's folder."""
+    config_dir: Path
+    """Holds config.json."""
+    tokenizer_dir: Path
+    lineage: dict[str, Any]
+
+
+def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoint:
+    """Locate a checkpoint and its Hugging Face parts.
+
+    Args:
+        path: a checkpoint root, one of its `iter_*` folders, or the results folder of a `fuserl train` run.
+        hf: directory with config.json and tokenizer; None looks for `hf/`, then the run's config.yaml.
+
+    Raises:
+        UserError: there is no checkpoint, or nothing says which model it is of.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory; give a Megatron checkpoint or the folder of a training run")
+    if path.name.startswith("iter_") or (path / ".metadata").exists():
+        root, folder = path.parent, path
+    else:
+        root = path if (path / POINTER).exists() else path / "checkpoints"
+        iteration = newest_iteration(root)
+        if iteration is None:
+            hint = "; it is a Hugging Face directory already" if (path / "config.json").exists() else ""
+            raise UserError(f"{path}: no {POINTER}, so not a Megatron checkpoint{hint}; give one that has it")
+        folder = iteration_directory(root, iteration)
+    lineage: dict[str, Any] = {"checkpoint": str(folder)}
+    if (root / "lineage.json").is_file():
+        lineage |= json.loads((root / "lineage.json").read_text())
+    if hf is not None:
+        config_dir = tokenizer_dir = Path(hf)
+    elif (root / "hf" / "config.json").is_file():
+        config_dir = tokenizer_dir = root / "hf"
+    elif (root.parent / "config.yaml").is_file():
+        config_dir, tokenizer_dir, lineage = _from_run(root.parent / "config.yaml", lineage)
+    else:
+        raise UserError(f"{root}: does not say which model it holds; name a directory with its config.json: --hf DIR")
+    if not (config_dir / "config.json").is_file():
+        raise UserError(f"{config_dir}: no config.json there; name a directory with the model's config.json: --hf DIR")
+    return Checkpoint(folder, config_dir, tokenizer_dir, lineage)
+
+
+def _from_run(file: Path, lineage: dict[str, Any]) -> tuple[Path, Path, dict[str, Any]]:
+    import yaml
+
+    try:
+        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        model = config["model"]
+        directory, tokenizer = Path(model["path"]), Path(model.get("tokenizer") or model["path"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not a run's config ({type(error).__name__}); name the model with --hf DIR") from None
+    if not directory.is_dir():
+        raise UserError(f"{file}: model.path = {directory} is not here; name the model the run started from: --hf DIR")
+    return directory, tokenizer, lineage | {"target": str(directory), "run": str(file.parent), "config": config}
+
+
+def check_checkpoint(reader: DistReader, shape: ModelShape) -> torch.dtype:
+    """Compare a checkpoint's model keys with what the config promises, in both directions.
+
+    Returns:
+        The dtype that holds all of them without loss.
+
+    Raises:
+        UserError: one line naming the first key that is missing, unknown or of another size.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    sizes = hf_shapes(shape)
+    for name in megatron_names(shape):
+        row, layer = find_rule(name)
+        parts = [sizes[hf.format(i=layer)] for hf in row.hf]
+        size = (sum(part[0] for part in parts), *parts[0][1:])
+        key, layer = stored_key(reader, name)
+        whole = size if layer is None else (shape.num_layers, *size)
+        stored = reader.keys.get(key)
+        if stored is None:
+            raise UserError(
+                f"{reader.directory}: no {key}, which this config calls for; name the right model with --hf"
+            )
+        expected[key] = whole
+        padded = row.rule == "vocab" and stored.size[0] >= whole[0] and stored.size[1:] == whole[1:]
+        if stored.size != whole and not padded:
+            raise UserError(
+                f"{reader.directory}: {key} has size {list(stored.size)}, but the config calls for {list(whole)}; "
+                "name the right model with --hf"
+            )
+        if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+            raise UserError(
+                f"{reader.directory}: {key} has dtype {stored.dtype}; save the checkpoint in bfloat16 first"
+            )
+    for key in reader.keys:
+        if key.startswith(("embedding.", "decoder.", "output_layer.")) and key not in expected:
+            raise UserError(f"{reader.directory}: holds {key}, which this config does not know; name the right model")
+    return widest(reader.keys[key].dtype for key in expected)
+
+
+def stored_key(reader: DistReader, name: str) -> tuple[str, int | None]:
+    """Where a parameter lies: stacked over layers, or under its own layer (what core writes when layers differ)."""
+    key, layer = checkpoint_key(name)
+    if layer is None or key in reader.keys:
+        return key, layer
+    for own in (te_name(name), name):
+        if own in reader.keys:
+            return own, None
+    local = {fused: plain for plain, fused in TE_FUSED.items()}.get(key.removeprefix(LAYERS))
+    return (LAYERS + local, layer) if local and LAYERS + local in reader.keys else (key, layer)
+
+
+def megatron_tensors(reader: DistReader, shape: ModelShape, name: str) -> list[tuple[str, torch.Tensor]]:
+    """The Hugging Face tensors of one Megatron parameter, read from the checkpoint at the memory of that parameter."""
+    return hf_tensors_from_megatron(name, reader.read(*stored_key(reader, name)), shape)
+
+
+def checkpoint_key(name: str) -> tuple[str, int | None]:
+    """A parameter's key in a checkpoint, and its layer: core stacks the layers and uses Transformer Engine's names."""
+    layer = find_rule(name)[1]
+    name = te_name(name)
+    return (name, None) if layer is None else (LAYERS + name.removeprefix(f"{LAYERS}{layer}."), layer)
+
+
+def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that holds them all without loss."""
+    found = list(set(dtypes))
+    result = found[0]
+    for dtype in found[1:]:
+        result = torch.promote_types(result, dtype)
+    return result

@@ -1,0 +1,204 @@
+"""Hugging Face directory <-> Megatron distributed checkpoint: one process, no GPU, no process group, tensor by tensor.
+
+A checkpoint written here carries the model's config, tokenizer and templates, so that the way back needs nothing else:
+
+    DESTINATION/latest_checkpointed_iteration.txt
+    DESTINATION/iter_0000000/                 stock GPTModel keys, for any TP/PP and either layer spec (dist_format.py)
+    DESTINATION/hf/                           config.json, tokenizer, chat template, generation config, licence
+    DESTINATION/lineage.json                  where the weights come from
+
+Legend: V vocabulary, H hidden, F feed-forward width, L layers.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+import fuserl_megatron
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert import hf_io
+from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
+from fuserl_megatron.convert.layout import hf_cuts, padded_vocab_size
+from fuserl_megatron.convert.names import find_rule, hf_shapes, megatron_names
+from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, total_bytes
+from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
+from fuserl_megatron.convert.whole_directory import whole_directory
+from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
+from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, find_checkpoint, megatron_tensors, widest
+from fuserl_megatron.mcore.dist_reader import DistReader
+
+# modules whose extra state core asks for when it loads under the local spec; under the other spec they are the same
+_WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def hf_to_megatron(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    make_vocab_size_divisible_by: int = 128,
+    force: bool = False,
+    allow_pickle: bool = False,
+) -> Path:
+    """Write a Hugging Face model as a Megatron checkpoint of iteration 0.
+
+    Args:
+        source: model directory with config, weights and tokenizer.
+        destination: the checkpoint's root folder.
+        dtype: of the weights written; None keeps the source's (the widest, should the files mix several).
+        make_vocab_size_divisible_by: the vocabulary is padded with zero rows to a multiple of this. Core cuts and pads
+            again for the layout that loads it.
+        force: replace a non-empty destination.
+        allow_pickle: also read `pytorch_model.bin`, with torch's weights-only loader.
+
+    Returns:
+        The destination.
+
+    Raises:
+        UserError: one line; nothing is left behind, and an older destination is untouched.
+    """
+    source = hf_io.check_model_directory(source, allow_pickle)
+    if make_vocab_size_divisible_by < 1:
+        raise UserError(f"make_vocab_size_divisible_by = {make_vocab_size_divisible_by} must be positive; 128 is usual")
+    shape = read_config(source)
+    companions = hf_io.companion_files(source, require_tokenizer=True)
+    with ShardReader(source, allow_pickle) as reader:
+        check_tensors(reader, shape)
+        number = _dtype(dtype) or widest(reader.stored(name).dtype for name in hf_shapes(shape))
+        padded = padded_vocab_size(shape.vocab_size, 1, make_vocab_size_divisible_by)
+        padding = (padded - shape.vocab_size) * shape.hidden_size * number.itemsize
+        needed = total_bytes(hf_shapes(shape), number) + (1 if shape.tie_word_embeddings else 2) * padding
+        needed += sum(file.stat().st_size for file, _ in companions) + 2500 * 8 * (shape.num_layers + 2)
+        with whole_directory(destination, needed_bytes=needed, source_dir=source, force=force) as partial:
+            hf_io.copy_companions(companions, partial / "hf")
+            hf_io.write_json(partial / "hf" / "config.json", shape.raw)
+            lineage = {"target": str(source), "written_by": f"fuserl-megatron {fuserl_megatron.__version__}"}
+            hf_io.write_json(partial / "lineage.json", lineage)
+            folder = iteration_directory(partial, 0)
+            _write_iteration(folder, reader, shape, number, padded)
+            with DistReader(folder) as written:
+                check_checkpoint(written, shape)
+            (partial / POINTER).write_text("0\n")
+    return Path(destination)
+
+
+def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype: torch.dtype, padded: int) -> None:
+    with DistWriter(folder) as writer:
+        for name in megatron_names(shape):
+            key, layer = checkpoint_key(name)
+            for start, rows, part in _chunks(reader, shape, name, padded):
+                part = _converted(part, dtype, name)
+                size, offsets = (rows, *part.shape[1:]), (start, *[0] * (part.dim() - 1))
+                if layer is not None:
+                    size, offsets, part = (shape.num_layers, *size), (layer, *offsets), part.unsqueeze(0)
+                writer.tensor(key, size, offsets, part)
+        for layer in range(shape.num_layers):
+            for module in _WITH_EXTRA_STATE:
+                writer.empty_object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}")
+        writer.finish({"iteration": 0, "checkpoint_version": 3.0, "args": _megatron_arguments(shape, dtype, padded)})
+
+
+def _chunks(reader: ShardReader, shape: ModelShape, name: str, padded: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """One parameter as (first row, rows of the whole, chunk): gate and up are a chunk each, all others one."""
+    if find_rule(name)[0].rule != "gate_up":
+        part = read_parameter(reader, shape, name, padded_vocab=padded)
+        yield 0, part.shape[0], part
+        return
+    for half, cut in enumerate(hf_cuts(name, shape, 1, 0)):
+        yield half * shape.ffn_hidden_size, 2 * shape.ffn_hidden_size, reader.read(*cut)
+
+
+def _megatron_arguments(shape: ModelShape, dtype: torch.dtype, padded: int) -> argparse.Namespace:
+    """What Megatron-LM reads from a checkpoint instead of its command line (--use-checkpoint-args)."""
+    return argparse.Namespace(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_query_groups=shape.num_query_groups,
+        group_query_attention=True,
+        kv_channels=shape.head_dim,
+        max_position_embeddings=shape.max_position_embeddings,
+        seq_length=shape.max_position_embeddings,
+        position_embedding_type="rope",
+        add_position_embedding=True,
+        rotary_base=shape.rope.theta,
+        rotary_percent=1.0,
+        rotary_interleaved=False,
+        normalization="RMSNorm",
+        norm_epsilon=shape.rms_norm_eps,
+        swiglu=True,
+        add_bias_linear=shape.mlp_bias,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        untie_embeddings_and_output_weights=not shape.tie_word_embeddings,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        padded_vocab_size=padded,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        ckpt_format="torch_dist",
+        no_save_optim=True,
+        no_save_rng=True,
+    )
+
+
+def megatron_to_hf(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    hf: str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    force: bool = False,
+) -> Path:
+    """Write the model of a Megatron checkpoint (of any layout, with or without optimizer) as a Hugging Face directory.
+
+    Args:
+        source: as `find_checkpoint`.
+        destination: the model directory to write.
+        hf: directory with config.json and tokenizer; None takes what the checkpoint or the run's config names.
+        dtype: of the weights written; None keeps the checkpoint's.
+        max_shard_bytes: tensor bytes per weight file.
+        force: replace a non-empty destination.
+
+    Returns:
+        The destination.
+
+    Raises:
+        UserError: one line; nothing is left behind, and an older destination is untouched.
+    """
+    found = find_checkpoint(source, hf)
+    shape = read_config(found.config_dir)
+    with DistReader(found.folder) as reader:
+        stored = check_checkpoint(reader, shape)
+        return hf_io.export_directory(
+            destination,
+            config_dict=shape.raw,
+            tensors=(pair for name in megatron_names(shape) for pair in megatron_tensors(reader, shape, name)),
+            source_dir=found.tokenizer_dir,
+            lineage=found.lineage,
+            dtype=_dtype(dtype) or stored,
+            max_shard_bytes=max_shard_bytes,
+            force=force,
+        )
+
+
+def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
+    if name is None or isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise UserError(f"dtype {name}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _converted(part: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    out = part.to(dtype)
+    if dtype == torch.float16 and part.dtype != dtype and bool((~out.isfinite() & part.isfinite()).any()):
+        raise UserError(f"{name}: has values beyond float16's range; convert to bfloat16 or float32")
+    return out
