@@ -23,7 +23,11 @@ class RunConfig:
     seed: int = 1234
     """Seeds the data order. Nothing else in training is random (dropout is 0)."""
     export: bool = True
-    """Write a Hugging Face directory to results_dir/hf at the end."""
+    """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint where one is monitored, else the last step."""
+    disable_checks: tuple[
+        Literal["first_step_loss", "prompt_weights", "mask_coverage", "group_integrity", "reference_hash"], ...
+    ] = ()
+    """Invariants that are not to be checked while the run goes; all of them are by default (train/checks.py says what each is)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,10 @@ class TrainerConfig:
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     log_every_n_steps: int = 1
     """Steps between lines of the step log. metrics.jsonl always has every step."""
+    val_check_interval: int | None = None
+    """Steps between validations on data.validation_path; null validates at step 0 and at the end only."""
+    limit_val_prompts: int | None = None
+    """Validate on the first so many prompts; null takes all."""
     distributed_timeout_minutes: float = 30.0
     """How long a collective may wait for a rank before the run is given up."""
 
@@ -53,7 +61,22 @@ class CheckpointConfig:
     every_n_train_steps: int | None = 500
     """Steps between checkpoints, and one at the end. 0: only at the end; null: none at all (the export is then all there is)."""
     save_top_k: int = 2
-    """How many of the newest checkpoints are kept; -1 keeps all."""
+    """How many checkpoints are kept, the newest, or with monitor the best (and the newest besides); -1 keeps all."""
+    monitor: str | None = None
+    """Validation metric that says which checkpoint is best, val_loss or val_accuracy for instance; a validation that is among the
+    save_top_k best is followed by a checkpoint. null: no best one."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the monitored metric is better when it is smaller or larger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """NeMo's exp_manager.early_stopping_callback_params; the metric is the one of checkpoint_callback_params.monitor."""
+
+    patience: int | None = None
+    """Validations in a row without a new best value after which the run ends; null never ends it."""
+    min_delta: float = 0.0
+    """How much better a value must be to count as a new best one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +88,9 @@ class ExpManagerConfig:
     create_tensorboard_logger: bool = True
     """Write TensorBoard events to results_dir/tensorboard."""
     checkpoint_callback_params: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When checkpoints are written and how many are kept."""
+    """When checkpoints are written and which are kept."""
+    early_stopping_callback_params: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    """When to end early."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +139,8 @@ class DataConfig:
 
     path: str = "???"
     """Directory written by `fuserl build`."""
+    validation_path: str | None = None
+    """Another such directory, of held-out prompts; null trains without validation."""
     seq_length: int = 2048
     """Tokens per row."""
     micro_batch_size: int = 1
@@ -140,12 +167,43 @@ class ObjectiveConfig:
     """FuseSFT with selection=top_m: responses per prompt (4 when null)."""
     nll_reduction: Literal["token_mean", "token_sum", "weighted_token_mean"] | None = None
     """FuseSFT: mean over a response's tokens (default), their sum, or one weighted mean over the batch's tokens."""
-    loss: Literal["dpo", "ln_dpo"] | None = None
-    """FusePO: summed (dpo) or length-normalised (ln_dpo) log-ratios."""
+    loss: (
+        Literal[
+            "dpo", "ln_dpo", "cdpo", "robust", "hinge", "ipo", "simpo", "cpo", "orpo", "kto", "rloo", "wrpo", "mappo", "infifpo"
+        ]
+        | None
+    ) = None
+    """FusePO: the loss (docs/math.md has the equations). The options below belong to some of them each; null takes the loss's
+    default (objectives/loss_table.py), and an option that the loss does not use is refused."""
     beta: float | None = None
-    """FusePO: scale of the log-ratio; the loss's published default when null (0.01 for dpo, 10 for ln_dpo)."""
+    """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo and simpo)."""
+    label_smoothing: float | None = None
+    """cdpo, robust (required): the share of pairs that are the wrong way round, in [0, 0.5)."""
+    gamma_beta_ratio: float | None = None
+    """simpo: the margin gamma divided by beta."""
+    length_normalized: bool | None = None
+    """ipo: log-ratios per token (default) or summed."""
+    cpo_alpha: float | None = None
+    """cpo: weight of its NLL term."""
+    rpo_alpha: float | None = None
+    """All but cpo and orpo: weight of an SFT term (mean NLL of the chosen response) beside the loss; 0 leaves it out."""
+    desirable_weight: float | None = None
+    """kto: weight of the desirable responses."""
+    undesirable_weight: float | None = None
+    """kto: weight of the undesirable responses."""
+    kl_coef: float | None = None
+    """rloo: weight of the KL term in reward units per nat; 0 (default) needs no reference."""
+    alpha_end: float | None = None
+    """wrpo: the weight that the source response reaches at the last step, from 0."""
+    target_source: str | None = None
+    """wrpo (required): the source that is the target itself; its own samples give the pair, the others the source response."""
+    fusion: Literal["max_margin", "mean", "confidence"] | None = None
+    """infifpo: how the sources' log-probabilities become one reference."""
     reference: str | None = None
     """FusePO: Hugging Face directory of the reference model; null takes model.path (the FuseSFT result)."""
+    reference_mode: Literal["cache", "resident", "swap"] | None = None
+    """FusePO: score the reference once and keep its numbers on disk (cache, the default), hold it as a second model in memory
+    and score every step (resident), or hold one model whose weights are swapped with the CPU's for that (swap)."""
     min_reward_gap: float | None = None
     """FusePO: pairs whose reward gap is smaller are dropped and counted."""
     max_reward_gap: float | None = None

@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any, NoReturn, Protocol
 
 from fuserl_megatron.config.facts import batch_fact, layout_fact, num_steps, num_warmup_steps, steps_fact
+from fuserl_megatron.config.objective import check_objective
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
 from fuserl_megatron.config.words import show
 
@@ -61,7 +62,8 @@ def validate(
         device = {"cpu": "cpu", "gpu": "cuda"}[config.trainer.accelerator]
     _check_numbers(config)
     _check_trainer(config, device)
-    _check_objective(config)
+    check_objective(config.objective)
+    _check_validation(config)
     _check_optimizer(config)
     data_parallel_size = _check_layout(config, world_size)
     if model_shape is not None:
@@ -121,6 +123,9 @@ def _check_numbers(config: Config) -> None:
         "data.micro_batch_size": 1,
         "data.global_batch_size": 128,
         "objective.top_m": 4,
+        "trainer.val_check_interval": 100,
+        "trainer.limit_val_prompts": 256,
+        "exp_manager.early_stopping_callback_params.patience": 3,
     }
     positive = {
         "trainer.distributed_timeout_minutes": 30.0,
@@ -135,6 +140,7 @@ def _check_numbers(config: Config) -> None:
         "optim.sched.min_lr": 0.0,
         "optim.sched.warmup_steps": 0,
         f"{checkpoint}.every_n_train_steps": 500,
+        "exp_manager.early_stopping_callback_params.min_delta": 0.0,
         "objective.min_reward_gap": 0.01,
         "objective.max_reward_gap": 0.1,
     }
@@ -160,24 +166,30 @@ def _check_trainer(config: Config, device: str | None) -> None:
         _refuse(config, "data.packing.share_prefix", "data.packing.enabled=false shares no row with anything", "auto")
 
 
-def _check_objective(config: Config) -> None:
-    objective = config.objective
-    of_stage = {
-        "fusesft": ("selection", "top_m", "nll_reduction"),
-        "fusepo": ("loss", "beta", "reference", "min_reward_gap", "max_reward_gap"),
-    }
-    for stage, names in of_stage.items():
-        for name in names if stage != objective.stage else ():
-            if getattr(objective, name) is not None:
-                rule = f"belongs to objective.stage={stage}, and this run's stage is {objective.stage}"
-                _refuse(config, f"objective.{name}", rule, None)
-    if objective.top_m is not None and objective.selection != "top_m":
-        _refuse(config, "objective.top_m", "is used with objective.selection=top_m only", None)
-    if objective.stage == "fusepo" and objective.loss is None:
-        _refuse(config, "objective.loss", "objective.stage=fusepo needs a loss", "ln_dpo")
-    low, high = objective.min_reward_gap, objective.max_reward_gap
-    if low is not None and high is not None and low > high:
-        _refuse(config, "objective.min_reward_gap", f"no pair is above it and below max_reward_gap={high}", high / 10)
+def _check_validation(config: Config) -> None:
+    """What validation and its metric are needed for."""
+    manager, path = config.exp_manager, "exp_manager.checkpoint_callback_params"
+    monitor, stopping = manager.checkpoint_callback_params.monitor, manager.early_stopping_callback_params
+    if config.data.validation_path is None:
+        needing = {"trainer.val_check_interval": None, "trainer.limit_val_prompts": None, f"{path}.monitor": None}
+        for field, works in needing.items():
+            if attrgetter(field)(config) is not None:
+                _refuse(config, field, "needs data.validation_path, a data set of held-out prompts", works)
+    if monitor is not None and not monitor.startswith("val_"):
+        _refuse(config, f"{path}.monitor", "must be a validation metric", "val_loss")
+    if monitor is not None and manager.checkpoint_callback_params.every_n_train_steps is None:
+        _refuse(config, f"{path}.monitor", "needs checkpoints (every_n_train_steps is null)", None)
+    if monitor is None and manager.checkpoint_callback_params.mode != "min":
+        _refuse(config, f"{path}.mode", f"is used with {path}.monitor only", "min")
+    if monitor is None and stopping.patience is not None:
+        field = "exp_manager.early_stopping_callback_params.patience"
+        _refuse(config, field, f"needs {path}.monitor, the metric to look at", None)
+    if stopping.patience is None and stopping.min_delta:
+        field = "exp_manager.early_stopping_callback_params.min_delta"
+        _refuse(config, field, "is used with early_stopping_callback_params.patience only", 0.0)
+    if config.objective.reference_mode == "swap" and config.optim.overlap_param_gather:
+        rule = "optim.overlap_param_gather may still be writing weights while they are swapped"
+        _refuse(config, "objective.reference_mode", rule, "cache")
 
 
 def _check_optimizer(config: Config) -> None:
