@@ -188,7 +188,7 @@ def _add_conversions(directions) -> None:
         directions,
         "hf-to-megatron",
         commands.hf_to_megatron,
-        "Hugging Face directory -> checkpoint",
+        "Hugging Face directory -> Megatron checkpoint of iteration 0, for any layout",
         """example:
   fuserl convert hf-to-megatron models/target checkpoints/target
 
@@ -199,19 +199,29 @@ Training starts from a Hugging Face directory by itself; this is for other Megat
         directions,
         "megatron-to-hf",
         commands.megatron_to_hf,
-        "checkpoint -> Hugging Face directory",
-        """example:
-  fuserl convert megatron-to-hf runs/fuserl exported --dtype bfloat16 --max-shard-size 5GB
+        "Megatron checkpoint of any layout -> Hugging Face directory",
+        """examples:
+  fuserl convert megatron-to-hf runs/fuserl exported --dtype bfloat16
+  fuserl convert megatron-to-hf checkpoints/other exported --hf models/target --max-shard-size 2GB
 """,
     )
-    to_hf.add_argument(
-        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights (default: as trained)"
-    )
-    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one safetensors file (default 5GB)")
     for direction in (to_megatron, to_hf):
         direction.add_argument("source", metavar="SRC")
         direction.add_argument("destination", metavar="DST")
+        direction.add_argument(
+            "--dtype", choices=["float32", "bfloat16", "float16"], help="of the written weights (default: the source's)"
+        )
         direction.add_argument("--force", action="store_true", help="replace an existing destination")
+    to_megatron.add_argument(
+        "--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="padding of the vocabulary (128)"
+    )
+    to_megatron.add_argument(
+        "--allow-pickle", action="store_true", help="also read pytorch_model.bin, with torch's weights-only loader"
+    )
+    to_hf.add_argument(
+        "--hf", metavar="DIR", help="config and tokenizer (default: what the checkpoint or its run's config names)"
+    )
+    to_hf.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of one safetensors file (default 5GB)")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,15 @@ def hf_to_megatron(options: argparse.Namespace) -> int:
     """`fuserl convert hf-to-megatron`."""
     from fuserl_megatron.mcore import offline
 
-    offline.hf_to_megatron(options.source, options.destination, force=options.force)
+    written = offline.hf_to_megatron(
+        options.source,
+        options.destination,
+        dtype=options.dtype,
+        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
+        force=options.force,
+        allow_pickle=options.allow_pickle,
+    )
+    print(f"written: {written}")
     return 0
 
 
@@ -85,9 +93,15 @@ def megatron_to_hf(options: argparse.Namespace) -> int:
     size = _bytes(options.max_shard_size)
     from fuserl_megatron.mcore import offline
 
-    offline.megatron_to_hf(
-        options.source, options.destination, dtype=options.dtype, max_shard_size=size, force=options.force
+    written = offline.megatron_to_hf(
+        options.source,
+        options.destination,
+        hf=options.hf,
+        dtype=options.dtype,
+        max_shard_bytes=size,
+        force=options.force,
     )
+    print(f"written: {written}")
     return 0
 
 
