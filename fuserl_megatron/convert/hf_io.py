@@ -15,7 +15,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -30,6 +29,7 @@ from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
 from fuserl_megatron.convert.weight_files import find_files
+from fuserl_megatron.convert.whole_directory import cannot_write, check_destination, create_partial, discard, publish
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 COMPANION_FILES = (
@@ -42,7 +42,6 @@ COMPANION_FILES = (
     "generation_config.json",
 )
 COMPANION_PATTERNS = ("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
-_SLACK_BYTES = 2**20  # headers, index, directory entries
 
 
 def check_model_directory(path: str | Path, allow_pickle: bool = False) -> Path:
@@ -150,33 +149,19 @@ def begin_export(
     target = Path(os.path.realpath(destination))
     config_dict = config_with_dtype(config_dict, dtype)
     shapes = hf_shapes(read_config(config_dict))
-    files = _companions(Path(source_dir), require_tokenizer) if source_dir is not None else []
+    files = companion_files(Path(source_dir), require_tokenizer) if source_dir is not None else []
     if source_dir is None and require_tokenizer:
         raise UserError(f"{target}: no source to copy the tokenizer from; name the model the weights started from")
-    _check_destination(target, source_dir, force)
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    check_destination(target, source_dir, force)
+    partial = create_partial(target, total_bytes(shapes, dtype) + sum(file.stat().st_size for file, _ in files))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        needed = total_bytes(shapes, dtype) + sum(file.stat().st_size for file, _ in files) + _SLACK_BYTES
-        free = shutil.disk_usage(target.parent).free
-        if free < needed:
-            raise UserError(
-                f"{target}: needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free; "
-                "free space or choose another destination"
-            )
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"{target}: cannot be created ({error.strerror}); choose another destination") from None
-    try:
-        for file, relative in files:
-            (partial / relative).parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, partial / relative)
-        _write_json(partial / "config.json", config_dict)
+        copy_companions(files, partial)
+        write_json(partial / "config.json", config_dict)
         ShardWriter(partial, shapes, dtype, max_shard_bytes)
     except BaseException as error:
         abort_export(partial)
         if isinstance(error, OSError):
-            raise UserError(f"{target}: cannot be written ({error.strerror}); choose another destination") from error
+            raise cannot_write(target, error) from error
         raise
     return partial
 
@@ -204,18 +189,22 @@ def finish_export(partial: Path, destination: str | Path, *, written: Iterable[s
     target = Path(os.path.realpath(destination))
     try:
         (partial / "README.md").write_text(model_card(target.name, lineage), encoding="utf-8")
-        for file in [*partial.rglob("*"), partial]:
-            _sync(file)
-        _publish(partial, target)
-        _sync(target.parent)
     except OSError as error:
-        raise UserError(f"{target}: cannot be written ({error.strerror}); choose another destination") from error
+        raise cannot_write(target, error) from error
+    publish(partial, target)
     return Path(destination)
 
 
 def abort_export(partial: Path) -> None:
     """Remove an unfinished export. Safe to call when it is already gone."""
-    shutil.rmtree(partial, ignore_errors=True)
+    discard(partial)
+
+
+def copy_companions(files: list[tuple[Path, Path]], destination: Path) -> None:
+    """Copy what `companion_files` found."""
+    for file, relative in files:
+        (destination / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, destination / relative)
 
 
 def model_card(name: str, lineage: dict[str, Any]) -> str:
@@ -241,8 +230,12 @@ def _cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
-def _companions(source: Path, require_tokenizer: bool) -> list[tuple[Path, Path]]:
-    """Files of the source that are not weights, with their place in the export."""
+def companion_files(source: Path, require_tokenizer: bool) -> list[tuple[Path, Path]]:
+    """Files of the source that are not weights: tokenizer, templates, generation config, licence; and their places.
+
+    Raises:
+        UserError: no such directory, or it holds no tokenizer although one is required.
+    """
     if not source.is_dir():
         raise UserError(f"{source}: no such directory; the export copies tokenizer and chat template from it")
     if require_tokenizer and not any((source / name).is_file() for name in TOKENIZER_FILES):
@@ -253,41 +246,6 @@ def _companions(source: Path, require_tokenizer: bool) -> list[tuple[Path, Path]
     return [(file, file.relative_to(source)) for file in found if file.is_file()]
 
 
-def _check_destination(target: Path, source_dir: str | Path | None, force: bool) -> None:
-    if source_dir is not None:
-        source = Path(os.path.realpath(source_dir))
-        if target == source or target in source.parents:
-            raise UserError(
-                f"{target}: replacing it would remove the model it is made from; choose another destination"
-            )
-    if target.exists() and not target.is_dir():
-        raise UserError(f"{target}: a file is in the way; choose a directory")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise UserError(f"{target}: not empty; choose another destination or replace it with --force")
-
-
-def _publish(partial: Path, target: Path) -> None:
-    """Rename `partial` to `target`; an older target is moved aside first and put back if that fails."""
-    aside = target.with_name(f".{target.name}.replaced-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        if target.exists():
-            os.rename(target, aside)
-        os.rename(partial, target)
-    finally:
-        if aside.exists():
-            if target.exists():
-                shutil.rmtree(aside)
-            else:
-                os.rename(aside, target)
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Readable JSON, fields in their order."""
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
