@@ -1,9 +1,11 @@
 """Weights into and out of the model-parallel ranks: every rank reads only its own slices; export gathers one tensor at a time."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 
 from fuserl_megatron.config.schema import UserError
@@ -42,6 +44,24 @@ def load_hf_weights(target: TargetModel, directory: str, layout: Layout) -> None
             )
             assert value.shape == parameter.shape, f"{name}: read {tuple(value.shape)}, expected {tuple(parameter.shape)}"
             parameter.copy_(value)
+
+
+@torch.no_grad()
+def load_checkpoint_weights(target: TargetModel, folder: str | Path) -> None:
+    """Fill this rank's parameters from the folder of one iteration of a Megatron checkpoint, whatever layout wrote it.
+
+    Raises:
+        UserError: the checkpoint does not fit the model or cannot be read.
+    """
+    metadata = {"dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
+    state = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(target.chunks)}
+    try:
+        state = dist_checkpointing.load(state, str(folder))
+    except Exception as error:  # damaged files surface as many kinds of errors
+        text = str(error).strip().splitlines() or [""]
+        raise UserError(f"{folder}: cannot be loaded ({type(error).__name__}: {text[0]}); is it of this model?") from error
+    for i, chunk in enumerate(target.chunks):
+        chunk.load_state_dict(state[f"model{i}"])
 
 
 @torch.no_grad()
