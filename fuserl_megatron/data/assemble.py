@@ -11,12 +11,13 @@ import torch
 
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.data.packing import Placement, group_chunks
-from fuserl_megatron.data.pairs import PreparedSet
+from fuserl_megatron.data.prepared import PreparedSet
+from fuserl_megatron.objectives.loss_table import Unit as LossUnit
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What must lie in one micro-batch: a whole prompt, or (packing off) one pair or one sequence of it."""
+    """What must lie in one micro-batch: a whole prompt, or (packing off) one pair, triple, source or sequence of it."""
 
     prompt: int
     """Index into the prepared set."""
@@ -27,14 +28,19 @@ class Unit:
 
 
 def units_of(prepared: PreparedSet, prompt: int, whole: bool) -> list[Unit]:
-    """One unit per prompt (`whole`), or its pairs (FusePO) or its sequences (FuseSFT) one by one."""
+    """One unit per prompt (`whole`), or its pairs, triples, sources (RLOO) or sequences (FuseSFT, KTO) one by one."""
     first, last = int(prepared.sequence_offsets[prompt]), int(prepared.sequence_offsets[prompt + 1])
     pairs = range(int(prepared.pair_offsets[prompt]), int(prepared.pair_offsets[prompt + 1]))
     if whole:
         return [Unit(prompt, tuple(range(first, last)), tuple(pairs))]
+    if prepared.unit is LossUnit.ALL_RESPONSES:
+        by_source: dict[int, list[int]] = {}
+        for n in range(first, last):
+            by_source.setdefault(int(prepared.source_ids[n]), []).append(n)
+        return [Unit(prompt, tuple(responses), ()) for responses in by_source.values()]
     if pairs:
-        both = [(first + int(prepared.chosen[p]), first + int(prepared.rejected[p])) for p in pairs]
-        return [Unit(prompt, ends, (p,)) for p, ends in zip(pairs, both, strict=True)]
+        ends = [prepared.chosen, prepared.rejected, *(v for k, v in prepared.of_pairs.items() if k == "source_index_P")]
+        return [Unit(prompt, tuple(first + int(end[p]) for end in ends), (p,)) for p in pairs]
     return [Unit(prompt, (n,), ()) for n in range(first, last)]
 
 
@@ -63,7 +69,11 @@ def assemble(
     next_segment = [0] * num_rows
     sequences: list[int] = []
     prompts: list[int] = []
-    pairs: list[tuple[int, int, int]] = []  # chosen, rejected, index into the prepared set
+    pairs: list[int] = []  # indices into the prepared set
+    ends = {"chosen_index_P": prepared.chosen, "rejected_index_P": prepared.rejected} | {
+        name: values for name, values in prepared.of_pairs.items() if name == "source_index_P"
+    }
+    index_P: dict[str, list[int]] = {name: [] for name in ends}
 
     def write(row: int, start: int, first_position: int, inputs: np.ndarray, parent: int | None) -> int:
         """Tokens of one segment; returns its id. parent None: its own."""
@@ -104,12 +114,11 @@ def assemble(
             sequences.append(n)
             prompts.append(group)
         first = int(prepared.sequence_offsets[unit.prompt])
-        for p in unit.pairs:
-            ends = (batch_index[first + int(prepared.chosen[p])], batch_index[first + int(prepared.rejected[p])])
-            pairs.append((*ends, p))
+        for name, values in ends.items():
+            index_P[name].extend(batch_index[first + int(values[p])] for p in unit.pairs)
+        pairs.extend(unit.pairs)
 
-    n_N = np.array(sequences, np.int64)
-    pairs_P3 = np.array(pairs, np.int64).reshape(-1, 3)
+    n_N, p_P = np.array(sequences, np.int64), np.array(pairs, np.int64)
     arrays = {
         "tokens_BS": tokens,
         "labels_BS": labels,
@@ -122,9 +131,13 @@ def assemble(
         "source_ids_N": prepared.source_ids[n_N],
         "prompt_ids_N": np.array(prompts, np.int64),
         "response_ids_N": prepared.response_ids[n_N],
-        "chosen_index_P": pairs_P3[:, 0],
-        "rejected_index_P": pairs_P3[:, 1],
-        "pair_weights_P": prepared.pair_weights[pairs_P3[:, 2]],
-        "pair_source_ids_P": prepared.pair_source_ids[pairs_P3[:, 2]],
+        "pair_weights_P": prepared.pair_weights[p_P],
+        "pair_source_ids_P": prepared.pair_source_ids[p_P],
+        **{name: values[n_N] for name, values in prepared.of_sequences.items()},
+        **{name: values[p_P] for name, values in prepared.of_pairs.items()},
+        **{name: np.array(index, np.int64) for name, index in index_P.items()},
     }
+    if prepared.unit is LossUnit.ALL_RESPONSES:
+        keys_N2 = np.stack([arrays["prompt_ids_N"], arrays["source_ids_N"]], axis=1)
+        arrays["group_ids_N"] = np.unique(keys_N2, axis=0, return_inverse=True)[1].reshape(-1)
     return PackedBatch(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})

@@ -35,7 +35,7 @@ class PackedBatch:
     lengths_N: torch.Tensor
     """int64; scored tokens of each sequence (response and end-of-turn token)."""
     weights_N: torch.Tensor
-    """float64; FuseSFT weight of each sequence (0 for FusePO)."""
+    """float64; weight of each sequence where the loss is one of sequences (FuseSFT, RLOO, KTO), 0 where it is one of pairs."""
     source_ids_N: torch.Tensor
     """int64; index into the manifest's list of sources."""
     prompt_ids_N: torch.Tensor
@@ -50,6 +50,24 @@ class PackedBatch:
     """float64; the source weight w_k of each pair."""
     pair_source_ids_P: torch.Tensor
     """int64; index into the manifest's list of sources."""
+    source_index_P: torch.Tensor | None = None
+    """WRPO: int64; index 0..N-1 into this batch of the best response over all other sources."""
+    reward_gaps_P: torch.Tensor | None = None
+    """MaPPO: float64; r+ - r- in [0, 1]."""
+    source_chosen_mean_logps_PK: torch.Tensor | None = None
+    """InfiFPO: float64; per-token mean log-probability of the chosen response under each source, 0 where there is none."""
+    source_rejected_mean_logps_PK: torch.Tensor | None = None
+    """InfiFPO: float64; the same of the rejected response."""
+    source_present_PK: torch.Tensor | None = None
+    """InfiFPO: bool; which sources have a value for both."""
+    group_ids_N: torch.Tensor | None = None
+    """RLOO: int64 below N; equal for the responses of one source to one prompt, all of which are in this batch."""
+    advantages_N: torch.Tensor | None = None
+    """RLOO: float64; leave-one-out advantages, in the rewards' units."""
+    best_N: torch.Tensor | None = None
+    """RLOO: bool; the best response of each group."""
+    desirable_N: torch.Tensor | None = None
+    """KTO: bool; whether the response is a desirable one."""
     reference_logps_N: torch.Tensor | None = None
     """float32; summed reference log-probability of each sequence, None where no reference is needed."""
 

@@ -34,6 +34,8 @@ SCHEMA = pa.schema(
         ("lines", pa.list_(pa.int64())),
     ]
 )
+SOURCE_LOGPS = pa.field("source_mean_logps", pa.list_(pa.float64()))
+"""A further column where records carry it: for each response K values, NaN where a source has none; a row holds them flat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +137,7 @@ class FusedDataset:
         source_ids: [R] int64.
         rewards: [R] float64.
         truncated: [R] bool.
+        source_mean_logps: [R, K] float64 nats per token, NaN where a source has no value; None without such records.
     """
 
     def __init__(self, path: str | Path, verify: bool = True):
@@ -180,6 +183,10 @@ class FusedDataset:
         self.source_ids = np.concatenate([_values(b.column("source_ids")) for b in batches]).astype(np.int64)
         self.rewards = np.concatenate([_values(b.column("rewards")) for b in batches])
         self.truncated = np.concatenate([_values(b.column("truncated")) for b in batches])
+        self.source_mean_logps = None
+        if SOURCE_LOGPS.name in reader.schema.names:
+            flat = np.concatenate([_values(b.column(SOURCE_LOGPS.name)) for b in batches])
+            self.source_mean_logps = flat.reshape(self.response_lengths.size, -1)
 
     @property
     def hash(self) -> str:

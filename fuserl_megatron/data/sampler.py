@@ -17,8 +17,15 @@ from fuserl_megatron.config.schema import DataConfig, UserError
 from fuserl_megatron.data.assemble import Unit, assemble, chunks_of, units_of
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.packing import Placement, fits, measure_sharing, pack
-from fuserl_megatron.data.pairs import PreparedSet
+from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.reference import ReferenceCache
+from fuserl_megatron.objectives.loss_table import Unit as LossUnit
+
+UNIT_WORDS = {
+    LossUnit.PAIRS: "a pair",
+    LossUnit.TRIPLES: "a triple",
+    LossUnit.ALL_RESPONSES: "all responses of a source",
+}
 
 
 @dataclass(frozen=True)
@@ -89,16 +96,21 @@ class GlobalBatchSampler:
         start = position * self.data.global_batch_size
         return self._plan(step, epoch, self._order(epoch)[start : start + self.data.global_batch_size])
 
-    def scoring_plans(self, missing: np.ndarray | None = None) -> Iterator[StepPlan]:
+    def plan_of(self, prompts: np.ndarray) -> StepPlan:
+        """A plan for these prompts (indices into the prepared set)."""
+        return self._plan(0, 0, prompts)
+
+    def scoring_plans(self, missing: np.ndarray | None = None, first_prompts: int | None = None) -> Iterator[StepPlan]:
         """Every prompt once in the order of the data set, in the row shapes of training, for a pass without gradients.
 
         Args:
             missing: [responses of the data set] bool; prompts without a missing sequence are left out. None: all.
+            first_prompts: only so many from the start of the data set. None: all.
         """
-        prompts = np.arange(self.prepared.num_prompts)
+        prompts = np.arange(self.prepared.num_prompts)[:first_prompts]
         if missing is not None:
             wanted_N = missing[self.prepared.response_ids]
-            prompts = prompts[np.add.reduceat(wanted_N.astype(np.int64), self.prepared.sequence_offsets[:-1]) > 0]
+            prompts = prompts[(np.add.reduceat(wanted_N.astype(np.int64), self.prepared.sequence_offsets[:-1]) > 0)[prompts]]
         size = self.data.global_batch_size
         for step, start in enumerate(range(0, prompts.size, size)):
             yield self._plan(step, 0, prompts[start : start + size])
@@ -130,7 +142,7 @@ class GlobalBatchSampler:
 
     def _plan(self, step: int, epoch: int, prompts: np.ndarray) -> StepPlan:
         prepared, data = self.prepared, self.data
-        units = [u for p in prompts.tolist() for u in units_of(prepared, p, data.packing.enabled)]
+        units = [u for p in prompts.tolist() for u in units_of(prepared, p, self._whole)]
         chunks = [chunks_of(prepared, u, self.share_prefix) for u in units]
         places = pack(chunks, data.seq_length, data.micro_batch_size, not data.packing.enabled)
         filled: list[list[tuple[Unit, Placement]]] = [[] for _ in range(max(p.micro_batch for p in places) + 1)]
@@ -183,14 +195,20 @@ class GlobalBatchSampler:
                 f"set: {'saves' if self.share_prefix else 'would save'} {sharing.saving:.1%} of the positions"
             )
 
+    @property
+    def _whole(self) -> bool:
+        """Whether a prompt stays in one micro-batch. KTO's responses need each other only for a shared prompt."""
+        single = self.prepared.unit is LossUnit.SINGLE_RESPONSES
+        return self.data.packing.enabled and (self.share_prefix or not single)
+
     def _check_sizes(self) -> None:
         """Every unit must fit an empty micro-batch."""
         prepared, data = self.prepared, self.data
-        whole = data.packing.enabled
+        whole = self._whole
         for prompt in range(prepared.num_prompts):
             for unit in units_of(prepared, prompt, whole):
                 chunks = chunks_of(prepared, unit, self.share_prefix)
-                if fits(chunks, data.seq_length, data.micro_batch_size, not whole):
+                if fits(chunks, data.seq_length, data.micro_batch_size, not data.packing.enabled):
                     continue
                 group, longest = int(prepared.group_ids[prompt]), max(chunks)
                 if longest > data.seq_length:
@@ -200,7 +218,7 @@ class GlobalBatchSampler:
                     raise UserError(
                         f"prompt {group} needs {longest} positions in one row of {data.seq_length}: {remedy}"
                     )
-                what = "sequences" if whole else "sequences (a pair)"
+                what = "sequences" if whole else f"sequences ({UNIT_WORDS.get(prepared.unit, 'one response')})"
                 size = f"{len(chunks)} {what}, {sum(chunks)} positions"
                 have = f"{data.micro_batch_size} x {data.seq_length} of one micro-batch"
                 raise UserError(

@@ -1,0 +1,108 @@
+"""PreparedSet: what training sees of a data set. Made by pairs.py and units.py, read by sampler.py and assemble.py.
+
+Shapes: G prompts kept, N sequences (responses used), P pairs or triples, K sources.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from fuserl_megatron.data.dataset import FusedDataset
+from fuserl_megatron.objectives.loss_table import Unit
+
+
+@dataclass(frozen=True)
+class PreparedSet:
+    """Prompts, their sequences (responses used) and pairs or triples of them, as flat arrays.
+
+    Attributes:
+        dataset: where the tokens are.
+        stage: "fusesft" or "fusepo".
+        reward_temperature: the tau that gave the weights.
+        group_ids: [G] data set group of each prompt kept.
+        sequence_offsets: [G + 1] first sequence of each prompt.
+        response_ids, source_ids, lengths: [N] int64 per sequence (lengths in scored tokens).
+        weights: [N] float64; weight of the sequence where the loss is one of sequences (FuseSFT: sums to 1 per prompt; RLOO:
+            that of its source; KTO: half of that), 0 where it is one of pairs or triples.
+        pair_offsets: [G + 1] first pair of each prompt (all 0 where there are none).
+        chosen, rejected: [P] int64 sequence index inside the prompt.
+        pair_weights: [P] float64, sum to 1 per prompt.
+        pair_source_ids: [P] int64.
+        effective_sources: [G] effective number of sources of each prompt.
+        counts: everything dropped, by name.
+        statistics: mean weight per source over the prompts kept, mean effective number of sources.
+        unit: what a loss term is made of; None for FuseSFT.
+        of_sequences: [N] arrays that one loss reads beside, under their names in PackedBatch.
+        of_pairs: [P, ...] arrays that one loss reads beside; source_index_P counts inside the prompt, as chosen does.
+    """
+
+    dataset: FusedDataset
+    stage: str
+    reward_temperature: float
+    group_ids: np.ndarray
+    sequence_offsets: np.ndarray
+    response_ids: np.ndarray
+    source_ids: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray
+    pair_offsets: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+    pair_weights: np.ndarray
+    pair_source_ids: np.ndarray
+    effective_sources: np.ndarray
+    counts: dict[str, int]
+    statistics: dict[str, float]
+    unit: Unit | None = None
+    of_sequences: dict[str, np.ndarray] = field(default_factory=dict)
+    of_pairs: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts kept."""
+        return self.group_ids.size
+
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """[G] tokens of each prompt kept."""
+        return self.dataset.prompt_lengths[self.group_ids]
+
+
+class NextPrompts:
+    """A data set whose responses stand under the prompt of the next group kept (cyclic), for KTO's mismatched pairs.
+
+    A response that would make the row longer than any of the data set's own is cut.
+    """
+
+    def __init__(self, prepared: PreparedSet):
+        """Pair every group kept with the one after it."""
+        self._inner = prepared.dataset
+        self._next = np.arange(self._inner.num_groups)
+        self._next[prepared.group_ids] = np.roll(prepared.group_ids, -1)
+        self.manifest, self.sources = self._inner.manifest, self._inner.sources
+        self.num_responses = self._inner.num_responses
+        self.prompt_lengths = self._inner.prompt_lengths[self._next]
+        groups_N = np.repeat(prepared.group_ids, np.diff(prepared.sequence_offsets))
+        longest = int((self._inner.prompt_lengths[groups_N] + prepared.lengths).max())
+        self._room = longest - self.prompt_lengths
+        self.lengths = np.minimum(prepared.lengths, self._room[groups_N])
+
+    def prompt(self, i: int) -> np.ndarray:
+        """Tokens of the prompt that follows group i's."""
+        return self._inner.prompt(int(self._next[i]))
+
+    def response(self, i: int, response_id: int) -> np.ndarray:
+        """Tokens of a response of group i, cut to the room there is."""
+        return self._inner.response(i, response_id)[: self._room[i]]
+
+    def place(self, response_id: int) -> str:
+        """Where the response was read."""
+        return self._inner.place(response_id)
+
+
+def mismatched(prepared: PreparedSet) -> PreparedSet | None:
+    """The same responses, each under the next prompt; None for a single prompt, which has no other."""
+    if prepared.num_prompts < 2:
+        return None
+    view = NextPrompts(prepared)
+    return replace(prepared, dataset=view, lengths=view.lengths)

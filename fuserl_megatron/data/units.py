@@ -1,0 +1,281 @@
+"""What a preference loss is made of beside plain pairs: all responses (RLOO), single responses (KTO), triples (WRPO).
+
+Selections, each prompt's weights summing to 1 over the sources that take part:
+    pairs             (chosen, rejected) of each source, weight w_k
+    all responses     every response of every source; the source's loss has weight w_k, its terms are means over its N
+    single responses  each pair's best response as desirable, its worst as undesirable, weight w_k / 2 each
+    triples           one a prompt: the target's own pair and the best response of all other sources (ties: the first
+                      recorded), weight 1
+
+Shapes: G prompts (groups), K sources, N responses of a source or sequences of the set, P pairs or triples.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fuserl_megatron.config.schema import ObjectiveConfig, UserError
+from fuserl_megatron.data.dataset import FusedDataset
+from fuserl_megatron.data.prepared import PreparedSet
+from fuserl_megatron.data.rewards import RewardTable
+from fuserl_megatron.objectives.loss_table import LOSSES, NEEDS_REWARD_GAPS, NEEDS_SOURCE_LOGPS, PreferenceLoss, Unit
+from fuserl_megatron.objectives.weights import (
+    best_and_worst_indices,
+    effective_number_of_sources,
+    reward_gaps,
+    rloo_advantages,
+    source_weights,
+)
+
+
+@dataclass(frozen=True)
+class PairTable:
+    """Each source's best and worst response to each prompt (data set ids), and whether they make a pair."""
+
+    chosen_GK: torch.Tensor
+    rejected_GK: torch.Tensor
+    has_pair_GK: torch.Tensor
+    counts: dict[str, int]
+    """Why there is no pair, by name; prompts_without_pair."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What every preference loss is prepared from."""
+
+    dataset: FusedDataset
+    objective: ObjectiveConfig
+    reward_temperature: float
+    table: RewardTable
+    scores_GK: torch.Tensor
+    pairs: PairTable
+
+
+def prepare_preference(selection: Selection) -> PreparedSet:
+    """The prepared set of a FusePO loss.
+
+    Raises:
+        UserError: no prompt is left, or the data lack what the loss reads (with the remedy).
+    """
+    loss = PreferenceLoss(selection.objective.loss or "dpo")
+    match LOSSES[loss].unit:
+        case Unit.ALL_RESPONSES:
+            return _all_responses(selection)
+        case Unit.TRIPLES:
+            return _triples(selection)
+        case Unit.SINGLE_RESPONSES:
+            return _single_responses(selection)
+    return _pairs(selection, loss)
+
+
+def _pairs(selection: Selection, loss: PreferenceLoss) -> PreparedSet:
+    groups_P, sources_P, weights_GK, counts = _weighted_pairs(selection)
+    ids_P2 = [ids_GK.numpy()[groups_P, sources_P] for ids_GK in _ids(selection)]
+    beside: dict[str, np.ndarray] = {}
+    if loss in NEEDS_REWARD_GAPS:
+        rewards_P2 = [torch.from_numpy(selection.dataset.rewards[ids_P]) for ids_P in ids_P2]
+        try:
+            beside["reward_gaps_P"] = reward_gaps(*rewards_P2).numpy()
+        except ValueError as error:
+            raise UserError(f"{selection.dataset.path}: {error}") from None
+    if loss in NEEDS_SOURCE_LOGPS:
+        beside |= _source_logps(selection.dataset, *ids_P2)
+    return _of_pairs(selection, groups_P, sources_P, ids_P2, weights_GK, counts, Unit.PAIRS, beside)
+
+
+def _triples(selection: Selection) -> PreparedSet:
+    dataset, name = selection.dataset, selection.objective.target_source
+    if name not in dataset.sources:
+        have = ", ".join(dataset.sources)
+        raise UserError(f"objective.target_source={name}: {dataset.path} has no such source (it has: {have}).")
+    target = dataset.sources.index(name)
+    present_GK = selection.table.mask_GKN.any(dim=2)
+    others_GK = present_GK.clone()
+    others_GK[:, target] = False
+    own_G, strong_G = selection.pairs.has_pair_GK[:, target], others_GK.any(dim=1)
+    counts = {k: v for k, v in selection.pairs.counts.items() if not k.startswith("prompts_")}
+    counts |= {
+        "prompts_without_own_pair": int((~own_G).sum()),
+        "prompts_without_other_source": int((own_G & ~strong_G).sum()),
+    }
+    kept_G = own_G & strong_G
+    _stop_if_empty(dataset, kept_G, counts, f"source {name} needs 2 responses with different rewards, and others beside it")
+    # the best response over all other sources, by raw reward; ties: the first recorded
+    rewards_GR = selection.table.rewards_GKN.masked_fill(~(selection.table.mask_GKN & others_GK[..., None]), -torch.inf)
+    ids_GR, rewards_GR = selection.table.response_ids_GKN.flatten(1), rewards_GR.flatten(1)
+    top_GR = (rewards_GR == rewards_GR.amax(dim=1, keepdim=True)) & (ids_GR >= 0)
+    best_G = torch.where(top_GR, ids_GR, torch.iinfo(torch.int64).max).amin(dim=1)
+    groups_P = np.flatnonzero(kept_G.numpy())
+    best_P = best_G.numpy()[groups_P]
+    ids_P3 = [ids_GK.numpy()[groups_P, target] for ids_GK in _ids(selection)] + [best_P]
+    sources_P = dataset.source_ids[best_P]
+    weights_GK = torch.zeros_like(selection.scores_GK)
+    weights_GK[groups_P, sources_P] = 1.0
+    return _of_pairs(selection, groups_P, sources_P, ids_P3, weights_GK, counts, Unit.TRIPLES, {})
+
+
+def _single_responses(selection: Selection) -> PreparedSet:
+    groups_P, sources_P, weights_GK, counts = _weighted_pairs(selection)
+    chosen_P, rejected_P = (ids_GK.numpy()[groups_P, sources_P] for ids_GK in _ids(selection))
+    ids_N = np.sort(np.concatenate([chosen_P, rejected_P]))
+    groups_N = np.searchsorted(selection.dataset.response_offsets, ids_N, side="right") - 1
+    weights_N = weights_GK.numpy()[groups_N, selection.dataset.source_ids[ids_N]] / 2
+    beside = {"desirable_N": np.isin(ids_N, chosen_P)}
+    return _of_sequences(selection, np.unique(groups_P), ids_N, weights_N, weights_GK, counts, Unit.SINGLE_RESPONSES, beside)
+
+
+def _all_responses(selection: Selection) -> PreparedSet:
+    dataset, table = selection.dataset, selection.table
+    present_GK = table.mask_GKN.any(dim=2)
+    weights_GK = source_weights(selection.scores_GK, present_GK, selection.reward_temperature)
+    advantages_GKN = rloo_advantages(table.rewards_GKN, table.mask_GKN)
+    silent_GK = present_GK & (advantages_GKN == 0).all(dim=2)
+    counts = {
+        "zero_weight": int((present_GK & (weights_GK == 0)).sum()),
+        "sources_without_advantage": int(silent_GK.sum()),
+    }
+    _stop_if_empty(dataset, (~silent_GK & present_GK).any(dim=1), counts, "sources need 2 responses with different rewards")
+    best_GK = best_and_worst_indices(table.rewards_GKN, table.mask_GKN)[0]
+    is_best_GKN = torch.zeros_like(table.mask_GKN).scatter_(2, best_GK[..., None], True)
+    keep_GKN = (table.mask_GKN & (weights_GK > 0)[..., None]).numpy()
+    ids_N = table.response_ids_GKN.numpy()[keep_GKN]
+    order_N = np.argsort(ids_N)
+
+    def flat(values_GKN: torch.Tensor) -> np.ndarray:
+        return values_GKN.numpy()[keep_GKN][order_N]
+
+    weights_N = flat(weights_GK[..., None].expand_as(table.rewards_GKN))
+    beside = {"advantages_N": flat(advantages_GKN), "best_N": flat(is_best_GKN)}
+    group_ids = np.arange(dataset.num_groups)
+    return _of_sequences(selection, group_ids, ids_N[order_N], weights_N, weights_GK, counts, Unit.ALL_RESPONSES, beside)
+
+
+def _ids(selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+    return selection.pairs.chosen_GK, selection.pairs.rejected_GK
+
+
+def _weighted_pairs(selection: Selection) -> tuple[np.ndarray, np.ndarray, torch.Tensor, dict[str, int]]:
+    """Groups and sources [P] of the pairs that count, the weights [G, K] over sources with a pair, everything dropped."""
+    counts, has_pair_GK = dict(selection.pairs.counts), selection.pairs.has_pair_GK
+    _stop_if_empty(selection.dataset, has_pair_GK.any(dim=1), counts, "sources need 2 responses with different rewards")
+    weights_GK = source_weights(selection.scores_GK, has_pair_GK, selection.reward_temperature)
+    counts["zero_weight"] = int((has_pair_GK & (weights_GK == 0)).sum())
+    groups_P, sources_P = (a.numpy() for a in (has_pair_GK & (weights_GK > 0)).nonzero(as_tuple=True))
+    return groups_P, sources_P, weights_GK, counts
+
+
+def _stop_if_empty(dataset: FusedDataset, kept_G: torch.Tensor, counts: dict[str, int], need: str) -> None:
+    if not bool(kept_G.any()):
+        why = ", ".join(f"{name} {n}" for name, n in counts.items() if n)
+        raise UserError(f"{dataset.path}: no prompt has a pair ({why}): {need}")
+
+
+def _of_pairs(
+    selection: Selection,
+    groups_P: np.ndarray,
+    sources_P: np.ndarray,
+    ids: list[np.ndarray],
+    weights_GK: torch.Tensor,
+    counts: dict[str, int],
+    unit: Unit,
+    beside: dict[str, np.ndarray],
+) -> PreparedSet:
+    """A set of pairs (ids: chosen, rejected) or triples (and the source response); a response has one place in it."""
+    dataset, group_ids = selection.dataset, np.unique(groups_P)
+    prompts_P = np.searchsorted(group_ids, groups_P)
+    ids_N = np.unique(np.concatenate(ids))  # ascending ids: prompt by prompt
+    offsets = np.append(np.searchsorted(ids_N, dataset.response_offsets[group_ids]), ids_N.size)
+    index = [np.searchsorted(ids_N, ids_P) - offsets[prompts_P] for ids_P in ids]
+    if unit is Unit.TRIPLES:
+        beside = {"source_index_P": index[2], **beside}
+    return PreparedSet(
+        pair_offsets=np.searchsorted(prompts_P, np.arange(group_ids.size + 1)),
+        chosen=index[0],
+        rejected=index[1],
+        pair_weights=weights_GK.numpy()[groups_P, sources_P],
+        pair_source_ids=sources_P,
+        of_pairs=beside,
+        **_common(selection, group_ids, ids_N, offsets, np.zeros(ids_N.size), weights_GK, counts, unit),
+    )
+
+
+def _of_sequences(
+    selection: Selection,
+    group_ids: np.ndarray,
+    ids_N: np.ndarray,
+    weights_N: np.ndarray,
+    weights_GK: torch.Tensor,
+    counts: dict[str, int],
+    unit: Unit,
+    beside: dict[str, np.ndarray],
+) -> PreparedSet:
+    """A set of weighted sequences without pairs."""
+    offsets = np.append(np.searchsorted(ids_N, selection.dataset.response_offsets[group_ids]), ids_N.size)
+    none = np.zeros(0, np.int64)
+    return PreparedSet(
+        pair_offsets=np.zeros(offsets.size, np.int64),
+        chosen=none,
+        rejected=none,
+        pair_weights=np.zeros(0),
+        pair_source_ids=none,
+        of_sequences=beside,
+        **_common(selection, group_ids, ids_N, offsets, weights_N, weights_GK, counts, unit),
+    )
+
+
+def _common(
+    selection: Selection,
+    group_ids: np.ndarray,
+    ids_N: np.ndarray,
+    offsets: np.ndarray,
+    weights_N: np.ndarray,
+    weights_GK: torch.Tensor,
+    counts: dict[str, int],
+    unit: Unit,
+) -> dict[str, Any]:
+    dataset = selection.dataset
+    return dict(
+        dataset=dataset,
+        stage="fusepo",
+        reward_temperature=selection.reward_temperature,
+        group_ids=group_ids,
+        sequence_offsets=offsets,
+        response_ids=ids_N,
+        source_ids=dataset.source_ids[ids_N],
+        lengths=dataset.response_lengths[ids_N],
+        weights=weights_N,
+        counts=counts,
+        unit=unit,
+        **source_statistics(dataset, weights_GK[group_ids]),
+    )
+
+
+def source_statistics(dataset: FusedDataset, weights_GK: torch.Tensor) -> dict[str, Any]:
+    """`effective_sources` and `statistics` of a PreparedSet from the weights of the prompts kept."""
+    effective_G = effective_number_of_sources(weights_GK)
+    means = {f"mean_weight/{name}": float(w) for name, w in zip(dataset.sources, weights_GK.mean(dim=0), strict=True)}
+    statistics = {**means, "effective_number_of_sources": float(effective_G.mean())}
+    return dict(effective_sources=effective_G.numpy(), statistics=statistics)
+
+
+def _source_logps(dataset: FusedDataset, chosen_P: np.ndarray, rejected_P: np.ndarray) -> dict[str, np.ndarray]:
+    """InfiFPO's [P, K] columns; a source counts for a pair where it has a value for both responses."""
+    if dataset.source_mean_logps is None:
+        raise UserError(
+            f"{dataset.path}: objective.loss=infifpo reads the sources' own log-probabilities: add the field "
+            "source_mean_logps to the records and build again (docs/data_format.md)."
+        )
+    chosen_PK, rejected_PK = dataset.source_mean_logps[chosen_P], dataset.source_mean_logps[rejected_P]
+    present_PK = ~(np.isnan(chosen_PK) | np.isnan(rejected_PK))
+    if not present_PK.any():
+        raise UserError(
+            f"{dataset.path}: objective.loss=infifpo: no pair has source_mean_logps of one source for both its responses; "
+            "add them to the records and build again."
+        )
+    return {
+        "source_chosen_mean_logps_PK": np.where(present_PK, chosen_PK, 0.0),
+        "source_rejected_mean_logps_PK": np.where(present_PK, rejected_PK, 0.0),
+        "source_present_PK": present_PK,
+    }
