@@ -21,7 +21,7 @@ OTHERS_MAY_REPORT_S = 2.0
 TERM_TO_KILL_S = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 POLL_S = 0.05
-ERROR_PREFIX = "fuserl: error:"
+ERROR_PREFIX, TRACEBACK = "fuserl: error:", "Traceback (most recent call last)"
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
@@ -91,7 +91,8 @@ class _Group:
     def __init__(self) -> None:
         self.ranks: list[subprocess.Popen] = []
         self.pumps: list[threading.Thread] = []
-        self.held_errors: dict[int, str] = {}
+        self.last_words: dict[int, list[str]] = {}
+        """Of the ranks but 0, from the first error or traceback on; noise when another rank met a user error."""
 
     def start(self, rank: int, command: Sequence[str], environ: dict[str, str]) -> None:
         stdio = {}
@@ -107,8 +108,8 @@ class _Group:
 
     def _pump(self, rank: int, process: subprocess.Popen) -> None:
         for line in process.stdout:
-            if line.startswith(ERROR_PREFIX):
-                self.held_errors[rank] = line.rstrip()
+            if rank in self.last_words or line.startswith(ERROR_PREFIX) or TRACEBACK in line:
+                self.last_words.setdefault(rank, []).append(line.rstrip())
             else:
                 print(f"[rank {rank}] {line.rstrip()}", file=sys.stderr, flush=True)
 
@@ -125,21 +126,29 @@ class _Group:
             if failed:
                 break
             if None not in codes:
+                self.end()
+                self._print_last_words()
                 return 0
             time.sleep(POLL_S)
-        first = min(failed, key=lambda rank: codes[rank] != USER_ERROR)
         self._wait(OTHERS_MAY_REPORT_S)
-        rank_0_spoke = bool(self.ranks[0].poll())
+        # a rank that meets a user error leaves the others with broken connections, and they may be gone before it is
+        refused = [rank for rank, process in enumerate(self.ranks) if process.poll() == USER_ERROR]
+        first = refused[0] if refused else failed[0]
         self.end()
+        if refused:
+            errors = [line for line in self.last_words.get(first, []) if line.startswith(ERROR_PREFIX)]
+            if first:  # rank 0 has spoken for itself
+                print(*errors or [f"{ERROR_PREFIX} rank {first} ended with exit code 2"], sep="\n", file=sys.stderr)
+            return USER_ERROR
+        self._print_last_words()
         code = codes[first]
-        if code == USER_ERROR:
-            if first and not rank_0_spoke:
-                print(self.held_errors.get(first, f"{ERROR_PREFIX} rank {first} refused its settings"), file=sys.stderr)
-            return code
-        for rank, line in self.held_errors.items():
-            print(f"[rank {rank}] {line}", file=sys.stderr)
         print(f"{ERROR_PREFIX} rank {first} ended first, {_cause(code)}; the other ranks were ended.", file=sys.stderr)
         return code if code > 0 else 128 - code
+
+    def _print_last_words(self) -> None:
+        for rank, lines in sorted(self.last_words.items()):
+            for line in lines:
+                print(f"[rank {rank}] {line}", file=sys.stderr)
 
     def _wait(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -74,12 +74,24 @@ def test_a_user_error_of_one_rank_is_printed_and_ends_all(capfd):
     assert capfd.readouterr().err == "fuserl: error: no disk here\n"
 
 
+def test_what_a_user_error_of_rank_0_does_to_the_others_is_not_shown(capfd):
+    """The others lose their connection to rank 0, complain at length, and may even be gone before it is."""
+    program = (
+        "print('hello', file=sys.stderr, flush=True)\n"
+        "if rank == 1: raise RuntimeError('Connection closed by peer')\n"
+        "time.sleep(0.4); print('fuserl: error: no such place', file=sys.stderr); sys.exit(2)"
+    )
+    assert run(program) == 2
+    assert sorted(capfd.readouterr().err.splitlines()) == ["[rank 1] hello", "fuserl: error: no such place", "hello"]
+
+
 def test_a_crash_ends_all_and_its_exit_code_is_passed_on(capfd):
+    words = "print('boom', flush=True); print('Traceback (most recent call last)'); print('x')"
     started = time.monotonic()
-    assert run("if rank == 1: print('boom', file=sys.stderr); sys.exit(3)\ntime.sleep(60)") == 3
+    assert run(f"if rank == 1: {words}; sys.exit(3)\ntime.sleep(60)") == 3
     assert time.monotonic() - started < 15
     err = capfd.readouterr().err
-    assert "[rank 1] boom\n" in err
+    assert err.startswith("[rank 1] boom\n[rank 1] Traceback (most recent call last)\n[rank 1] x\n")
     assert err.endswith("fuserl: error: rank 1 ended first, with exit code 3; the other ranks were ended.\n")
 
 
