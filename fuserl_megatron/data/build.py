@@ -24,13 +24,14 @@ from fuserl_megatron.data.dataset import (
     REJECTED_FILE,
     ROWS_PER_BATCH,
     SCHEMA,
+    SOURCE_LOGPS,
     FusedDataset,
     Manifest,
 )
 from fuserl_megatron.data.files import file_sha256, replace_directory, sync
 from fuserl_megatron.data.pairs import pair_table
 from fuserl_megatron.data.progress import watched
-from fuserl_megatron.data.records import BadRecord, LoadedRecords, RecordGroup, Rejects, load_groups
+from fuserl_megatron.data.records import BadRecord, LoadedRecords, RecordGroup, Rejects, check_source_names, load_groups
 from fuserl_megatron.data.rewards import reward_table
 from fuserl_megatron.data.tokenize import BadPrompt, ChatTokenizer
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
@@ -97,7 +98,8 @@ def _write(config: BuildConfig, tokenizer: ChatTokenizer, partial: Path, progres
             raise UserError(_temperature_help(config, loaded))
         counts: Counter[str] = Counter()
         rows = _tokenize(loaded, tokenizer, rejects, counts)
-        if not _write_groups(partial / GROUPS_FILE, watched(rows, len(loaded.groups), "tokenising", progress)):
+        schema = SCHEMA.append(SOURCE_LOGPS) if check_source_names(loaded, bool(config.sources)) else SCHEMA
+        if not _write_groups(partial / GROUPS_FILE, schema, watched(rows, len(loaded.groups), "tokenising", progress)):
             why = ", ".join(f"{kind} {n}" for kind, n in rejects.counts.items())
             raise UserError(f"every record was rejected ({why}): correct the inputs or raise max_length")
         sync(rejected)
@@ -140,12 +142,14 @@ def _tokenize_group(
         for source_id, text, reward, place in entries:
             reject(BadRecord(place, error.kind, f"field 'prompt': {error}"), source_id, text, reward)
         return None
-    row: dict[str, Any] = {name: [] for name in SCHEMA.names} | {"prompt": prompt.tokens}
+    row: dict[str, Any] = {name: [] for name in (*SCHEMA.names, SOURCE_LOGPS.name)} | {"prompt": prompt.tokens}
     encoded = tokenizer.encode_responses(prompt, [(text, place) for _, text, _, place in entries])
     for result, (source_id, text, reward, place) in zip(encoded, entries, strict=True):
         if isinstance(result, BadRecord):
             reject(result, source_id, text, reward)
             continue
+        logps = group.source_mean_logps.get((source_id, text), {})
+        row[SOURCE_LOGPS.name].extend(logps.get(name, math.nan) for name in sources)
         row["responses"].append(result.tokens)
         row["source_ids"].append(source_id)
         row["rewards"].append(reward)
@@ -157,20 +161,20 @@ def _tokenize_group(
     return row if row["responses"] else None
 
 
-def _write_groups(path: Path, rows: Iterable[dict[str, Any] | None]) -> int:
+def _write_groups(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any] | None]) -> int:
     """Stream the rows to disk; returns how many there were."""
     num_rows = 0
     with open(path, "wb") as file:
-        with pa.ipc.new_file(file, SCHEMA) as writer:
+        with pa.ipc.new_file(file, schema) as writer:
             kept = (row for row in rows if row is not None)
             while waiting := list(islice(kept, ROWS_PER_BATCH)):
-                writer.write_batch(_record_batch(waiting))
+                writer.write_batch(_record_batch(waiting, schema))
                 num_rows += len(waiting)
         sync(file)
     return num_rows
 
 
-def _record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+def _record_batch(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
     """Lists through numpy: several times faster than Arrow's own conversion of nested Python lists."""
 
     def lists(name: str, dtype: type) -> pa.ListArray:
@@ -186,8 +190,9 @@ def _record_batch(rows: list[dict[str, Any]]) -> pa.RecordBatch:
         lists("truncated", np.bool_),
         lists("inputs", np.int32),
         lists("lines", np.int64),
+        *([lists(SOURCE_LOGPS.name, np.float64)] if SOURCE_LOGPS.name in schema.names else []),
     ]
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def _list_array(arrays: list[np.ndarray]) -> pa.ListArray:

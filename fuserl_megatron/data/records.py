@@ -14,7 +14,16 @@ from difflib import get_close_matches
 from typing import Any, TextIO
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.inputs import FIELDS, IGNORED_FIELDS, Place, expand_inputs, first_line, input_hash, rows
+from fuserl_megatron.data.inputs import (
+    FIELDS,
+    IGNORED_FIELDS,
+    OPTIONAL_FIELDS,
+    Place,
+    expand_inputs,
+    first_line,
+    input_hash,
+    rows,
+)
 
 Messages = tuple[tuple[str, str], ...]
 """A prompt in canonical form: ((role, content), ...)."""
@@ -66,6 +75,8 @@ class RecordGroup:
     messages: Messages
     responses: dict[tuple[int, str], tuple[float, Place]] = field(default_factory=dict)
     """(source id, response text) -> (reward, where it was read), in order of appearance."""
+    source_mean_logps: dict[tuple[int, str], dict[str, float]] = field(default_factory=dict)
+    """(source id, response text) -> per-token mean log-probability by source name, where the record has it."""
 
 
 @dataclass
@@ -113,6 +124,7 @@ def load_groups(
                         loaded.counts["filtered_by_source"] += 1
                         continue
                 messages, source, response, reward = check_record(place, record)
+                logps = check_source_mean_logps(place, record.get("source_mean_logps"))
                 group = groups.get(messages)
                 source_id = source_ids.setdefault(source, len(source_ids))
                 key = (source_id, response)
@@ -123,7 +135,10 @@ def load_groups(
                         raise BadRecord(place, "conflicting_reward", f"{what}, which has reward {earlier}")
                     loaded.counts["duplicates"] += 1
                     continue
-                groups.setdefault(messages, RecordGroup(messages)).responses[key] = (reward, place)
+                group = groups.setdefault(messages, RecordGroup(messages))
+                group.responses[key] = (reward, place)
+                if logps:
+                    group.source_mean_logps[key] = logps
             except BadRecord as bad:
                 rejects.add(bad, raw.decode("utf-8", "replace").rstrip() if isinstance(raw, bytes) else raw)
         num_records = loaded.counts["records"] - num_before
@@ -163,6 +178,46 @@ def check_record(place: Place, record: dict[str, Any]) -> tuple[Messages, str, s
     if not math.isfinite(reward):
         raise BadRecord(place, "non_finite_reward", f"field 'reward' is {reward}: it must be a finite number")
     return canonical_prompt(place, record["prompt"]), source, response, reward
+
+
+def check_source_mean_logps(place: Place, value: Any) -> dict[str, float]:
+    """The optional field source_mean_logps: source name -> mean log-probability per token (nats) of this response.
+
+    Raises:
+        BadRecord: not an object of numbers <= 0. null, for the whole or for a source, is the same as left out.
+    """
+    if value is None:
+        return {}
+    found = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else None
+    if found is None or any(isinstance(v, bool) or not isinstance(v, int | float) for v in found.values()):
+        problem = f"field 'source_mean_logps' must be an object of source -> number, not {_shown(value)}"
+        raise BadRecord(place, "wrong_type_source_mean_logps", problem)
+    if not all(-math.inf < v <= 0 for v in found.values()):
+        problem = f"field 'source_mean_logps' must hold finite log-probabilities, at most 0, not {_shown(value)}"
+        raise BadRecord(place, "bad_source_mean_logps", problem)
+    return {k: float(v) for k, v in found.items()}
+
+
+def check_source_names(loaded: LoadedRecords, filtered: bool) -> bool:
+    """Whether any record has source_mean_logps.
+
+    Args:
+        loaded: all records.
+        filtered: sources were left out on purpose, so that a name unknown here may be one of them.
+
+    Raises:
+        UserError: a name there is no source of the data set.
+    """
+    found = False
+    for group in loaded.groups:
+        for key, logps in group.source_mean_logps.items():
+            found = True
+            unknown = sorted(set(logps) - set(loaded.sources))
+            if unknown and not filtered:
+                file, line = group.responses[key][1]
+                have = ", ".join(loaded.sources)
+                raise UserError(f"{file}:{line}: field 'source_mean_logps' names {unknown[0]!r}: the sources are {have}")
+    return found
 
 
 def canonical_prompt(place: Place, prompt: Any) -> Messages:
@@ -208,7 +263,7 @@ def _decode(place: Place, line: bytes) -> dict[str, Any]:
 
 def _unknown_keys(record: dict[str, Any]) -> set[str]:
     """Keys that nothing reads, those of messages as prompt[].key."""
-    unknown = {k for k in record if k not in FIELDS and k not in IGNORED_FIELDS}
+    unknown = {k for k in record if k not in (*FIELDS, *OPTIONAL_FIELDS, *IGNORED_FIELDS)}
     if isinstance(record.get("prompt"), list):
         for message in record["prompt"]:
             if isinstance(message, dict) and len(message) > 2:
