@@ -1,14 +1,16 @@
 """One optimizer step, and one scoring pass, through core's pipeline schedule.
 
-The one scaling rule: each micro-batch's loss is a plain sum over its items, divided by a normaliser that was counted over the whole
-global batch before the schedule started (prompts, or weighted tokens). The loss closure returns core's 3-tuple with an integer
-zero, so core adds no scaling of its own, and gradients add up over micro-batches and data-parallel ranks. Nothing is ever divided by
-a local count, so the layout cannot change the result.
+The one scaling rule: each micro-batch's loss is a plain sum over its items, divided by a normaliser that was counted
+over the whole
+global batch before the schedule started (prompts, or weighted tokens). The loss closure returns core's 3-tuple with
+an integer
+zero, so core adds no scaling of its own, and gradients add up over micro-batches and data-parallel ranks. Nothing is
+ever divided by a local count, so the layout cannot change the result.
 
 Shapes: B rows, S tokens per row, T scored tokens, N sequences, P pairs, H hidden, M metrics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -24,13 +26,13 @@ from megatron.core.tensor_parallel.mappings import (
 from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.mcore.attention import visibility_mask
+from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.logprob import vocab_parallel_logps
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
 from fuserl_megatron.mcore.parallel import Layout, any_rank
-from fuserl_megatron.objectives import preference, reduce
+from fuserl_megatron.objectives import reduce
 from fuserl_megatron.objectives.logps import sequence_logps
-from fuserl_megatron.objectives.sft import sft_losses
 
 
 class NonFiniteError(RuntimeError):
@@ -39,7 +41,8 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What a step needs: the model, its DDP wrappers and optimizer (None for scoring alone), the layout, the objective."""
+    """What a step needs: the model, its DDP wrappers and optimizer (None for scoring alone), the layout, the
+    objective."""
 
     target: TargetModel
     layout: Layout
@@ -62,14 +65,6 @@ class StepResult:
     loss: float
     grad_norm: float
     metrics: dict[str, float]
-
-
-def metric_names(objective: ObjectiveConfig, sources: Sequence[str]) -> list[str]:
-    """The fixed metric names of a run, so that every rank and micro-batch reduces one tensor of one shape."""
-    if objective.stage == "fusesft":
-        return ["nll_per_token", *(f"nll_per_token/{s}" for s in sources)]
-    names = ["accuracy", "margin", "chosen_reward", "rejected_reward", "preference_loss"]
-    return names + [f"{name}/{s}" for name in ("accuracy", "margin") for s in sources]
 
 
 def _hidden_to_token_logps(engine: Engine, hidden_BSH: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -103,55 +98,6 @@ def batch_logps(engine: Engine, output: torch.Tensor, batch: PackedBatch) -> tor
     return sequence_logps(token_logps_T, sequence_ids_T, batch.num_sequences)
 
 
-def batch_loss(
-    objective: ObjectiveConfig, logps_N: torch.Tensor, batch: PackedBatch, sources: Sequence[str]
-) -> tuple[torch.Tensor, dict[str, reduce.SumCount]]:
-    """The sum over the batch's items of weight x loss (not yet divided), and the metrics as sums and counts."""
-    if objective.stage == "fusesft":
-        losses_N = sft_losses(logps_N, batch.lengths_N, batch.weights_N, objective.nll_reduction or "token_mean")
-        return losses_N.sum(), _sft_metrics(logps_N, batch, sources)
-    result = _pair_losses(objective, logps_N, batch)
-    loss = (batch.pair_weights_P * result.losses_P).sum()
-    return loss, _pair_metrics(result, batch, sources)
-
-
-def _pair_losses(objective: ObjectiveConfig, logps_N: torch.Tensor, batch: PackedBatch) -> preference.PairLoss:
-    chosen, rejected = batch.chosen_index_P, batch.rejected_index_P
-    reference_N = batch.reference_logps_N.to(logps_N.dtype)
-    sums = (logps_N[chosen], logps_N[rejected], reference_N[chosen], reference_N[rejected])
-    lengths = (batch.lengths_N[chosen], batch.lengths_N[rejected])
-    match objective.loss or "dpo":  # one line for each further loss
-        case "dpo":
-            return preference.dpo(*sums, beta=objective.beta)
-        case "ln_dpo":
-            return preference.ln_dpo(*sums, *lengths, beta=objective.beta)
-        case other:
-            raise ValueError(f"objective.loss={other}: no such loss")
-
-
-def _sft_metrics(logps_N, batch: PackedBatch, sources: Sequence[str]) -> dict[str, reduce.SumCount]:
-    nll_N, tokens_N = -logps_N.detach(), batch.lengths_N.double()
-    metrics = {"nll_per_token": (nll_N.sum(), tokens_N.sum())}
-    sums_K = torch.zeros(len(sources), dtype=torch.float64, device=nll_N.device)
-    nll_K = sums_K.index_add(0, batch.source_ids_N, nll_N.double())
-    tokens_K = sums_K.index_add(0, batch.source_ids_N, tokens_N)
-    return metrics | {f"nll_per_token/{s}": (nll_K[k], tokens_K[k]) for k, s in enumerate(sources)}
-
-
-def _pair_metrics(result: preference.PairLoss, batch: PackedBatch, sources: Sequence[str]) -> dict[str, reduce.SumCount]:
-    metrics = {
-        "accuracy": reduce.sum_count(result.accuracies_P),
-        "margin": reduce.sum_count(result.margins_P),
-        "chosen_reward": reduce.sum_count(result.chosen_implicit_rewards_P),
-        "rejected_reward": reduce.sum_count(result.rejected_implicit_rewards_P),
-        "preference_loss": reduce.sum_count(result.losses_P),
-    }
-    for name, values_P in (("accuracy", result.accuracies_P), ("margin", result.margins_P)):
-        sums_K, counts_K = reduce.sum_count_per_source(values_P, batch.pair_source_ids_P, len(sources))
-        metrics |= {f"{name}/{s}": (sums_K[k], counts_K[k]) for k, s in enumerate(sources)}
-    return metrics
-
-
 def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, forward_only: bool) -> list:
     """Core's schedule over this rank's micro-batches; on_output(output, batch) runs on the last stage."""
     device = engine.layout.device
@@ -177,39 +123,68 @@ def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, for
     )
 
 
-def forward_backward(engine: Engine, batches: Sequence[PackedBatch], normalizer: float) -> tuple[float, dict[str, float]]:
+def forward_backward(
+    engine: Engine, batches: Sequence[PackedBatch], normalizer: float, values: StepValues = StepValues()  # noqa: B008
+) -> tuple[float, dict[str, float]]:
     """Gradients of one global batch into the DDP buffers. Returns the loss and the metrics, equal on all ranks.
 
     Args:
         engine: with wrapped chunks.
         batches: this data-parallel rank's micro-batches, as many on every rank.
         normalizer: prompts (or weighted tokens) of the global batch over all ranks.
+        values: what the loss needs of the global batch.
 
     Raises:
         NonFiniteError: on every rank, naming the rank, micro-batch and prompts of the loss that is not finite.
     """
-    names = metric_names(engine.objective, engine.source_names)
-
-    def on_output(output, batch):
-        total, metrics = batch_loss(engine.objective, batch_logps(engine, output, batch), batch, engine.source_names)
-        loss = total / normalizer
-        report = torch.cat([torch.stack([loss.detach(), loss.new_ones(())])[None], reduce.stack(metrics, names)])
-        return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
-
     for chunk in engine.wrapped:
         chunk.train()
         chunk.zero_grad_buffer()
     if engine.optimizer is not None:
         engine.optimizer.zero_grad()
-    reports = _run_schedule(engine, batches, on_output, forward_only=False)
+    totals_M2 = _losses_and_metrics(engine, batches, normalizer, values, forward_only=False)
+    return reduced(engine, totals_M2)
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues = StepValues()) -> torch.Tensor:  # noqa: B008
+    """This rank's part of a batch's undivided loss and of its metrics, without gradients; add parts up, then call `reduced`.
+
+    Raises:
+        NonFiniteError: as `forward_backward`.
+    """
+    for chunk in engine.callables:
+        chunk.eval()
+    return _losses_and_metrics(engine, batches, 1.0, values, forward_only=True)
+
+
+def reduced(engine: Engine, totals_M2: torch.Tensor) -> tuple[float, dict[str, float]]:
+    """Loss and metrics by name over all ranks (one collective), equal on all."""
+    dist.all_reduce(totals_M2)
+    names = metric_names(engine.objective, engine.source_names)
+    metrics = dict(zip(names, reduce.means(totals_M2[1:]).tolist(), strict=True))
+    return totals_M2[0, 0].item(), metrics
+
+
+def _losses_and_metrics(
+    engine: Engine, batches: Sequence[PackedBatch], normalizer: float, values: StepValues, forward_only: bool
+) -> torch.Tensor:
+    """Runs the schedule; row 0 is the loss, the others the metrics' sums and counts; zeros on ranks that do not report."""
+    names = metric_names(engine.objective, engine.source_names)
+
+    def on_output(output, batch):
+        logps_N = batch_logps(engine, output, batch)
+        total, metrics = batch_loss(engine.objective, logps_N, batch, engine.source_names, values)
+        loss = total / normalizer
+        report = torch.cat([torch.stack([loss.detach(), loss.new_ones(())])[None], reduce.stack(metrics, names)])
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
+
+    reports = _run_schedule(engine, batches, on_output, forward_only)
     _stop_if_not_finite(engine, reports, batches)
-    totals = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=engine.layout.device)
+    totals_M2 = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=engine.layout.device)
     if engine.layout.is_last_stage and engine.layout.tp_rank == 0 and engine.layout.cp_rank == 0:
-        totals += torch.stack(reports).sum(0)
-    dist.all_reduce(totals)
-    values = totals.tolist()
-    metrics = reduce.means(totals[1:]).tolist()
-    return values[0][0], dict(zip(names, metrics, strict=True))
+        totals_M2 += torch.stack(reports).sum(0)
+    return totals_M2
 
 
 def _stop_if_not_finite(engine: Engine, reports: list, batches: Sequence[PackedBatch]) -> None:
@@ -230,18 +205,30 @@ def _stop_if_not_finite(engine: Engine, reports: list, batches: Sequence[PackedB
 
 
 def train_step(
-    engine: Engine, batches: Sequence[PackedBatch], *, normalizer: float, lr: float, weight_decay: float, max_norm: float
+    engine: Engine,
+    batches: Sequence[PackedBatch],
+    *,
+    normalizer: float,
+    values: StepValues,
+    lr: float,
+    weight_decay: float,
+    max_norm: float,
+    check: Callable[[float], None] = lambda loss: None,
 ) -> StepResult:
     """One optimizer step over a global batch. All ranks call it with their own micro-batches.
 
     Raises:
-        NonFiniteError: loss or gradient not finite; the weights are those from before the step.
+        NonFiniteError: loss or gradient not finite; the weights are those from before the step (also when `check`, which is
+            given the loss, raises).
     """
-    loss, metrics = forward_backward(engine, batches, normalizer)
+    loss, metrics = forward_backward(engine, batches, normalizer, values)
+    check(loss)
     norm = gradient_norm(engine.optimizer)
     if any_rank(not (norm < float("inf")), engine.layout.device):
         prompts = sorted({p for b in batches for p in b.prompt_ids_N.tolist()})
-        raise NonFiniteError(f"the gradient is not finite (norm {norm}); rank {engine.layout.rank} had prompts {prompts}")
+        raise NonFiniteError(
+            f"the gradient is not finite (norm {norm}); rank {engine.layout.rank} had prompts {prompts}"
+        )
     set_learning_rate(engine.optimizer, lr, weight_decay)
     clip_and_update(engine.optimizer, norm, max_norm)
     return StepResult(loss=loss, grad_norm=norm, metrics=metrics)

@@ -1,0 +1,154 @@
+"""From a micro-batch's sequence log-probabilities to its weighted loss and its metrics. Needs no Megatron.
+
+Every loss is a plain sum over the items of the micro-batch, weight x loss, not yet divided; every metric a (sum,
+count). Both add up over micro-batches and ranks, so nothing here may divide by what happens to lie in this micro-batch.
+
+Shapes: N sequences, P pairs or triples, I items of the loss (N or P), K sources.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fuserl_megatron.config.objective import loss_options, uses_reference
+from fuserl_megatron.config.schema import ObjectiveConfig
+from fuserl_megatron.data.batch import PackedBatch
+from fuserl_megatron.objectives import reduce
+from fuserl_megatron.objectives.dispatch import PreferenceInputs, preference_losses
+from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit
+from fuserl_megatron.objectives.sft import sft_losses
+
+PER_SOURCE = {
+    "fusesft": ("nll_per_token", "weight_share"),
+    Unit.PAIRS: ("preference_loss", "accuracy", "margin", "weight_share"),
+    Unit.TRIPLES: ("preference_loss", "accuracy", "margin", "weight_share"),
+    Unit.ALL_RESPONSES: ("preference_loss", "weight_share"),
+    Unit.SINGLE_RESPONSES: ("preference_loss", "weight_share"),
+}
+OF_UNIT = {
+    Unit.PAIRS: ("accuracy", "margin", "chosen_implicit_reward", "rejected_implicit_reward", "sft_nll"),
+    Unit.TRIPLES: ("accuracy", "margin", "chosen_implicit_reward", "rejected_implicit_reward", "sft_nll"),
+    Unit.ALL_RESPONSES: ("sft_nll",),
+    Unit.SINGLE_RESPONSES: ("chosen_implicit_reward", "rejected_implicit_reward", "sft_nll"),
+}
+"""What `preference_losses` measures for each unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepValues:
+    """Numbers that a loss needs beside the micro-batch, the same on all ranks for one global batch."""
+
+    alpha: float | None = None
+    """WRPO: weight of the source response at this step."""
+    kl: float | None = None
+    """KTO: the reference point over the global batch."""
+
+
+def metric_names(objective: ObjectiveConfig, sources: Sequence[str]) -> list[str]:
+    """The fixed metric names of a run, so that every rank and micro-batch reduces one tensor of one shape."""
+    if objective.stage == "fusesft":
+        names, per_source = ["nll_per_token", "response_length"], PER_SOURCE["fusesft"]
+    else:
+        unit = LOSSES[PreferenceLoss(objective.loss)].unit
+        names, per_source = ["preference_loss", *OF_UNIT[unit], "response_length"], PER_SOURCE[unit]
+        if unit in (Unit.PAIRS, Unit.TRIPLES):
+            names += ["chosen_length", "rejected_length"]
+        if uses_reference(objective):
+            names.append("kl_to_reference")
+    return names + [f"{name}/{s}" for name in per_source for s in sources]
+
+
+def batch_loss(
+    objective: ObjectiveConfig,
+    logps_N: Tensor,
+    batch: PackedBatch,
+    sources: Sequence[str],
+    values: StepValues = StepValues(),  # noqa: B008  (frozen)
+) -> tuple[Tensor, dict[str, reduce.SumCount]]:
+    """Loss and metrics of one micro-batch.
+
+    Args:
+        objective: stage, loss and options.
+        logps_N: [N] log pi summed over the scored tokens, with gradient.
+        batch: the micro-batch.
+        sources: names by source id.
+        values: what the loss needs of the global batch.
+
+    Returns:
+        0-d sum over the items of weight x loss, and the metrics by name (`metric_names`).
+    """
+    lengths = {"response_length": reduce.sum_count(batch.lengths_N)}
+    if objective.stage == "fusesft":
+        losses_N = sft_losses(logps_N, batch.lengths_N, batch.weights_N, objective.nll_reduction or "token_mean")
+        return losses_N.sum(), _sft_metrics(logps_N, batch, sources) | lengths
+    loss = PreferenceLoss(objective.loss)
+    unit = LOSSES[loss].unit
+    inputs = _inputs(logps_N, batch, values)
+    terms = preference_losses(loss, inputs, loss_options(objective))
+    of_pairs = unit in (Unit.PAIRS, Unit.TRIPLES)
+    weights_I = batch.pair_weights_P if of_pairs else batch.weights_N
+    sources_I = batch.pair_source_ids_P if of_pairs else batch.source_ids_N
+    items = {"preference_loss": (terms.losses_I, None), **terms.metrics}
+    metrics = {name: reduce.sum_count(*items[name]) for name in ("preference_loss", *OF_UNIT[unit]) if name in items}
+    for name in PER_SOURCE[unit]:
+        if name == "weight_share":
+            shares_I = _per_prompt(weights_I, batch) if unit is Unit.ALL_RESPONSES else weights_I
+            metrics |= _weight_shares(shares_I, sources_I, sources)
+        else:
+            metrics |= _by_source(name, reduce.sum_count_per_source(items[name][0], sources_I, len(sources)), sources)
+    if of_pairs:
+        for name, index_P in (("chosen_length", batch.chosen_index_P), ("rejected_length", batch.rejected_index_P)):
+            lengths[name] = reduce.sum_count(batch.lengths_N[index_P])
+    if inputs.reference_logps_N is not None:
+        metrics["kl_to_reference"] = reduce.sum_count(logps_N - inputs.reference_logps_N)
+    return (weights_I.to(terms.losses_I.dtype) * terms.losses_I).sum(), metrics | lengths
+
+
+def _inputs(logps_N: Tensor, batch: PackedBatch, values: StepValues) -> PreferenceInputs:
+    reference_N = None if batch.reference_logps_N is None else batch.reference_logps_N.to(logps_N.dtype)
+    return PreferenceInputs(
+        policy_logps_N=logps_N,
+        lengths_N=batch.lengths_N,
+        reference_logps_N=reference_N,
+        chosen_index_P=batch.chosen_index_P,
+        rejected_index_P=batch.rejected_index_P,
+        source_index_P=batch.source_index_P,
+        alpha=values.alpha,
+        reward_gaps_P=batch.reward_gaps_P,
+        source_chosen_mean_logps_PK=batch.source_chosen_mean_logps_PK,
+        source_rejected_mean_logps_PK=batch.source_rejected_mean_logps_PK,
+        source_present_PK=batch.source_present_PK,
+        group_ids_N=batch.group_ids_N,
+        num_groups=batch.num_sequences,
+        advantages_N=batch.advantages_N,
+        best_N=batch.best_N,
+        desirable_N=batch.desirable_N,
+        kl=values.kl,
+    )
+
+
+def _sft_metrics(logps_N: Tensor, batch: PackedBatch, sources: Sequence[str]) -> dict[str, reduce.SumCount]:
+    nll_N, tokens_N = -logps_N.detach(), batch.lengths_N.double()
+    metrics = {"nll_per_token": (nll_N.sum(), tokens_N.sum())}
+    nll_K, _ = reduce.sum_count_per_source(nll_N, batch.source_ids_N, len(sources))
+    tokens_K, _ = reduce.sum_count_per_source(tokens_N, batch.source_ids_N, len(sources))
+    metrics |= _by_source("nll_per_token", (nll_K, tokens_K), sources)
+    return metrics | _weight_shares(batch.weights_N, batch.source_ids_N, sources)
+
+
+def _weight_shares(weights_I: Tensor, sources_I: Tensor, sources: Sequence[str]) -> dict[str, reduce.SumCount]:
+    """Each source's part of all weight: the weights of a prompt sum to 1, so the counts add up to the prompts."""
+    sums_K, _ = reduce.sum_count_per_source(weights_I, sources_I, len(sources))
+    return _by_source("weight_share", (sums_K, sums_K.sum().expand(len(sources))), sources)
+
+
+def _per_prompt(weights_N: Tensor, batch: PackedBatch) -> Tensor:
+    """A source's weight spread over its N responses."""
+    sizes_N = torch.bincount(batch.group_ids_N, minlength=batch.num_sequences)[batch.group_ids_N]
+    return weights_N / sizes_N
+
+
+def _by_source(name: str, found: tuple[Tensor, Tensor], sources: Sequence[str]) -> dict[str, reduce.SumCount]:
+    return {f"{name}/{s}": (found[0][k], found[1][k]) for k, s in enumerate(sources)}
