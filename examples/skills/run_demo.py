@@ -1,7 +1,7 @@
 """`make demo`: build -> FuseSFT -> FusePO -> export -> evaluate on held-out prompts, beside the two obvious baselines.
 
-Everything is done by the `fuserl` command line as a user would type it; each command is printed before it runs. The training settings
-are in conf/ beside this file.
+Everything is done by the `fuserl` command line as a user would type it; each command is printed before it runs. The
+training settings are in conf/ beside this file.
 """
 
 import argparse
@@ -36,15 +36,25 @@ def fuserl(*arguments: str) -> None:
 def build(output: Path, stage: str, *extra: str) -> dict:
     """Build one data set from the committed responses of a stage; returns its manifest."""
     inputs = f"inputs=[{HERE / 'data'}/train_{stage}.*.jsonl]"
-    fuserl("build", inputs, f"output={output}", f"tokenizer={HERE / 'target'}", f"reward_temperature={TEMPERATURE}", *extra)
+    fuserl(
+        "build", inputs, f"output={output}", f"tokenizer={HERE / 'target'}", f"reward_temperature={TEMPERATURE}", *extra
+    )
     return json.loads((output / "manifest.json").read_text())
 
 
 def train(root: Path, name: str, recipe: str, model: Path, data: Path, ranks: int, *extra: str) -> Path:
     """Train one model and return its Hugging Face directory."""
     fuserl(
-        "train", "--nproc", str(ranks), f"--config-dir={HERE / 'conf'}", f"--config-name={recipe}",
-        f"run.name={name}", f"run.results_dir={root / name}", f"model.path={model}", f"data.path={data}", *extra,
+        "train",
+        "--nproc",
+        str(ranks),
+        f"--config-dir={HERE / 'conf'}",
+        f"--config-name={recipe}",
+        f"run.name={name}",
+        f"run.results_dir={root / name}",
+        f"model.path={model}",
+        f"data.path={data}",
+        *extra,
     )
     return root / name / "hf"
 
@@ -73,7 +83,9 @@ def main() -> int:
     target, seed = HERE / "target", f"run.seed={options.seed}"
     models = {"target before": target}
     models["best"] = train(root, "best", "sft", target, root / "data_best", options.nproc, seed)
-    models["uniform"] = train(root, "uniform", "sft", target, root / "data_sft", options.nproc, seed, "data.reward_temperature=inf")
+    models["uniform"] = train(
+        root, "uniform", "sft", target, root / "data_sft", options.nproc, seed, "data.reward_temperature=inf"
+    )
     models["fusesft"] = train(root, "fusesft", "sft", target, root / "data_sft", options.nproc, seed)
     models["fusepo"] = train(root, "fusepo", "po", models["fusesft"], root / "data_po", options.nproc, seed)
     return report(root, models, best, time.monotonic() - started)

@@ -2,5 +2,6 @@
 
 import warnings
 
-# core warns on every import about each optional package that is not there; `fuserl doctor` says it once, with what to do
+# core warns on every import about each optional package that is not there; `fuserl doctor` says it once, with what
+# to do
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")

@@ -1,4 +1,5 @@
-"""The core attention of every layer: one mask for packing and prefix sharing, in the layer spec's `core_attention` slot.
+"""The core attention of every layer: one mask for packing and prefix sharing, in the layer spec's `core_attention`
+slot.
 
 Shapes: B rows, S tokens per row, Q query heads of this rank, G key/value groups of this rank, D head dimension.
 """
@@ -30,7 +31,7 @@ class SegmentAttention(MegatronModule):
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(self, query, key, value, attention_mask, **_kwargs):
-        """query [S, B, Q, D], key and value [S, B, G, D], mask [B, 1, S, S] -> [S, B, Q*D]."""
+        """Query [S, B, Q, D], key and value [S, B, G, D], mask [B, 1, S, S] -> [S, B, Q*D]."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attention_mask, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]

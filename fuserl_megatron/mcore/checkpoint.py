@@ -3,7 +3,8 @@
     checkpoints/iter_0000010/                     core's torch_dist format, stock GPTModel key names
     checkpoints/latest_checkpointed_iteration.txt the pointer, written last, by rename, after everything is on the disk
 
-A checkpoint under way lives in a hidden sibling directory and gets its name only when complete, so what has a name is whole.
+A checkpoint under way lives in a hidden sibling directory and gets its name only when complete, so what has a name
+is whole.
 """
 
 import os
@@ -11,15 +12,17 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore.dist_format import POINTER, iteration_directory, newest_iteration, saved_iterations
+from fuserl_megatron.mcore.dist_format import POINTER, iteration_directory, saved_iterations
 from fuserl_megatron.mcore.parallel import any_rank
 from fuserl_megatron.mcore.step import Engine
+
+FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 
 def _metadata() -> dict:
@@ -71,12 +74,15 @@ def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep:
     state = _state(engine, is_loading=False) | {"iteration": iteration, "progress": progress}
     try:
         dist_checkpointing.save(state, str(partial))
-    except Exception as error:  # core wraps a full disk in exceptions of its own
+    except FAILURES as error:  # core wraps a full disk in exceptions of its own
         problem = error
     if any_rank(problem is not None, engine.layout.device):
         if engine.layout.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(f"{final}: the checkpoint could not be written ({problem or 'another rank failed'})") from problem
+        why = _first_line(problem) if problem else "another rank failed"
+        raise OSError(
+            f"{final}: the checkpoint could not be written ({why}); is the disk full? The last good one is untouched"
+        ) from problem
     if engine.layout.is_main:
         try:
             _publish(root, partial, final, iteration, keep)
@@ -101,6 +107,11 @@ def _publish(root: Path, partial: Path, final: Path, iteration: int, keep: int) 
         shutil.rmtree(iteration_directory(root, old), ignore_errors=True)
 
 
+def _first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -117,11 +128,12 @@ def load(engine: Engine, root: str | Path, iteration: int) -> dict:
     """
     directory = iteration_directory(root, iteration)
     try:
-        state = dist_checkpointing.load(_state(engine, is_loading=True) | {"iteration": 0, "progress": {}}, str(directory))
-    except Exception as error:  # damaged files surface as many kinds of errors
-        text = str(error).splitlines()
+        state = dist_checkpointing.load(
+            _state(engine, is_loading=True) | {"iteration": 0, "progress": {}}, str(directory)
+        )
+    except FAILURES as error:  # damaged files surface as many kinds of errors
         raise UserError(
-            f"{directory}: cannot be loaded ({type(error).__name__}: {text[0] if text else ''}): "
+            f"{directory}: cannot be loaded ({_first_line(error)}): "
             f"write an older iteration into {POINTER} there, or start in another run.results_dir."
         ) from error
     chunks = engine.target.chunks
@@ -132,8 +144,10 @@ def load(engine: Engine, root: str | Path, iteration: int) -> dict:
     return state["progress"]
 
 
-# --- Core's optimizers with torch's AdamW (no Transformer Engine, no Apex) need three things around a load. They are upstream gaps
-# --- of the distributed optimizer, on GPUs too; each is met through public state, and tests/distributed ask for `step` afterwards.
+# --- Core's optimizers with torch's AdamW (no Transformer Engine, no Apex) need three things around a load. They are
+# upstream gaps
+# --- of the distributed optimizer, on GPUs too; each is met through public state, and tests/distributed ask for
+# `step` afterwards.
 def _materialize_optimizer_state(optimizer) -> None:
     """An optimizer that never stepped has no state to describe: give it zeros first."""
     for part in optimizer.chained_optimizers:
@@ -166,4 +180,3 @@ def _accept_step(part: DistributedOptimizer) -> None:
             return original(part, model_param, tensors)
 
     part._set_main_param_and_optimizer_states = with_step
-

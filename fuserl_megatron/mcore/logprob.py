@@ -2,7 +2,8 @@
 
     log p(y_t) = z_t[y_t] - log sum_v exp z_t[v],   z_t = W h_t
 
-computed for chunks of scored tokens, in fp32 (or fp64 when the model is), with the vocabulary split over the TP ranks; the backward
+computed for chunks of scored tokens, in fp32 (or fp64 when the model is), with the vocabulary split over the TP
+ranks; the backward
 pass recomputes each chunk's logits. Extra memory: chunk x vocabulary / TP, instead of all tokens x vocabulary / TP.
 
 Shapes: T scored tokens, H hidden, v rows of the vocabulary on this rank, c tokens of a chunk.
@@ -83,7 +84,7 @@ def vocab_parallel_logps(
     group: dist.ProcessGroup | None,
     chunk_size: int,
 ) -> torch.Tensor:
-    """log p(labels) of each scored token, differentiable in hidden states and output weight.
+    """Log p(labels) of each scored token, differentiable in hidden states and output weight.
 
     Args:
         hidden_TH: hidden states of the scored tokens, equal on every rank of the group.
@@ -95,7 +96,7 @@ def vocab_parallel_logps(
         chunk_size: tokens whose logits exist at one time.
 
     Returns:
-        [T] in fp32 (fp64 for fp64 input). The gradient of hidden_TH holds this rank's vocabulary rows only: the caller sums it over
-        the group (copy_to_tensor_model_parallel_region or the sequence-parallel gather do).
+        [T] in fp32 (fp64 for fp64 input). The gradient of hidden_TH holds this rank's vocabulary rows only: the
+        caller sums it over the group (copy_to_tensor_model_parallel_region or the sequence-parallel gather do).
     """
     return _VocabParallelLogps.apply(hidden_TH, weight_vH, labels_T, first_row, num_valid, group, chunk_size)

@@ -1,8 +1,12 @@
-"""Core's GPTModel for one ModelShape: the transformer configuration, the layer spec with our parts in its slots, the DDP wrapper.
+"""Core's GPTModel for one ModelShape: the transformer configuration, the layer spec with our parts in its slots, the
+DDP wrapper.
 
-What is ours, each in a public slot of core: RMSNorm (core's local one refuses sequence parallelism), the core attention (packing and
-prefix sharing), the rotary module (positions). The output layer hands its hidden states through, so that log-probabilities are
-taken chunk by chunk from the scored positions only (logprob.py); its weight stays where core, DDP and checkpoints expect it.
+What is ours, each in a public slot of core: RMSNorm (core's local one refuses sequence parallelism), the core
+attention (packing and
+prefix sharing), the rotary module (positions). The output layer hands its hidden states through, so that
+log-probabilities are
+taken chunk by chunk from the scored positions only (logprob.py); its weight stays where core, DDP and checkpoints
+expect it.
 """
 
 import logging
@@ -33,7 +37,8 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside, as transformers' LlamaRMSNorm does."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside, as transformers' LlamaRMSNorm
+    does."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs):
         super().__init__()
@@ -66,7 +71,9 @@ class TargetModel:
     def output_weight(self) -> torch.Tensor:
         """This rank's rows [v, H] of the output matrix; the embedding's when both are tied."""
         model = self.last
-        return model.shared_embedding_or_output_weight() if self.shape.tie_word_embeddings else model.output_layer.weight
+        return (
+            model.shared_embedding_or_output_weight() if self.shape.tie_word_embeddings else model.output_layer.weight
+        )
 
 
 def have_transformer_engine() -> bool:
@@ -84,7 +91,7 @@ def transformer_config(
     """Core's configuration for a model shape and a layout."""
     if shape.attention_out_bias != shape.mlp_bias:
         raise UserError(
-            f"{model.path}: attention_bias={shape.attention_out_bias} with mlp_bias={shape.mlp_bias} cannot be represented: "
+            f"{model.path}: attention_bias={shape.attention_out_bias} with mlp_bias={shape.mlp_bias} is not possible: "
             "core has one switch for the biases of the output projection and the MLP. Use a model with both or neither."
         )
     full = model.recompute_granularity == "full"
@@ -129,7 +136,8 @@ def transformer_config(
         persist_layer_norm=False,
         batch_p2p_comm=layout.vpp_size is None,
         batch_p2p_sync=False,
-        # with PP 2 and virtual stages both neighbours are the same rank: only the overlapped schedule is right (docs/parallelism.md)
+        # with PP 2 and virtual stages both neighbours are the same rank: only the overlapped schedule is right
+        # (docs/parallelism.md)
         overlap_p2p_comm=layout.vpp_size is not None,
         deallocate_pipeline_outputs=on_gpu and use_te,
     )
@@ -157,7 +165,9 @@ def build_model(shape: ModelShape, model: ModelConfig, layout: Layout, dtype: to
     """
     check_tensor_parallel(shape, layout.tp_size)
     wanted = model.transformer_impl
-    use_te = wanted == "transformer_engine" or (wanted == "auto" and layout.device.type == "cuda" and have_transformer_engine())
+    use_te = wanted == "transformer_engine" or (
+        wanted == "auto" and layout.device.type == "cuda" and have_transformer_engine()
+    )
     if use_te and (layout.device.type != "cuda" or not have_transformer_engine()):
         raise UserError(
             "model.transformer_impl=transformer_engine needs a GPU and the transformer-engine package: "
@@ -197,7 +207,8 @@ def build_model(shape: ModelShape, model: ModelConfig, layout: Layout, dtype: to
 
 
 def _mark_tensor_parallel(chunk: GPTModel) -> None:
-    """Say which parameters are split over TP. Core does so while it initialises weights, which is skipped here; without the
+    """Say which parameters are split over TP. Core does so while it initialises weights, which is skipped here;
+    without the
     marks the gradient norm counts the split parameters of the first TP rank only."""
     for name, parameter in chunk.named_parameters():
         split = find_rule(name)[0].split

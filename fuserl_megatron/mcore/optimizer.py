@@ -1,7 +1,7 @@
 """AdamW through core's optimizers, and the step around them: check, clip, update.
 
-The learning rate is set from outside each step (train/schedule.py): core's own scheduler is not used, so what it would otherwise
-do is done here, namely no weight decay for norms and biases (the `wd_mult` of core's parameter groups).
+The learning rate is set from outside each step (train/schedule.py): core's own scheduler is not used, so what it
+would otherwise do is done here, namely no weight decay for norms and biases (the `wd_mult` of core's parameter groups).
 """
 
 import math
@@ -46,11 +46,13 @@ def set_learning_rate(optimizer: ChainedOptimizer, lr: float, weight_decay: floa
 
 
 def gradient_norm(optimizer: ChainedOptimizer) -> float:
-    """Bring gradients into the optimizer's place and return their global 2-norm, equal on all ranks, NaN or inf included."""
+    """Bring gradients into the optimizer's place and return their global 2-norm, equal on all ranks, NaN or inf
+    included."""
     if optimizer.prepare_grads():
         return math.nan
     norm = optimizer.get_grad_norm()
-    # each pipeline stage computed it over the whole model-parallel group; ranks of other groups see the same reduced gradients
+    # each pipeline stage computed it over the whole model-parallel group; ranks of other groups see the same reduced
+    # gradients
     return float(norm)
 
 
@@ -61,4 +63,3 @@ def clip_and_update(optimizer: ChainedOptimizer, grad_norm: float, max_norm: flo
         if parameters and max_norm > 0:
             clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
     optimizer.step_with_ready_grads()
-

@@ -65,13 +65,13 @@ def choose_device(accelerator: str) -> torch.device:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
     if torch.cuda.is_available():
         raise UserError(
-            "trainer.accelerator=cpu: torch sees a GPU, and core would use it. Set CUDA_VISIBLE_DEVICES= (empty) as well."
+            "trainer.accelerator=cpu: torch sees a GPU, and core would use it. Set CUDA_VISIBLE_DEVICES= (empty), too."
         )
     return torch.device("cpu")
 
 
 def _rendezvous_from_slurm() -> None:
-    """srun gives ranks as SLURM_*; torch.distributed reads RANK, WORLD_SIZE and MASTER_*."""
+    """Srun gives ranks as SLURM_*; torch.distributed reads RANK, WORLD_SIZE and MASTER_*."""
     env = os.environ
     if "RANK" in env or "SLURM_PROCID" not in env:
         return

@@ -1,6 +1,7 @@
 """Rotary embeddings looked up at given positions, in GPTModel's public `rotary_pos_emb` slot.
 
-Core's own module counts positions from the start of the row; packed rows and shared prefixes need each token's position inside its
+Core's own module counts positions from the start of the row; packed rows and shared prefixes need each token's
+position inside its
 own sequence. Its llama3 scaling also takes one of the four fields; ours comes from convert.rope with all of them.
 
 Shapes: B rows, S tokens per row, D head dimension.
@@ -10,7 +11,8 @@ import torch
 
 
 class PositionRotary(torch.nn.Module):
-    """freqs[s, b, 1, :] = positions[b, s] * (inv_freq, inv_freq). Set `positions_BS` before each forward of the model."""
+    """freqs[s, b, 1, :] = positions[b, s] * (inv_freq, inv_freq). Set `positions_BS` before each forward of the
+    model."""
 
     def __init__(self, inv_freq: torch.Tensor):
         super().__init__()

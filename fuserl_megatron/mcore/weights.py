@@ -1,4 +1,5 @@
-"""Weights into and out of the model-parallel ranks: every rank reads only its own slices; export gathers one tensor at a time."""
+"""Weights into and out of the model-parallel ranks: every rank reads only its own slices; export gathers one tensor
+at a time."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,7 +43,9 @@ def load_hf_weights(target: TargetModel, directory: str, layout: Layout) -> None
             value = read_parameter(
                 reader, target.shape, name, layout.tp_size, layout.tp_rank, padded_vocab=target.padded_vocab
             )
-            assert value.shape == parameter.shape, f"{name}: read {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+            assert value.shape == parameter.shape, (
+                f"{name}: read {tuple(value.shape)}, expected {tuple(parameter.shape)}"
+            )
             parameter.copy_(value)
 
 
@@ -59,7 +62,9 @@ def load_checkpoint_weights(target: TargetModel, folder: str | Path) -> None:
         state = dist_checkpointing.load(state, str(folder))
     except Exception as error:  # damaged files surface as many kinds of errors
         text = str(error).strip().splitlines() or [""]
-        raise UserError(f"{folder}: cannot be loaded ({type(error).__name__}: {text[0]}); is it of this model?") from error
+        raise UserError(
+            f"{folder}: cannot be loaded ({type(error).__name__}: {text[0]}); is it of this model?"
+        ) from error
     for i, chunk in enumerate(target.chunks):
         chunk.load_state_dict(state[f"model{i}"])
 
@@ -119,7 +124,8 @@ def _to_rank_zero(full: torch.Tensor | None, layout: Layout) -> torch.Tensor | N
 
 
 def export_hf(target: TargetModel, layout: Layout, destination: str, *, source_dir: str, lineage: dict) -> None:
-    """Write the trained weights as a Hugging Face directory, in the number format they were trained in. All ranks call it.
+    """Write the trained weights as a Hugging Face directory, in the number format they were trained in. All ranks
+    call it.
 
     Raises:
         UserError: on every rank, when rank 0 could not write; nothing half-written is left.

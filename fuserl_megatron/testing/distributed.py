@@ -1,7 +1,7 @@
 """Gloo workers for tests: a pool of spawned processes that stay alive, so that torch and core are imported once.
 
-A test hands over a module-level function; it runs on `world_size` of the workers with torch.distributed's environment set, and
-comes back as a list of the ranks' results. After each job the worker leaves its process groups.
+A test hands over a module-level function; it runs on `world_size` of the workers with torch.distributed's
+environment set, and comes back as a list of the ranks' results. After each job the worker leaves its process groups.
 """
 
 import multiprocessing as mp
@@ -77,7 +77,11 @@ class Ranks:
         port = str(free_port())
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
             environment = dict(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+                RANK=str(rank),
+                LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(world_size),
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
             )
             connection.send_bytes(pickle.dumps((environment, list(sys.path), function, args)))
         results, failed = [], []

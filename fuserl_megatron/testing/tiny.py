@@ -75,7 +75,10 @@ def save_char_tokenizer(directory: str | Path, *, chat_template: str | None = CH
     inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     inner.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|im_end|>", unk_token="<unk>",
+        tokenizer_object=inner,
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<unk>",
         additional_special_tokens=["<|im_start|>"],
     )
     tokenizer.chat_template = chat_template

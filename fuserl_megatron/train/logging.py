@@ -1,4 +1,5 @@
-"""What a run says: one line a step, metrics.jsonl, TensorBoard, a progress bar where a person watches. Rank 0 alone speaks."""
+"""What a run says: one line a step, metrics.jsonl, TensorBoard, a progress bar where a person watches. Rank 0 alone
+speaks."""
 
 import json
 import math
@@ -63,7 +64,10 @@ class RunLog:
         """Log one step. The record has step (from 1), loss, grad_norm, lr, seconds, tokens, metrics and more."""
         if not self.active:
             return
-        record = record | {"memory_gb": round(peak_memory_gb(), 3), "tokens_per_second": record["real_tokens"] / record["seconds"]}
+        record = record | {
+            "memory_gb": round(peak_memory_gb(), 3),
+            "tokens_per_second": record["real_tokens"] / record["seconds"],
+        }
         finite = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()

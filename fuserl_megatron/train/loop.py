@@ -4,8 +4,6 @@ import dataclasses
 import time
 from pathlib import Path
 
-import torch
-
 from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.convert.hf_config import read_config
@@ -55,7 +53,9 @@ def with_loss_defaults(config: Config) -> Config:
     """Fill the objective's null fields with the stage's and the loss's own defaults."""
     objective = config.objective
     if objective.stage == "fusesft":
-        chosen = dict(selection=objective.selection or "per_source", nll_reduction=objective.nll_reduction or "token_mean")
+        chosen = dict(
+            selection=objective.selection or "per_source", nll_reduction=objective.nll_reduction or "token_mean"
+        )
         if chosen["selection"] == "top_m":
             chosen["top_m"] = objective.top_m or 4
     else:
@@ -69,7 +69,11 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset) 
     directory = Path(config.run.results_dir)
     prepared = prepare(dataset, config.objective, config.data.reward_temperature)
     sampler = GlobalBatchSampler(
-        prepared, config.data, config.run.seed, layout.dp_size, microbatch_multiple=layout.pp_size if layout.vpp_size else 1
+        prepared,
+        config.data,
+        config.run.seed,
+        layout.dp_size,
+        microbatch_multiple=layout.pp_size if layout.vpp_size else 1,
     )
     total = total_steps(config.trainer, sampler.steps_per_epoch)
     checkpoints = directory / "checkpoints"
@@ -96,7 +100,9 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset) 
     if done == 0:
         weights.load_hf_weights(target, config.model.path, layout)
     wrapped = wrap_for_training(target, config.optim)
-    engine = dataclasses.replace(engine, wrapped=wrapped, optimizer=build_optimizer(wrapped, config.optim, config.trainer, dtype))
+    engine = dataclasses.replace(
+        engine, wrapped=wrapped, optimizer=build_optimizer(wrapped, config.optim, config.trainer, dtype)
+    )
     identity = _identity(config, dataset, total)
     if done:
         _check_same_run(identity, checkpoint.load(engine, checkpoints, done), checkpoints)
@@ -114,7 +120,9 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset) 
     except NonFiniteError as error:
         if layout.is_main:
             say(f"stopped before step {step + 1}: {error}")
-            say(f"weights are unchanged since step {step}; lower optim.lr or look at the responses named, then run again")
+            say(
+                f"weights are those of step {step}; lower optim.lr or look at the responses named, then run again"
+            )
         return 1
     finally:
         log.close()

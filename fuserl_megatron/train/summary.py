@@ -32,24 +32,35 @@ def describe_start(
     import megatron.core
 
     data, plan = config.data, sampler.step(done if done < total else 0)
-    versions = f"torch {torch.__version__}, megatron-core {megatron.core.__version__}, Python {platform.python_version()}"
+    versions = (
+        f"torch {torch.__version__}, megatron-core {megatron.core.__version__}, Python {platform.python_version()}"
+    )
     say(f"fuserl-megatron {fuserl_megatron.__version__} | {versions} | {layout.device.type}")
     say(f"config     {config.run.results_dir}/config.yaml")
-    say(f"model      {config.model.path}: {num_parameters(shape) / 1e6:,.1f} M parameters, {shape.num_layers} layers, "
-        f"precision {config.trainer.precision}")
+    say(
+        f"model      {config.model.path}: {num_parameters(shape) / 1e6:,.1f} M parameters, {shape.num_layers} layers, "
+        f"precision {config.trainer.precision}"
+    )
     say(f"layout     {layout.describe()}" + (", sequence parallel" if config.model.sequence_parallel else ""))
     objective = config.objective
-    what = f"{objective.selection}, {objective.nll_reduction}" if objective.stage == "fusesft" else f"{objective.loss}, beta {objective.beta:g}"
+    what = (
+        f"{objective.selection}, {objective.nll_reduction}"
+        if objective.stage == "fusesft"
+        else f"{objective.loss}, beta {objective.beta:g}"
+    )
     say(f"objective  {objective.stage} ({what}); reward temperature {prepared.reward_temperature:g}")
-    say(f"data       {data.path}: {prepared.num_prompts} prompts, {prepared.response_ids.size} sequences, {prepared.chosen.size} pairs")
+    say(
+        f"data       {data.path}: {prepared.num_prompts} prompts, {prepared.response_ids.size} sequences, "
+        f"{prepared.chosen.size} pairs"
+    )
     dropped = {k: v for k, v in prepared.counts.items() if v}
     if dropped:
         say("           " + ", ".join(f"{k} {v}" for k, v in dropped.items()))
     for name, value in prepared.statistics.items():
         say(f"           {name} {value:.4f}")
     say(
-        f"batch      {data.global_batch_size} prompts a step = {plan.num_microbatches} micro-batches x {data.micro_batch_size} rows x "
-        f"{data.seq_length} tokens x DP {layout.dp_size}; padding {plan.padding_share:.1%} (first step)"
+        f"batch      {data.global_batch_size} prompts a step = {plan.num_microbatches} micro-batches x "
+        f"{data.micro_batch_size} rows x {data.seq_length} tokens x DP {layout.dp_size}; padding {plan.padding_share:.1%} (first step)"
     )
     say(f"prefix     sharing {'on' if sampler.share_prefix else 'off'} ({sampler.sharing_reason})")
     say(f"steps      {total} ({sampler.steps_per_epoch} an epoch)" + (f", resuming after step {done}" if done else ""))

@@ -1,4 +1,5 @@
-"""One small fusion problem for the layout tests, the worker that runs it on some layout, and a float64 twin written plainly."""
+"""One small fusion problem for the layout tests, the worker that runs it on some layout, and a float64 twin written
+plainly."""
 
 import json
 import random
@@ -40,27 +41,67 @@ def make_case(directory, *, num_prompts=7, tie=False, seed=0, **model_fields):
                 response = "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 14)))
                 records.append(dict(prompt=prompt, source=source, response=response + str(n), reward=rng.random()))
     (directory / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    build(BuildConfig(inputs=(str(directory / "records.jsonl"),), output=paths["data"], tokenizer=paths["policy"],
-                      reward_temperature=TAU, max_length=96), progress=False)
+    build(
+        BuildConfig(
+            inputs=(str(directory / "records.jsonl"),),
+            output=paths["data"],
+            tokenizer=paths["policy"],
+            reward_temperature=TAU,
+            max_length=96,
+        ),
+        progress=False,
+    )
     return paths
 
 
-def make_config(paths, objective, *, tp=1, pp=1, sp=False, rows=2, seq_length=160, packing=True, share="off", distopt=False,
-                global_batch_size=7, max_steps=1, recompute="none", vpp=None, results_dir="unused", every=0, precision="32",
-                lr=1e-3):
+def make_config(
+    paths,
+    objective,
+    *,
+    tp=1,
+    pp=1,
+    sp=False,
+    rows=2,
+    seq_length=160,
+    packing=True,
+    share="off",
+    distopt=False,
+    global_batch_size=7,
+    max_steps=1,
+    recompute="none",
+    vpp=None,
+    results_dir="unused",
+    every=0,
+    precision="32",
+    lr=1e-3,
+):
     from fuserl_megatron.config.schema import CheckpointConfig, ExpManagerConfig, SchedConfig
 
     return Config(
         run=RunConfig(results_dir=results_dir),
-        exp_manager=ExpManagerConfig(create_tensorboard_logger=False,
-                                     checkpoint_callback_params=CheckpointConfig(every_n_train_steps=every)),
+        exp_manager=ExpManagerConfig(
+            create_tensorboard_logger=False, checkpoint_callback_params=CheckpointConfig(every_n_train_steps=every)
+        ),
         trainer=TrainerConfig(precision=precision, max_steps=max_steps, max_epochs=None),
-        model=ModelConfig(path=paths["policy"], tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-                          virtual_pipeline_model_parallel_size=vpp, sequence_parallel=sp, logprob_chunk_size=29,
-                          recompute_granularity=recompute),
-        data=DataConfig(path=paths["data"], seq_length=seq_length, micro_batch_size=rows, global_batch_size=global_batch_size,
-                        packing=PackingConfig(enabled=packing, share_prefix=share)),
-        objective=ObjectiveConfig(**objective, **({"reference": paths["reference"]} if objective["stage"] == "fusepo" else {})),
+        model=ModelConfig(
+            path=paths["policy"],
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp,
+            sequence_parallel=sp,
+            logprob_chunk_size=29,
+            recompute_granularity=recompute,
+        ),
+        data=DataConfig(
+            path=paths["data"],
+            seq_length=seq_length,
+            micro_batch_size=rows,
+            global_batch_size=global_batch_size,
+            packing=PackingConfig(enabled=packing, share_prefix=share),
+        ),
+        objective=ObjectiveConfig(
+            **objective, **({"reference": paths["reference"]} if objective["stage"] == "fusepo" else {})
+        ),
         optim=OptimConfig(use_distributed_optimizer=distopt, lr=lr, sched=SchedConfig(name="cosine", warmup_ratio=0.0)),
     )
 
@@ -68,6 +109,7 @@ def make_config(paths, objective, *, tp=1, pp=1, sp=False, rows=2, seq_length=16
 def loss_and_gradients(config, reference_dir):
     """Loss, metrics, gradient norm and (rank 0) gradients by HF name of the first step."""
     import dataclasses
+    from pathlib import Path
 
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.data.dataset import FusedDataset
@@ -77,7 +119,6 @@ def loss_and_gradients(config, reference_dir):
     from fuserl_megatron.mcore import parallel, step, weights
     from fuserl_megatron.mcore.optimizer import build_optimizer, gradient_norm
     from fuserl_megatron.train.loop import _reference, with_loss_defaults
-    from pathlib import Path
 
     config = with_loss_defaults(config)
     layout = parallel.initialize(config.model, config.trainer)
@@ -85,15 +126,21 @@ def loss_and_gradients(config, reference_dir):
     prepared = prepare(dataset, config.objective)
     sampler = GlobalBatchSampler(prepared, config.data, 0, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
     target = m.build_model(read_config(config.model.path), config.model, layout, torch.float32)
-    engine = step.Engine(target=target, layout=layout, objective=config.objective, source_names=dataset.sources,
-                         logprob_chunk_size=config.model.logprob_chunk_size)
+    engine = step.Engine(
+        target=target,
+        layout=layout,
+        objective=config.objective,
+        source_names=dataset.sources,
+        logprob_chunk_size=config.model.logprob_chunk_size,
+    )
     reference = None
     if config.objective.stage == "fusepo":
         reference = _reference(config, engine, prepared, sampler, Path(reference_dir))
     weights.load_hf_weights(target, config.model.path, layout)
     wrapped = m.wrap_for_training(target, config.optim)
-    engine = dataclasses.replace(engine, wrapped=wrapped,
-                                 optimizer=build_optimizer(wrapped, config.optim, config.trainer, torch.float32))
+    engine = dataclasses.replace(
+        engine, wrapped=wrapped, optimizer=build_optimizer(wrapped, config.optim, config.trainer, torch.float32)
+    )
     plan = sampler.step(0)
     normalizer = float(plan.num_prompts)
     if config.objective.nll_reduction == "weighted_token_mean":
@@ -101,12 +148,15 @@ def loss_and_gradients(config, reference_dir):
     loss, metrics = step.forward_backward(engine, sampler.micro_batches(plan, layout.dp_rank, reference), normalizer)
     grads = None
     if not config.optim.use_distributed_optimizer:
-        grads = {name: g.double() for name, g in
-                 weights.gather_hf_tensors(target, layout, lambda p: p.main_grad.detach().clone())}
+        grads = {
+            name: g.double()
+            for name, g in weights.gather_hf_tensors(target, layout, lambda p: p.main_grad.detach().clone())
+        }
     return loss, metrics, gradient_norm(engine.optimizer), grads, plan.num_microbatches
 
 
-# --- the twin: one sequence at a time through transformers in float64, the formulas of METHOD word for word ---------------------
+# --- the twin: one sequence at a time through transformers in float64, the formulas of METHOD word for word
+# ---------------------
 def _sequence_nll(model, prompt, response):
     tokens = torch.tensor([list(prompt) + list(response)])
     logps = model(input_ids=tokens, use_cache=False).logits[0].log_softmax(-1)
@@ -122,7 +172,9 @@ def twin(paths, objective, dtype=torch.float64):
     from fuserl_megatron.data.dataset import FusedDataset
 
     policy = AutoModelForCausalLM.from_pretrained(paths["policy"], dtype=torch.float64, attn_implementation="eager")
-    reference = AutoModelForCausalLM.from_pretrained(paths["reference"], dtype=torch.float64, attn_implementation="eager")
+    reference = AutoModelForCausalLM.from_pretrained(
+        paths["reference"], dtype=torch.float64, attn_implementation="eager"
+    )
     data = FusedDataset(paths["data"])
     total, weighted_tokens, prompts = 0.0, 0.0, 0
     for g in range(data.num_groups):

@@ -18,11 +18,21 @@ def make_batch(vocab_size):
     ids = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
     one = torch.ones(ROWS, dtype=torch.int64)
     return PackedBatch(
-        tokens_BS=rows[:, :-1].contiguous(), labels_BS=rows[:, 1:].contiguous(),
-        positions_BS=torch.arange(TOKENS).expand(ROWS, -1).contiguous(), segment_ids_BS=ids, parent_ids_BS=ids,
-        sequence_ids_BS=torch.arange(ROWS)[:, None].expand(-1, TOKENS).contiguous(), lengths_N=one * TOKENS,
-        weights_N=one.double(), source_ids_N=one * 0, prompt_ids_N=torch.arange(ROWS), response_ids_N=torch.arange(ROWS),
-        chosen_index_P=one[:0], rejected_index_P=one[:0], pair_weights_P=one[:0].double(), pair_source_ids_P=one[:0],
+        tokens_BS=rows[:, :-1].contiguous(),
+        labels_BS=rows[:, 1:].contiguous(),
+        positions_BS=torch.arange(TOKENS).expand(ROWS, -1).contiguous(),
+        segment_ids_BS=ids,
+        parent_ids_BS=ids,
+        sequence_ids_BS=torch.arange(ROWS)[:, None].expand(-1, TOKENS).contiguous(),
+        lengths_N=one * TOKENS,
+        weights_N=one.double(),
+        source_ids_N=one * 0,
+        prompt_ids_N=torch.arange(ROWS),
+        response_ids_N=torch.arange(ROWS),
+        chosen_index_P=one[:0],
+        rejected_index_P=one[:0],
+        pair_weights_P=one[:0].double(),
+        pair_source_ids_P=one[:0],
     )
 
 
@@ -32,8 +42,13 @@ def token_logps(directory, tp, pp, sp, swap_qkv=False, divisible_by=128):
     from fuserl_megatron.mcore import model as m
     from fuserl_megatron.mcore import parallel, step, weights
 
-    model = ModelConfig(path=directory, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp,
-                        sequence_parallel=sp, make_vocab_size_divisible_by=divisible_by)
+    model = ModelConfig(
+        path=directory,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=sp,
+        make_vocab_size_divisible_by=divisible_by,
+    )
     layout = parallel.initialize(model, TrainerConfig(precision="32"))
     target = m.build_model(read_config(directory), model, layout, torch.float32)
     weights.load_hf_weights(target, directory, layout)
@@ -42,13 +57,19 @@ def token_logps(directory, tp, pp, sp, swap_qkv=False, divisible_by=128):
             for layer in chunk.decoder.layers:
                 w = layer.self_attention.linear_qkv.weight.data
                 w.copy_(w.roll(target.shape.head_dim, 0))
-    engine = step.Engine(target=target, layout=layout, objective=ObjectiveConfig(), source_names=["a"], logprob_chunk_size=37)
+    engine = step.Engine(
+        target=target, layout=layout, objective=ObjectiveConfig(), source_names=["a"], logprob_chunk_size=37
+    )
     batch = make_batch(target.shape.vocab_size)
     found = []
     step._run_schedule(
-        engine, [batch],
-        lambda out, batch: (out.sum() * 0, torch.zeros((), dtype=torch.int),
-                            found.append(step._hidden_to_token_logps(engine, out, batch).detach())),
+        engine,
+        [batch],
+        lambda out, batch: (
+            out.sum() * 0,
+            torch.zeros((), dtype=torch.int),
+            found.append(step._hidden_to_token_logps(engine, out, batch).detach()),
+        ),
         forward_only=True,
     )
     return found[0] if found else None

@@ -5,7 +5,16 @@ from fusion_case import DPO, SFT, loss_and_gradients, make_case, make_config, tw
 
 BOUND = 1e-5
 # tp, pp, dp, sequence parallel
-LAYOUTS = [(1, 1, 1, 0), (1, 1, 2, 0), (2, 1, 1, 0), (2, 1, 1, 1), (1, 2, 1, 0), (2, 2, 1, 0), (2, 2, 1, 1), (2, 1, 2, 1)]
+LAYOUTS = [
+    (1, 1, 1, 0),
+    (1, 1, 2, 0),
+    (2, 1, 1, 0),
+    (2, 1, 1, 1),
+    (1, 2, 1, 0),
+    (2, 2, 1, 0),
+    (2, 2, 1, 1),
+    (2, 1, 2, 1),
+]
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])
@@ -111,7 +120,9 @@ def planted(fault, config, reference_dir):
         "divide_by_local_count": mock.patch.object(step, "batch_loss", wrong_loss),
         "divide_by_rows": mock.patch.object(step, "batch_loss", wrong_loss),
         "ignore_segments": mock.patch.object(
-            step, "visibility_mask", lambda s, p: torch.ones(s.shape[0], 1, s.shape[1], s.shape[1], dtype=torch.bool).tril()
+            step,
+            "visibility_mask",
+            lambda s, p: torch.ones(s.shape[0], 1, s.shape[1], s.shape[1], dtype=torch.bool).tril(),
         ),
         "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
     }

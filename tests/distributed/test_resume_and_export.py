@@ -1,4 +1,5 @@
-"""Checkpoints and export: 2 + 2 steps equal 4 bit for bit, other layouts continue the same run, HF -> Megatron -> HF is exact."""
+"""Checkpoints and export: 2 + 2 steps equal 4 bit for bit, other layouts continue the same run, HF -> Megatron -> HF
+is exact."""
 
 import json
 import shutil
@@ -27,7 +28,9 @@ def losses(directory):
 
 
 def four_steps(ranks, case, directory, world, objective=SFT, **layout):
-    config = make_config(case, objective, global_batch_size=3, max_steps=4, every=2, results_dir=str(directory), **layout)
+    config = make_config(
+        case, objective, global_batch_size=3, max_steps=4, every=2, results_dir=str(directory), **layout
+    )
     assert ranks.run(run, world, config) == [0] * world
     return config
 

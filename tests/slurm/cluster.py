@@ -1,4 +1,5 @@
-"""A throw-away SLURM cluster of several nodes on this machine: real munged, slurmctld and slurmd, all state in one folder."""
+"""A throw-away SLURM cluster of several nodes on this machine: real munged, slurmctld and slurmd, all state in one
+folder."""
 
 import os
 import shutil
@@ -45,9 +46,16 @@ class Cluster:
         key, socket_file = self.root / "munge" / "key", self.root / "socket" / "munge"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        self._call("munged", "--force", f"--key-file={key}", f"--socket={socket_file}",
-                   f"--pid-file={self.root / 'munge' / 'munged.pid'}", f"--log-file={self.root / 'munge' / 'log'}",
-                   f"--seed-file={self.root / 'munge' / 'seed'}", "--num-threads=2")
+        self._call(
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={socket_file}",
+            f"--pid-file={self.root / 'munge' / 'munged.pid'}",
+            f"--log-file={self.root / 'munge' / 'log'}",
+            f"--seed-file={self.root / 'munge' / 'seed'}",
+            "--num-threads=2",
+        )
         (self.root / "slurm.conf").write_text(self._config(socket_file))
         self._call("slurmctld", "-c", "-f", str(self.root / "slurm.conf"))
         for node in self.nodes:
@@ -57,13 +65,19 @@ class Cluster:
         while len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) < len(self.nodes):
             if time.monotonic() > deadline:
                 self.__exit__()
-                raise RuntimeError("the nodes did not come up:\n" + (self.root / "log" / "slurmctld").read_text()[-2000:])
+                raise RuntimeError(
+                    "the nodes did not come up:\n" + (self.root / "log" / "slurmctld").read_text()[-2000:]
+                )
             time.sleep(0.2)
         return self
 
     def __exit__(self, *exc_info) -> None:
         subprocess.run(["scancel", "-u", "root"], env=self.environment, timeout=10, capture_output=True)
-        pids = [int(f.read_text()) for f in [*self.root.glob("*.pid"), *self.root.glob("munge/*.pid")] if f.read_text().strip()]
+        pids = [
+            int(f.read_text())
+            for f in [*self.root.glob("*.pid"), *self.root.glob("munge/*.pid")]
+            if f.read_text().strip()
+        ]
         for sig in (signal.SIGTERM, signal.SIGKILL):
             for pid in pids:
                 try:
@@ -123,6 +137,10 @@ class Cluster:
             "MinJobAge=300",
         ]
         for node in self.nodes:
-            lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_port()} CPUs=2 RealMemory=1000 State=UNKNOWN")
-        lines.append(f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=60 State=UP OverSubscribe=NO")
+            lines.append(
+                f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_port()} CPUs=2 RealMemory=1000"
+            )
+        lines.append(
+            f"PartitionName=main Nodes={','.join(self.nodes)} Default=YES MaxTime=60 State=UP OverSubscribe=NO"
+        )
         return "\n".join(lines) + "\n"

@@ -20,10 +20,23 @@ def submit(cluster, case, results, *settings):
     environment = {"PATH": path, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     exported = ",".join(["ALL", *(f"{k}={v}" for k, v in environment.items())])
     job = cluster.run(
-        "sbatch", "--parsable", "--nodes=2", "--ntasks-per-node=1", f"--export={exported}", f"--output={results}.log",
-        str(ROOT / "slurm" / "train.sbatch"), "trainer=cpu", f"model.path={case['policy']}", f"data.path={case['data']}",
-        "model.tensor_model_parallel_size=2", "data.seq_length=160", "data.micro_batch_size=2", "data.global_batch_size=4",
-        f"run.results_dir={results}", "exp_manager.checkpoint_callback_params.every_n_train_steps=1", *settings,
+        "sbatch",
+        "--parsable",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        f"--export={exported}",
+        f"--output={results}.log",
+        str(ROOT / "slurm" / "train.sbatch"),
+        "trainer=cpu",
+        f"model.path={case['policy']}",
+        f"data.path={case['data']}",
+        "model.tensor_model_parallel_size=2",
+        "data.seq_length=160",
+        "data.micro_batch_size=2",
+        "data.global_batch_size=4",
+        f"run.results_dir={results}",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
+        *settings,
     )
     state = cluster.wait(job)
     return state, Path(f"{results}.log").read_text()

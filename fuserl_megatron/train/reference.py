@@ -1,0 +1,184 @@
+"""Reference log-probabilities, three ways with the same numbers: kept on disk, a second model in memory, swapped weights.
+
+    cache      scored once before training, one float32 a response on disk; nothing but a look-up afterwards (the default)
+    resident   a second model next to the policy, scored every step: no file, twice the weights in memory
+    swap       one model; every step the reference's weights come from the CPU, score, and the policy's come back: no second
+               model on the device, but two copies over the bus a step
+
+All three hand out float32 sums.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.data.batch import PackedBatch
+from fuserl_megatron.data.prepared import NextPrompts, PreparedSet
+from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory, reference_key
+from fuserl_megatron.data.sampler import GlobalBatchSampler
+from fuserl_megatron.mcore import parallel, weights
+from fuserl_megatron.mcore.model import build_model
+from fuserl_megatron.mcore.step import Engine, score
+from fuserl_megatron.train.logging import say
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Log-probabilities of some responses."""
+
+    ids_N: torch.Tensor
+    """int64, ascending."""
+    logps_N: torch.Tensor
+    """float32."""
+
+    def lookup(self, ids: torch.Tensor) -> torch.Tensor:
+        """float32 of the ids given; all of them must be here."""
+        return self.logps_N[torch.searchsorted(self.ids_N, ids)]
+
+
+class StoredReference:
+    """Mode cache."""
+
+    def __init__(self, cache: ReferenceCache):
+        self.cache = cache
+
+    def scores(self, batches: Sequence[PackedBatch]) -> ReferenceCache:
+        """Something with `lookup(response ids)` for the global batch whose part `batches` is."""
+        return self.cache
+
+
+class LiveReference:
+    """Modes resident and swap. Every rank makes one and calls `scores` at the same time."""
+
+    def __init__(self, config: Config, engine: Engine):
+        """Load the reference.
+
+        Args:
+            config: the run.
+            engine: the policy's. For swap its weights must not be needed any more: they are replaced by the reference's.
+        """
+        self.swapping = config.objective.reference_mode == "swap"
+        path = reference_path(config)
+        if self.swapping:
+            weights.load_hf_weights(engine.target, path, engine.layout)
+            self._held = [parameter.detach().cpu().clone() for parameter in _parameters(engine)]
+        else:
+            target = build_model(engine.target.shape, config.model, engine.layout, engine.target.config.params_dtype)
+            weights.load_hf_weights(target, path, engine.layout)
+            engine = dataclasses.replace(engine, target=target, wrapped=[], optimizer=None)
+        self.engine = dataclasses.replace(engine, wrapped=[], optimizer=None)
+
+    def scores(self, batches: Sequence[PackedBatch]) -> Scores:
+        """Score the global batch whose part `batches` is; all of it comes back, on every rank."""
+        if self.swapping:
+            policy = [parameter.detach().cpu().clone() for parameter in _parameters(self.engine)]
+            _put(self.engine, self._held)
+        try:
+            ids_N, logps_N = score(self.engine, batches)
+        finally:
+            if self.swapping:
+                _put(self.engine, policy)
+        order_N = ids_N.argsort()
+        return Scores(ids_N[order_N], logps_N[order_N].float())
+
+
+Reference = StoredReference | LiveReference
+
+
+def reference_path(config: Config) -> str:
+    """The Hugging Face directory of the reference model."""
+    return config.objective.reference or config.model.path
+
+
+def stored_references(
+    config: Config, engine: Engine, jobs: Sequence[tuple[PreparedSet, GlobalBatchSampler, Path]]
+) -> list[StoredReference]:
+    """Caches of the sequences of each job (prepared set, sampler, directory); what is not there yet is scored now.
+
+    The reference's weights are loaded into the engine's model, once and only if something has to be scored.
+
+    Raises:
+        UserError: on every rank, a cache of another model, data set, tokenizer, template or precision.
+    """
+    found, loaded = [], False
+    for prepared, sampler, directory in jobs:
+        cache, key, missing = _open(config, engine.layout, prepared, directory)
+        if missing[prepared.response_ids].any():
+            if not loaded:
+                weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
+                loaded = True
+            _score_missing(config, engine, prepared, sampler, cache, missing)
+        elif engine.layout.is_main:
+            say(f"reference: log-probabilities of {reference_path(config)} found in {directory}")
+        found.append(StoredReference(cache or ReferenceCache.open(directory, key, prepared.dataset.num_responses)))
+    return found
+
+
+def _open(
+    config: Config, layout: parallel.Layout, prepared: PreparedSet, directory: Path
+) -> tuple[ReferenceCache | None, str, np.ndarray]:
+    """The cache (rank 0 only, open for writing), its key and which responses of the data set it lacks."""
+    dataset, cache, key, problem, missing = prepared.dataset, None, None, None, None
+    if layout.is_main:
+        try:
+            key = _key(config, prepared, directory)
+            cache = ReferenceCache.open_or_create(directory, key, dataset.num_responses)
+            missing = cache.missing_mask
+        except (UserError, OSError) as error:
+            problem = str(error)
+    key, problem, missing = parallel.from_main_rank((key, problem, missing), layout.device)
+    if problem:
+        raise UserError(problem)
+    return cache, key, missing
+
+
+def _key(config: Config, prepared: PreparedSet, directory: Path) -> str:
+    """What the numbers depend on; with the check switched off, whatever the directory says."""
+    if "reference_hash" in config.run.disable_checks:
+        stored = ReferenceCache.stored_key(directory)
+        if stored is not None:
+            return stored
+    model = hash_model_directory(reference_path(config))
+    key = reference_key(model, prepared.dataset.manifest, config.trainer.precision)
+    if isinstance(prepared.dataset, NextPrompts):  # which prompt a response stands under depends on the prompts kept
+        key = f"{key}-{prepared.dataset.fingerprint}"
+    return key
+
+
+def _score_missing(
+    config: Config,
+    engine: Engine,
+    prepared: PreparedSet,
+    sampler: GlobalBatchSampler,
+    cache: ReferenceCache | None,
+    missing: np.ndarray,
+) -> None:
+    layout, started, num_scored = engine.layout, time.monotonic(), 0
+    for plan in sampler.scoring_plans(missing):
+        ids, logps = score(engine, sampler.micro_batches(plan, layout.dp_rank))
+        num_scored += plan.num_sequences
+        if layout.is_main:
+            cache.write(ids, logps)
+            cache.flush()
+    if layout.is_main:
+        cache.finish(prepared.response_ids)
+        say(
+            f"reference: {num_scored} sequences of {reference_path(config)} scored in {time.monotonic() - started:.1f} s"
+        )
+    parallel.any_rank(False, layout.device)  # nobody reads before everything is written
+
+
+def _parameters(engine: Engine) -> list[torch.nn.Parameter]:
+    return [parameter for chunk in engine.target.chunks for parameter in chunk.parameters()]
+
+
+@torch.no_grad()
+def _put(engine: Engine, values: Sequence[torch.Tensor]) -> None:
+    """In place: the optimizer's buffers are views of the same memory."""
+    for parameter, value in zip(_parameters(engine), values, strict=True):
+        parameter.copy_(value)
