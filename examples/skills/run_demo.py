@@ -22,7 +22,7 @@ ROWS = {
     "fusesft": "FuseSFT",
     "fusepo": "FuseSFT+FusePO",
 }
-TEMPERATURE = 0.05
+TEMPERATURE = 0.1
 
 
 def fuserl(*arguments: str) -> None:

@@ -1,5 +1,6 @@
 """What rank 0 says before the first step."""
 
+import importlib.metadata
 import platform
 
 import torch
@@ -29,12 +30,9 @@ def describe_start(
     done: int,
 ) -> None:
     """Versions, layout, batch arithmetic, weights per source: what a reader of the log needs to reproduce the run."""
-    import megatron.core
-
     data, plan = config.data, sampler.step(done if done < total else 0)
-    versions = (
-        f"torch {torch.__version__}, megatron-core {megatron.core.__version__}, Python {platform.python_version()}"
-    )
+    core = importlib.metadata.version("megatron-core")
+    versions = f"torch {torch.__version__}, megatron-core {core}, Python {platform.python_version()}"
     say(f"fuserl-megatron {fuserl_megatron.__version__} | {versions} | {layout.device.type}")
     say(f"config     {config.run.results_dir}/config.yaml")
     say(
@@ -60,7 +58,8 @@ def describe_start(
         say(f"           {name} {value:.4f}")
     say(
         f"batch      {data.global_batch_size} prompts a step = {plan.num_microbatches} micro-batches x "
-        f"{data.micro_batch_size} rows x {data.seq_length} tokens x DP {layout.dp_size}; padding {plan.padding_share:.1%} (first step)"
+        f"{data.micro_batch_size} rows x {data.seq_length} tokens x DP {layout.dp_size}; "
+        f"padding {plan.padding_share:.1%} (first step)"
     )
     say(f"prefix     sharing {'on' if sampler.share_prefix else 'off'} ({sampler.sharing_reason})")
     say(f"steps      {total} ({sampler.steps_per_epoch} an epoch)" + (f", resuming after step {done}" if done else ""))
