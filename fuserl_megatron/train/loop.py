@@ -13,6 +13,7 @@ from fuserl_megatron.data.pairs import PreparedSet, prepare
 from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory, reference_key
 from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.mcore import checkpoint, parallel, weights
+from fuserl_megatron.mcore.dist_format import newest_iteration
 from fuserl_megatron.mcore.model import DTYPES, build_model, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, score, train_step
@@ -163,7 +164,7 @@ def _steps_done(config: Config, checkpoints: Path, layout: parallel.Layout) -> i
     found, problem = 0, None
     if layout.is_main:
         try:
-            found = checkpoint.newest_iteration(checkpoints) or 0
+            found = newest_iteration(checkpoints) or 0
         except UserError as error:
             problem = str(error)
     found, problem = parallel.from_main_rank((found, problem), layout.device)
