@@ -9,6 +9,7 @@ is whole.
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore.dist_format import POINTER, iteration_directory, saved_iterations
+from fuserl_megatron.mcore.dist_format import newest_iteration as newest_iteration
 from fuserl_megatron.mcore.parallel import any_rank
 from fuserl_megatron.mcore.step import Engine
 
@@ -47,7 +49,7 @@ def _state(engine: Engine, *, is_loading: bool) -> dict:
     return state
 
 
-def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep: int) -> Path:
+def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep: int, kept: Sequence[int] = ()) -> Path:
     """Write one checkpoint, move the pointer, remove old ones. All ranks call it; all or none return.
 
     Args:
@@ -56,6 +58,7 @@ def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep:
         iteration: steps done.
         progress: plain values that travel along (data position, config, versions).
         keep: how many of the newest to keep; -1 keeps all.
+        kept: iterations that are never removed (the best ones).
 
     Raises:
         OSError: the disk refused (full, read-only); nothing half-written is left and older checkpoints are untouched.
@@ -85,7 +88,7 @@ def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep:
         ) from problem
     if engine.layout.is_main:
         try:
-            _publish(root, partial, final, iteration, keep)
+            _publish(root, partial, final, iteration, keep, kept)
         except OSError as error:
             problem = error
     if any_rank(problem is not None, engine.layout.device):
@@ -93,7 +96,7 @@ def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep:
     return final
 
 
-def _publish(root: Path, partial: Path, final: Path, iteration: int, keep: int) -> None:
+def _publish(root: Path, partial: Path, final: Path, iteration: int, keep: int, kept: Sequence[int]) -> None:
     for file in [*partial.iterdir(), partial]:
         _sync(file)
     shutil.rmtree(final, ignore_errors=True)
@@ -104,7 +107,8 @@ def _publish(root: Path, partial: Path, final: Path, iteration: int, keep: int) 
     pointer.rename(root / POINTER)
     _sync(root)
     for old in saved_iterations(root)[:-keep] if keep > 0 else []:
-        shutil.rmtree(iteration_directory(root, old), ignore_errors=True)
+        if old not in kept:
+            shutil.rmtree(iteration_directory(root, old), ignore_errors=True)
 
 
 def _first_line(error: BaseException) -> str:
