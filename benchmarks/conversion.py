@@ -9,7 +9,8 @@ times a model's size on the disk.
 
 Our directories are on the device when the command returns (fsync); `cp -r` leaves that to the kernel. So both are
 given: `cp` as it is, and `cp` followed by `sync -f`. The files read are in the page cache for all of them, and dirty
-pages are flushed before each measurement.
+pages are flushed before each measurement. The start of the interpreter and the import of torch (the difference of
+`process` and `conversion`) do not depend on the model and are left out of the ratios.
 """
 
 import argparse
@@ -46,11 +47,13 @@ COMMON = dict(
     torch_dtype="bfloat16",
 )
 CHILD = """
-import sys
+import sys, time
 from fuserl_megatron.mcore import offline
+started = time.monotonic()
 getattr(offline, sys.argv[1])(sys.argv[2], sys.argv[3])
+seconds = time.monotonic() - started
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(int(status["VmHWM"].split()[0]) * 1024)
+print(seconds, int(status["VmHWM"].split()[0]) * 1024)
 """
 
 
@@ -83,13 +86,14 @@ def copy_seconds(source: Path, destination: Path) -> tuple[float, float]:
     return copied, flushed
 
 
-def convert(direction: str, source: Path, destination: Path) -> tuple[float, int]:
-    """Seconds of one conversion, interpreter start included, and its process's peak resident bytes."""
+def convert(direction: str, source: Path, destination: Path) -> tuple[float, float, int]:
+    """Seconds of one conversion's process, of the conversion alone, and the process's peak resident bytes."""
     warm(source)
     started = time.monotonic()
     command = [sys.executable, "-c", CHILD, direction, str(source), str(destination)]
     found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return time.monotonic() - started, int(found.stdout)
+    inside, peak = found.stdout.split()
+    return time.monotonic() - started, float(inside), int(peak)
 
 
 def warm(directory: Path) -> None:
@@ -107,10 +111,10 @@ def measure(name: str, root: Path, repeats: int, shard_bytes: int) -> dict:
     for repeat in range(repeats):
         for direction, a, b in (("hf_to_megatron", source, there), ("megatron_to_hf", there, back)):
             copied, flushed = copy_seconds(a, root / "copy")
-            seconds, peak = convert(direction, a, b)
-            rows.append(dict(direction=direction, seconds=seconds, cp=copied, cp_and_flush=flushed, peak_bytes=peak))
-            row = rows[-1] | dict(ratio_to_cp=seconds / copied, ratio_to_cp_and_flush=seconds / flushed)
-            rows[-1] = row
+            process, inside, peak = convert(direction, a, b)
+            row = dict(direction=direction, process=process, conversion=inside, cp=copied, cp_and_flush=flushed)
+            row |= dict(ratio_to_cp=inside / copied, ratio_to_cp_and_flush=inside / flushed, peak_bytes=peak)
+            rows.append(row)
             print(name, repeat, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
         if not same_weights(source, back):
             raise SystemExit(f"{name}: the weights that came back differ")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,6 +105,7 @@ class ShardWriter:
                 done = 0
                 while done < len(view):
                     done += os.pwrite(self._handles[file], view[done:], offset + done)
+                write_behind(self._handles[file], offset, len(view))
                 offset += len(view)
         self.written.add(name)
 
@@ -125,6 +127,29 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(sync=kind is None)
+
+
+def write_behind(handle: int, offset: int, length: int) -> None:
+    """Let the device take these bytes now, while the next are being read, instead of all at the closing fsync.
+
+    The kernel then also forgets them, so that a large model does not push everything else out of the page cache.
+    """
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
+
+
+class Scratch:
+    """Memory for tensors needed one after the other: fresh pages for each would cost more than the copy itself."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor with a storage of just its size, valid until the next call."""
+        numbers = math.prod(shape)
+        if len(self._memory) < numbers * dtype.itemsize:
+            self._memory = mmap.mmap(-1, numbers * dtype.itemsize)
+        return torch.frombuffer(self._memory, dtype=dtype, count=numbers).view(shape)
 
 
 class _disk_errors:  # noqa: N801 (reads as a statement: with _disk_errors(file))

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # part of the format: the index consists of them
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.shard_writer import write_behind
 
 POINTER = "latest_checkpointed_iteration.txt"
 MAX_FILE_BYTES = 5 * 10**9
@@ -89,7 +90,9 @@ class DistWriter:
             torch.save(value, stream)
         finally:
             torch.serialization.set_crc32_options(before)
+        stream.flush()
         self._places[index] = _StorageInfo(os.path.basename(stream.name), start, stream.tell() - start)
+        write_behind(stream.fileno(), start, stream.tell() - start)
 
     def tensor(self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], chunk: torch.Tensor) -> None:
         """Append one chunk of a key.

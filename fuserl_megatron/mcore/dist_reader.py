@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.shard_writer import Scratch
 from fuserl_megatron.mcore.dist_format import CONFIG, INDEX
 
 _STORAGES = {
@@ -99,22 +100,23 @@ class DistReader:
                     f"{file}: {file.stat().st_size} bytes, but the index promises {end} (truncated?); {_AGAIN}"
                 )
 
-    def read(self, key: str, layer: int | None = None) -> torch.Tensor:
+    def read(self, key: str, layer: int | None = None, scratch: Scratch | None = None) -> torch.Tensor:
         """Put one parameter together from its chunks, at the memory of the parameter.
 
         Args:
             key: as in `keys`.
             layer: index along the first dimension, which is then dropped; None for the whole key.
+            scratch: where to put it; None for memory of its own.
 
         Returns:
-            A new contiguous tensor in the stored dtype.
+            A contiguous tensor in the stored dtype.
 
         Raises:
             UserError: the chunks do not cover it, or a file is damaged.
         """
         stored = self.keys[key]
         drop = 0 if layer is None else 1
-        out = torch.empty(stored.size[drop:], dtype=stored.dtype)
+        out = (torch if scratch is None else scratch).empty(stored.size[drop:], dtype=stored.dtype)
         filled = 0
         for offsets, sizes in stored.chunks:
             if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:

@@ -20,9 +20,9 @@ import fuserl_megatron
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert import hf_io
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
-from fuserl_megatron.convert.layout import hf_cuts, padded_vocab_size
-from fuserl_megatron.convert.names import find_rule, hf_shapes, megatron_names
-from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, total_bytes
+from fuserl_megatron.convert.layout import padded_vocab_size
+from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes, megatron_names
+from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, Scratch, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
 from fuserl_megatron.convert.whole_directory import whole_directory
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
@@ -85,10 +85,11 @@ def hf_to_megatron(
 
 
 def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype: torch.dtype, padded: int) -> None:
+    scratch = Scratch()
     with DistWriter(folder) as writer:
         for name in megatron_names(shape):
             key, layer = checkpoint_key(name)
-            for start, rows, part in _chunks(reader, shape, name, padded):
+            for start, rows, part in _chunks(reader, shape, name, padded, scratch):
                 part = _converted(part, dtype, name)
                 size, offsets = (rows, *part.shape[1:]), (start, *[0] * (part.dim() - 1))
                 if layer is not None:
@@ -100,14 +101,26 @@ def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype
         writer.finish({"iteration": 0, "checkpoint_version": 3.0, "args": _megatron_arguments(shape, dtype, padded)})
 
 
-def _chunks(reader: ShardReader, shape: ModelShape, name: str, padded: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+def _chunks(
+    reader: ShardReader, shape: ModelShape, name: str, padded: int, scratch: Scratch
+) -> Iterator[tuple[int, int, torch.Tensor]]:
     """One parameter as (first row, rows of the whole, chunk): gate and up are a chunk each, all others one."""
-    if find_rule(name)[0].rule != "gate_up":
-        part = read_parameter(reader, shape, name, padded_vocab=padded)
+    rule = find_rule(name)[0].rule
+    if rule == "qkv":
+        part = read_parameter(reader, shape, name)
         yield 0, part.shape[0], part
-        return
-    for half, cut in enumerate(hf_cuts(name, shape, 1, 0)):
-        yield half * shape.ffn_hidden_size, 2 * shape.ffn_hidden_size, reader.read(*cut)
+    elif rule == "vocab":
+        (hf,) = hf_names(name, shape)
+        part = scratch.empty((padded, shape.hidden_size), reader.stored(hf).dtype)
+        reader.read(hf, out=part[: shape.vocab_size])
+        part[shape.vocab_size :].zero_()
+        yield 0, padded, part
+    else:
+        names = hf_names(name, shape)
+        for number, hf in enumerate(names):
+            stored = reader.stored(hf)
+            part = reader.read(hf, out=scratch.empty(stored.shape, stored.dtype))
+            yield number * part.shape[0], len(names) * part.shape[0], part
 
 
 def _megatron_arguments(shape: ModelShape, dtype: torch.dtype, padded: int) -> argparse.Namespace:
@@ -176,11 +189,11 @@ def megatron_to_hf(
     found = find_checkpoint(source, hf)
     shape = read_config(found.config_dir)
     with DistReader(found.folder) as reader:
-        stored = check_checkpoint(reader, shape)
+        stored, scratch = check_checkpoint(reader, shape), Scratch()
         return hf_io.export_directory(
             destination,
             config_dict=shape.raw,
-            tensors=(pair for name in megatron_names(shape) for pair in megatron_tensors(reader, shape, name)),
+            tensors=(pair for name in megatron_names(shape) for pair in megatron_tensors(reader, shape, name, scratch)),
             source_dir=found.tokenizer_dir,
             lineage=found.lineage,
             dtype=_dtype(dtype) or stored,
