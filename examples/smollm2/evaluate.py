@@ -74,6 +74,8 @@ def main() -> int:
         baseline = json.loads(args.baseline.read_text(encoding="utf-8")) if args.baseline else None
         if baseline and [a["prompt"] for a in baseline["answers"]] != [task.prompt for task in tasks]:
             raise ValueError(f"{args.baseline}: its prompts are not those of {args.heldout}; evaluate it again")
+        if not (Path(args.model) / "config.json").is_file():
+            raise ValueError(f"--model {args.model}: no Hugging Face directory there (config.json is missing)")
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     except (OSError, ValueError, KeyError) as error:

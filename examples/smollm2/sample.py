@@ -85,12 +85,13 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--splits", nargs="+", choices=("sft", "po", "heldout"), default=["heldout", "sft", "po"])
     args = parser.parse_args()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
-    except OSError as error:
-        print(f"error: --model {args.model}: {str(error).splitlines()[0]}; make it with get_model.py", file=sys.stderr)
+    if not (Path(args.model) / "config.json").is_file():
+        print(
+            f"error: --model {args.model}: no Hugging Face directory there; make it with get_model.py", file=sys.stderr
+        )
         return 2
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
     args.out.mkdir(parents=True, exist_ok=True)
     for split in args.splits:
         tasks = make_tasks(split, args.heldout_per_family if split == "heldout" else args.per_family)
