@@ -1,7 +1,7 @@
 """Every setting of the product, once: name, type, default, unit.
 
-Frozen keyword-only dataclasses; the string under a field is its documentation. `load.py` maps the hydra tree in conf/ onto them,
-`validate.py` holds the rules between fields. Nothing here imports anything of ours.
+Frozen keyword-only dataclasses; the string under a field is its documentation. `load.py` maps the hydra tree in
+conf/ onto them, `validate.py` holds the rules between fields. Nothing here imports anything of ours.
 """
 
 from dataclasses import dataclass, field
@@ -9,7 +9,8 @@ from typing import Literal
 
 
 class UserError(ValueError):
-    """Something the user can put right. One line: what, where, what to type instead. Ends a command with exit code 2."""
+    """Something the user can put right. One line: what, where, what to type instead. Ends a command with exit code
+    2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,11 +24,13 @@ class RunConfig:
     seed: int = 1234
     """Seeds the data order. Nothing else in training is random (dropout is 0)."""
     export: bool = True
-    """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint where one is monitored, else the last step."""
+    """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint where one is monitored, else
+    the last step."""
     disable_checks: tuple[
         Literal["first_step_loss", "prompt_weights", "mask_coverage", "group_integrity", "reference_hash"], ...
     ] = ()
-    """Invariants that are not to be checked while the run goes; all of them are by default (train/checks.py says what each is)."""
+    """Invariants that are not to be checked while the run goes; all of them are by default (train/checks.py says
+    what each is)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +62,13 @@ class CheckpointConfig:
     """NeMo's exp_manager.checkpoint_callback_params."""
 
     every_n_train_steps: int | None = 500
-    """Steps between checkpoints, and one at the end. 0: only at the end; null: none at all (the export is then all there is)."""
+    """Steps between checkpoints, and one at the end. 0: only at the end; null: none at all (the export is then all
+    there is)."""
     save_top_k: int = 2
     """How many checkpoints are kept, the newest, or with monitor the best (and the newest besides); -1 keeps all."""
     monitor: str | None = None
-    """Validation metric that says which checkpoint is best, val_loss or val_accuracy for instance; a validation that is among the
+    """Validation metric that says which checkpoint is best, val_loss or val_accuracy for instance; a validation that
+    is among the
     save_top_k best is followed by a checkpoint. null: no best one."""
     mode: Literal["min", "max"] = "min"
     """Whether the monitored metric is better when it is smaller or larger."""
@@ -71,7 +76,8 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig:
-    """NeMo's exp_manager.early_stopping_callback_params; the metric is the one of checkpoint_callback_params.monitor."""
+    """NeMo's exp_manager.early_stopping_callback_params; the metric is the one of
+    checkpoint_callback_params.monitor."""
 
     patience: int | None = None
     """Validations in a row without a new best value after which the run ends; null never ends it."""
@@ -173,10 +179,12 @@ class ObjectiveConfig:
         ]
         | None
     ) = None
-    """FusePO: the loss (docs/math.md has the equations). The options below belong to some of them each; null takes the loss's
+    """FusePO: the loss (docs/math.md has the equations). The options below belong to some of them each; null takes
+    the loss's
     default (objectives/loss_table.py), and an option that the loss does not use is refused."""
     beta: float | None = None
-    """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo and simpo)."""
+    """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo and
+    simpo)."""
     label_smoothing: float | None = None
     """cdpo, robust (required): the share of pairs that are the wrong way round, in [0, 0.5)."""
     gamma_beta_ratio: float | None = None
@@ -186,7 +194,8 @@ class ObjectiveConfig:
     cpo_alpha: float | None = None
     """cpo: weight of its NLL term."""
     rpo_alpha: float | None = None
-    """All but cpo and orpo: weight of an SFT term (mean NLL of the chosen response) beside the loss; 0 leaves it out."""
+    """All but cpo and orpo: weight of an SFT term (mean NLL of the chosen response) beside the loss; 0 leaves it
+    out."""
     desirable_weight: float | None = None
     """kto: weight of the desirable responses."""
     undesirable_weight: float | None = None
@@ -196,13 +205,15 @@ class ObjectiveConfig:
     alpha_end: float | None = None
     """wrpo: the weight that the source response reaches at the last step, from 0."""
     target_source: str | None = None
-    """wrpo (required): the source that is the target itself; its own samples give the pair, the others the source response."""
+    """wrpo (required): the source that is the target itself; its own samples give the pair, the others the source
+    response."""
     fusion: Literal["max_margin", "mean", "confidence"] | None = None
     """infifpo: how the sources' log-probabilities become one reference."""
     reference: str | None = None
     """FusePO: Hugging Face directory of the reference model; null takes model.path (the FuseSFT result)."""
     reference_mode: Literal["cache", "resident", "swap"] | None = None
-    """FusePO: score the reference once and keep its numbers on disk (cache, the default), hold it as a second model in memory
+    """FusePO: score the reference once and keep its numbers on disk (cache, the default), hold it as a second model
+    in memory
     and score every step (resident), or hold one model whose weights are swapped with the CPU's for that (swap)."""
     min_reward_gap: float | None = None
     """FusePO: pairs whose reward gap is smaller are dropped and counted."""
@@ -281,15 +292,18 @@ class BuildConfig:
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
     reward_temperature: float = float("nan")
-    """tau of the source weights w = softmax(score / tau). Required: there is no safe default (see docs/data_format.md)."""
+    """tau of the source weights w = softmax(score / tau). Required: there is no safe default (see
+    docs/data_format.md)."""
     score_aggregation: Literal["max", "mean"] = "max"
     """A source's score from the rewards of its responses."""
     reward_standardization: Literal["none", "prompt", "dataset"] = "none"
     """Rewards to zero mean and unit deviation before the softmax."""
     max_length: int = 2048
-    """Longest prompt + response in tokens. Responses are cut on the right; a prompt that leaves no room is a bad record."""
+    """Longest prompt + response in tokens. Responses are cut on the right; a prompt that leaves no room is a bad
+    record."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """stop at the first bad record with file and line, or skip: write it with the reason to rejected.jsonl and count it."""
+    """stop at the first bad record with file and line, or skip: write it with the reason to rejected.jsonl and count
+    it."""
     sources: tuple[str, ...] = ()
     """Keep only these sources; empty keeps all."""
     force: bool = False

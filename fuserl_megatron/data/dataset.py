@@ -35,7 +35,8 @@ SCHEMA = pa.schema(
     ]
 )
 SOURCE_LOGPS = pa.field("source_mean_logps", pa.list_(pa.float64()))
-"""A further column where records carry it: for each response K values, NaN where a source has none; a row holds them flat."""
+"""A further column where records carry it: for each response K values, NaN where a source has none; a row holds them
+flat."""
 
 
 @dataclass(frozen=True, kw_only=True)

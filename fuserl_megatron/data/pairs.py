@@ -3,8 +3,8 @@
 FuseSFT, per_source: the best response of each source (ties: the first recorded), weighted with the source's weight.
 FuseSFT, top_m: the M best responses of the prompt's pool, weighted with the softmax of their own rewards / tau.
 FusePO: the best and the worst response of each source (or what else the loss is made of: units.py); the weights are the
-softmax over the sources that have a pair, so they sum to 1 for every prompt that is counted. No pair: a single response, equal rewards, equal tokens, or a gap
-outside the filter. A prompt without a pair leaves the set.
+softmax over the sources that have a pair, so they sum to 1 for every prompt that is counted. No pair: a single
+response, equal rewards, equal tokens, or a gap outside the filter. A prompt without a pair leaves the set.
 Items of weight exactly 0 (tau = 0) are left out: they add nothing to the loss. Everything dropped is counted.
 
 Shapes: G prompts (groups), K sources, N responses of a source or sequences of the set, P pairs. All prompts are handled

@@ -3,6 +3,7 @@
 Shapes: G prompts kept, N sequences (responses used), P pairs or triples, K sources.
 """
 
+import hashlib
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,7 +23,8 @@ class PreparedSet:
         group_ids: [G] data set group of each prompt kept.
         sequence_offsets: [G + 1] first sequence of each prompt.
         response_ids, source_ids, lengths: [N] int64 per sequence (lengths in scored tokens).
-        weights: [N] float64; weight of the sequence where the loss is one of sequences (FuseSFT: sums to 1 per prompt; RLOO:
+        weights: [N] float64; weight of the sequence where the loss is one of sequences (FuseSFT: sums to 1 per
+        prompt; RLOO:
             that of its source; KTO: half of that), 0 where it is one of pairs or triples.
         pair_offsets: [G + 1] first pair of each prompt (all 0 where there are none).
         chosen, rejected: [P] int64 sequence index inside the prompt.
@@ -86,6 +88,11 @@ class NextPrompts:
         longest = int((self._inner.prompt_lengths[groups_N] + prepared.lengths).max())
         self._room = longest - self.prompt_lengths
         self.lengths = np.minimum(prepared.lengths, self._room[groups_N])
+
+    @property
+    def fingerprint(self) -> str:
+        """Which prompt each group's responses stand under, as a hash."""
+        return hashlib.sha256(self._next.tobytes() + self._room.tobytes()).hexdigest()
 
     def prompt(self, i: int) -> np.ndarray:
         """Tokens of the prompt that follows group i's."""

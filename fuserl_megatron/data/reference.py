@@ -86,6 +86,14 @@ class ReferenceCache:
             raise UserError(f"{directory} holds no reference log-probabilities: run the scoring pass first")
         return cls(directory, key, num_responses, cls._check(directory, key, num_responses), writable=False)
 
+    @staticmethod
+    def stored_key(directory: str | Path) -> str | None:
+        """The key of the cache in a directory, None where there is none that can be read."""
+        try:
+            return json.loads((Path(directory) / KEY_FILE).read_text())["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def write(self, response_ids: torch.Tensor | np.ndarray, logps: torch.Tensor | np.ndarray) -> None:
         """Store summed log-probabilities.
 

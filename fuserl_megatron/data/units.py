@@ -157,7 +157,8 @@ def _ids(selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _weighted_pairs(selection: Selection) -> tuple[np.ndarray, np.ndarray, torch.Tensor, dict[str, int]]:
-    """Groups and sources [P] of the pairs that count, the weights [G, K] over sources with a pair, everything dropped."""
+    """Groups and sources [P] of the pairs that count, the weights [G, K] over sources with a pair, everything
+    dropped."""
     counts, has_pair_GK = dict(selection.pairs.counts), selection.pairs.has_pair_GK
     _stop_if_empty(selection.dataset, has_pair_GK.any(dim=1), counts, "sources need 2 responses with different rewards")
     weights_GK = source_weights(selection.scores_GK, has_pair_GK, selection.reward_temperature)

@@ -26,8 +26,8 @@ from megatron.core.tensor_parallel.mappings import (
 from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.mcore.attention import visibility_mask
-from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.logprob import vocab_parallel_logps
+from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
 from fuserl_megatron.mcore.parallel import Layout, any_rank

@@ -80,6 +80,20 @@ class RunLog:
         if self._bar:
             self._bar.update(self._task, completed=record["step"])
 
+    def validation(self, step: int, metrics: dict) -> None:
+        """Log one validation, after `step` steps; metrics are named val_*."""
+        shown = [
+            f"{label} {metrics[f'val_{name}']:8.4f}"
+            for name, label in SHOWN[self.config.objective.stage]
+            if f"val_{name}" in metrics
+        ]
+        parts = [f"validation after step {step}", f"loss {metrics['val_loss']:9.5f}", *shown]
+        self._print(" | ".join([*parts, f"{metrics['val_prompts']} prompts"]))
+        if self._tensorboard:
+            for name, value in metrics.items():
+                if math.isfinite(value):
+                    self._tensorboard.add_scalar(name, value, step)
+
     def _line(self, record: dict) -> str:
         done = record["step"] - self.first
         eta = (time.monotonic() - self.started) / done * (self.total - record["step"])

@@ -5,22 +5,22 @@ import time
 from pathlib import Path
 
 from fuserl_megatron.config.load import to_yaml
+from fuserl_megatron.config.objective import with_defaults
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.data.dataset import FusedDataset
-from fuserl_megatron.data.pairs import PreparedSet, prepare
-from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory, reference_key
-from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.mcore import checkpoint, parallel, weights
 from fuserl_megatron.mcore.dist_format import newest_iteration
 from fuserl_megatron.mcore.model import DTYPES, build_model, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer
-from fuserl_megatron.mcore.step import Engine, NonFiniteError, score, train_step
-from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss
+from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
+from fuserl_megatron.train.checks import InvariantError, check_batches, check_prepared, first_step_check
+from fuserl_megatron.train.feed import Feed, make_feed, step_values, with_references
 from fuserl_megatron.train.logging import RunLog, say
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
 from fuserl_megatron.train.summary import describe_start
+from fuserl_megatron.train.validation import History, check_monitor, is_due, validate
 
 
 def train(config: Config) -> int:
@@ -37,47 +37,48 @@ def train(config: Config) -> int:
         if path:
             check_model_directory(path)
     shape = read_config(config.model.path)
-    dataset = FusedDataset(config.data.path)
-    if dataset.manifest.max_token_id >= shape.vocab_size:
-        raise UserError(
-            f"{config.data.path} has token id {dataset.manifest.max_token_id}, {config.model.path} a vocabulary of "
-            f"{shape.vocab_size}: build the data set with this model's tokenizer (tokenizer={config.model.path})."
-        )
+    dataset = _open(config, config.data.path, shape)
+    held_out = _open(config, config.data.validation_path, shape) if config.data.validation_path else None
+    check_monitor(config, held_out.sources if held_out else [])
     layout = parallel.initialize(config.model, config.trainer)
     try:
-        return _run(config, layout, shape, dataset)
+        return _run(config, layout, shape, dataset, held_out)
     finally:
         parallel.shutdown()
 
 
-def with_loss_defaults(config: Config) -> Config:
-    """Fill the objective's null fields with the stage's and the loss's own defaults."""
-    objective = config.objective
-    if objective.stage == "fusesft":
-        chosen = dict(
-            selection=objective.selection or "per_source", nll_reduction=objective.nll_reduction or "token_mean"
+def _open(config: Config, path: str, shape) -> FusedDataset:
+    dataset = FusedDataset(path)
+    if dataset.manifest.max_token_id >= shape.vocab_size:
+        raise UserError(
+            f"{path} has token id {dataset.manifest.max_token_id}, {config.model.path} a vocabulary of "
+            f"{shape.vocab_size}: build the data set with this model's tokenizer (tokenizer={config.model.path})."
         )
-        if chosen["selection"] == "top_m":
-            chosen["top_m"] = objective.top_m or 4
-    else:
-        loss = objective.loss or "dpo"
-        options = LOSSES[PreferenceLoss(loss)].options
-        chosen = dict(loss=loss, beta=objective.beta if objective.beta is not None else options["beta"])
-    return dataclasses.replace(config, objective=dataclasses.replace(objective, **chosen))
+    return dataset
 
 
-def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset) -> int:
+def with_loss_defaults(config: Config) -> Config:
+    """Fill the objective's null fields with the stage's and the loss's own defaults.
+
+    Raises:
+        UserError: an option that the loss does not read, or one that it needs and that is null.
+    """
+    return dataclasses.replace(config, objective=with_defaults(config.objective))
+
+
+def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, held_out: FusedDataset | None) -> int:
     directory = Path(config.run.results_dir)
-    prepared = prepare(dataset, config.objective, config.data.reward_temperature)
-    sampler = GlobalBatchSampler(
-        prepared,
-        config.data,
-        config.run.seed,
-        layout.dp_size,
-        microbatch_multiple=layout.pp_size if layout.vpp_size else 1,
-    )
-    total = total_steps(config.trainer, sampler.steps_per_epoch)
     checkpoints = directory / "checkpoints"
+    multiple = layout.pp_size if layout.vpp_size else 1
+    feeds = [
+        (make_feed(config, data, layout.dp_size, multiple), directory / name)
+        for data, name in ((dataset, "reference"), (held_out, "reference_validation"))
+        if data is not None
+    ]
+    for feed, _ in feeds:
+        check_prepared(config, feed.prepared)
+    prepared, sampler = feeds[0][0].prepared, feeds[0][0].sampler
+    total = total_steps(config.trainer, sampler.steps_per_epoch)
     done = _steps_done(config, checkpoints, layout)
 
     started = time.monotonic()
@@ -95,9 +96,7 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset) 
         (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         describe_start(config, layout, shape, prepared, sampler, total, done)
 
-    reference = None
-    if config.objective.stage == "fusepo":
-        reference = _reference(config, engine, prepared, sampler, directory / "reference")
+    training, *validation = with_references(config, engine, feeds)
     if done == 0:
         weights.load_hf_weights(target, config.model.path, layout)
     wrapped = wrap_for_training(target, config.optim)
@@ -111,44 +110,63 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset) 
         say(f"ready after {time.monotonic() - started:.1f} s; {warmup_steps(config.optim, total)} warm-up steps\n")
 
     log = RunLog(config, directory, total, done, layout.is_main)
+    history = History(config, directory, done, layout.is_main)
+    every = config.exp_manager.checkpoint_callback_params.every_n_train_steps
+    step = done
     try:
-        for step in range(done, total):
-            _one_step(config, engine, sampler, reference, log, step, total)
-            every = config.exp_manager.checkpoint_callback_params.every_n_train_steps
-            if every is not None and (step + 1 == total or (every and (step + 1) % every == 0)):
-                keep = config.exp_manager.checkpoint_callback_params.save_top_k
-                checkpoint.save(engine, checkpoints, step + 1, identity, keep)
-    except NonFiniteError as error:
+        if validation and done == 0:
+            _validate(config, engine, validation[0], history, log, 0, total)
+        _, stop, kept = _decide(history, layout, done)
+        while step < total and not stop:
+            _one_step(config, engine, training, log, step, total)
+            step += 1
+            is_best = False
+            if validation and is_due(config, step, total):
+                _validate(config, engine, validation[0], history, log, step, total)
+                is_best, stop, kept = _decide(history, layout, step)
+            if every is not None and (step == total or stop or is_best or (every and step % every == 0)):
+                keep = config.exp_manager.checkpoint_callback_params.save_top_k if history.monitor is None else 1
+                checkpoint.save(engine, checkpoints, step, identity, keep, kept)
+    except (NonFiniteError, InvariantError) as error:
         if layout.is_main:
             say(f"stopped before step {step + 1}: {error}")
-            say(
-                f"weights are those of step {step}; lower optim.lr or look at the responses named, then run again"
-            )
+            say(f"weights are those of step {step}; lower optim.lr or look at the responses named, then run again")
         return 1
     finally:
         log.close()
+    if stop and layout.is_main:
+        say(f"stopped after step {step}: no better {history.monitor} for {history.stopping.patience} validations")
     if config.run.export:
-        _export(config, engine, dataset, directory / "hf", total)
+        step = _load_best(engine, checkpoints, history, step)
+        _export(config, engine, dataset, directory / "hf", step)
     return 0
 
 
-def _one_step(config: Config, engine: Engine, sampler, reference, log: RunLog, step: int, total: int) -> None:
+def _one_step(config: Config, engine: Engine, feed: Feed, log: RunLog, step: int, total: int) -> None:
     """Lay out one global batch, run it, log it."""
     started = time.monotonic()
-    plan = sampler.step(step)
-    batches = sampler.micro_batches(plan, engine.layout.dp_rank, reference)
+    plan = feed.sampler.step(step)
+    batches = feed.batches(plan, engine.layout.dp_rank)
+    check_batches(config, feed.prepared.unit, batches, engine.layout)
+    values = step_values(config, engine, feed, plan, step, total)
     weighted = config.objective.nll_reduction == "weighted_token_mean"
     lr = lr_at(step, total, config.optim)
     result = train_step(
         engine,
         batches,
         normalizer=plan.sum_weighted_tokens if weighted else float(plan.num_prompts),
+        values=values,
         lr=lr,
         weight_decay=config.optim.weight_decay,
         max_norm=config.trainer.gradient_clip_val,
+        check=first_step_check(config, step),
     )
+    clip = config.trainer.gradient_clip_val
     record = dict(step=step + 1, epoch=plan.epoch, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
+    record |= {name: value for name, value in (("wrpo_alpha", values.alpha), ("kto_kl", values.kl)) if value is not None}
     record |= result.metrics | dict(
+        effective_number_of_sources=float(feed.prepared.effective_sources[plan.prompts].mean()),
+        clipped=float(0 < clip < result.grad_norm),
         prompts=plan.num_prompts,
         real_tokens=plan.real_tokens,
         scored_tokens=plan.scored_tokens,
@@ -157,6 +175,29 @@ def _one_step(config: Config, engine: Engine, sampler, reference, log: RunLog, s
         seconds=time.monotonic() - started,
     )
     log.step(record)
+
+
+def _validate(config: Config, engine: Engine, feed: Feed, history: History, log: RunLog, step: int, total: int) -> None:
+    metrics = validate(config, engine, feed, step, total)
+    if engine.layout.is_main:
+        history.add(step, metrics)
+        log.validation(step, metrics)
+
+
+def _decide(history: History, layout: parallel.Layout, step: int) -> tuple[bool, bool, list[int]]:
+    """Whether this step is among the best, whether to stop, which checkpoints are the best: rank 0's answer, on all ranks."""
+    kept = history.kept_steps()
+    return parallel.from_main_rank((step in kept, history.should_stop(), kept), layout.device)
+
+
+def _load_best(engine: Engine, checkpoints: Path, history: History, step: int) -> int:
+    """The step to export: the best checkpoint, loaded, where a metric is monitored; the last step otherwise."""
+    best = next(iter(parallel.from_main_rank(history.kept_steps(), engine.layout.device)), step)
+    if best != step:
+        checkpoint.load(engine, checkpoints, best)
+        if engine.layout.is_main:
+            say(f"best {history.monitor}: step {best}, whose weights are exported")
+    return best
 
 
 def _steps_done(config: Config, checkpoints: Path, layout: parallel.Layout) -> int:
@@ -182,6 +223,7 @@ def _identity(config: Config, dataset: FusedDataset, total: int) -> dict:
     """What must not change between a run and its continuation. The layout may."""
     return {
         "stage": config.objective.stage,
+        "loss": config.objective.loss,
         "data_hash": dataset.hash,
         "seed": config.run.seed,
         "global_batch_size": config.data.global_batch_size,
@@ -196,39 +238,6 @@ def _check_same_run(now: dict, saved: dict, checkpoints: Path) -> None:
                 f"{checkpoints}: was written with {key}={saved.get(key)}, this run has {key}={value}: "
                 "use the same value to continue, or another run.results_dir to start anew."
             )
-
-
-def _reference(config: Config, engine: Engine, prepared: PreparedSet, sampler, directory: Path) -> ReferenceCache:
-    """Stored reference log-probabilities of every sequence; scored now if they are not all there."""
-    layout, dataset = engine.layout, prepared.dataset
-    path = config.objective.reference or config.model.path
-    cache, key, problem, missing = None, None, None, None
-    if layout.is_main:
-        try:
-            key = reference_key(hash_model_directory(path), dataset.manifest, config.trainer.precision)
-            cache = ReferenceCache.open_or_create(directory, key, dataset.num_responses)
-            missing = cache.missing_mask
-        except (UserError, OSError) as error:
-            problem = str(error)
-    key, problem, missing = parallel.from_main_rank((key, problem, missing), layout.device)
-    if problem:
-        raise UserError(problem)
-    if missing[prepared.response_ids].any():
-        weights.load_hf_weights(engine.target, path, layout)
-        started, num_scored = time.monotonic(), 0
-        for plan in sampler.scoring_plans(missing):
-            ids, logps = score(engine, sampler.micro_batches(plan, layout.dp_rank))
-            num_scored += plan.num_sequences
-            if layout.is_main:
-                cache.write(ids, logps)
-                cache.flush()
-        if layout.is_main:
-            cache.finish(prepared.response_ids)
-            say(f"reference: {num_scored} sequences of {path} scored in {time.monotonic() - started:.1f} s")
-        parallel.any_rank(False, layout.device)  # nobody reads before everything is written
-    elif layout.is_main:
-        say(f"reference: log-probabilities of {path} found in {directory}")
-    return cache or ReferenceCache.open(directory, key, dataset.num_responses)
 
 
 def _export(config: Config, engine: Engine, dataset: FusedDataset, destination: Path, total: int) -> None:

@@ -6,6 +6,7 @@ import platform
 import torch
 
 import fuserl_megatron
+from fuserl_megatron.config.objective import loss_options, uses_reference
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.names import hf_shapes
@@ -41,11 +42,11 @@ def describe_start(
     )
     say(f"layout     {layout.describe()}" + (", sequence parallel" if config.model.sequence_parallel else ""))
     objective = config.objective
-    what = (
-        f"{objective.selection}, {objective.nll_reduction}"
-        if objective.stage == "fusesft"
-        else f"{objective.loss}, beta {objective.beta:g}"
-    )
+    what = f"{objective.selection}, {objective.nll_reduction}"
+    if objective.stage == "fusepo":
+        what = ", ".join([objective.loss, *(f"{name} {value}" for name, value in loss_options(objective).items())])
+        if uses_reference(objective):
+            what += f"; reference {objective.reference or config.model.path} ({objective.reference_mode})"
     say(f"objective  {objective.stage} ({what}); reward temperature {prepared.reward_temperature:g}")
     say(
         f"data       {data.path}: {prepared.num_prompts} prompts, {prepared.response_ids.size} sequences, "

@@ -1,7 +1,9 @@
 """One small fusion problem for the layout tests, the worker that runs it on some layout, and a float64 twin written
 plainly."""
 
+import functools
 import json
+import math
 import random
 
 import torch
@@ -21,6 +23,17 @@ from fuserl_megatron.config.schema import (
 TAU = 0.05
 SFT = dict(stage="fusesft")
 DPO = dict(stage="fusepo", loss="dpo", beta=0.3)
+LOSSES = {
+    "simpo": dict(stage="fusepo", loss="simpo", beta=2.0, gamma_beta_ratio=0.3),
+    "rloo": dict(stage="fusepo", loss="rloo", kl_coef=0.02),
+    "wrpo": dict(stage="fusepo", loss="wrpo", beta=0.1, alpha_end=0.6, target_source="gamma"),
+    "kto": dict(stage="fusepo", loss="kto", beta=0.02, undesirable_weight=1.5),
+    "orpo": dict(stage="fusepo", loss="orpo", beta=0.5),
+    "mappo": dict(stage="fusepo", loss="mappo", beta=0.1, rpo_alpha=0.2),
+    "infifpo": dict(stage="fusepo", loss="infifpo", beta=2.0),
+}
+STEP, TOTAL = 1, 2
+"""WRPO's alpha is taken as in the second of two steps: half of alpha_end."""
 
 
 def make_case(directory, *, num_prompts=7, tie=False, seed=0, **model_fields):
@@ -39,7 +52,9 @@ def make_case(directory, *, num_prompts=7, tie=False, seed=0, **model_fields):
         for source in ["alpha", "beta", "gamma"][: 3 if p != 2 else 2]:  # one source missing once
             for n in range(rng.randint(2, 3)):
                 response = "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 14)))
-                records.append(dict(prompt=prompt, source=source, response=response + str(n), reward=rng.random()))
+                logps = {"alpha": -0.5 - 0.1 * ((p + n) % 7), "beta": -3.0 - 0.2 * ((p * n) % 5)}
+                record = dict(prompt=prompt, source=source, response=response + str(n), reward=rng.random())
+                records.append(record | dict(source_mean_logps=logps))
     (directory / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     build(
         BuildConfig(
@@ -99,32 +114,38 @@ def make_config(
             global_batch_size=global_batch_size,
             packing=PackingConfig(enabled=packing, share_prefix=share),
         ),
-        objective=ObjectiveConfig(
-            **objective, **({"reference": paths["reference"]} if objective["stage"] == "fusepo" else {})
-        ),
+        objective=_with_reference(ObjectiveConfig(**objective), paths),
         optim=OptimConfig(use_distributed_optimizer=distopt, lr=lr, sched=SchedConfig(name="cosine", warmup_ratio=0.0)),
     )
 
 
-def loss_and_gradients(config, reference_dir):
-    """Loss, metrics, gradient norm and (rank 0) gradients by HF name of the first step."""
+def _with_reference(objective, paths):
+    import dataclasses
+
+    from fuserl_megatron.config.objective import uses_reference
+
+    return dataclasses.replace(objective, reference=paths["reference"]) if uses_reference(objective) else objective
+
+
+def loss_and_gradients(config, reference_dir, sampler_step=0):
+    """Loss, metrics, gradient norm, (rank 0) gradients by HF name, micro-batches and prompts of one step."""
     import dataclasses
     from pathlib import Path
 
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.data.dataset import FusedDataset
-    from fuserl_megatron.data.pairs import prepare
-    from fuserl_megatron.data.sampler import GlobalBatchSampler
     from fuserl_megatron.mcore import model as m
     from fuserl_megatron.mcore import parallel, step, weights
     from fuserl_megatron.mcore.optimizer import build_optimizer, gradient_norm
-    from fuserl_megatron.train.loop import _reference, with_loss_defaults
+    from fuserl_megatron.train.checks import check_batches, check_prepared
+    from fuserl_megatron.train.feed import make_feed, step_values, with_references
+    from fuserl_megatron.train.loop import with_loss_defaults
 
     config = with_loss_defaults(config)
     layout = parallel.initialize(config.model, config.trainer)
     dataset = FusedDataset(config.data.path)
-    prepared = prepare(dataset, config.objective)
-    sampler = GlobalBatchSampler(prepared, config.data, 0, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
+    feed = make_feed(config, dataset, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
+    check_prepared(config, feed.prepared)
     target = m.build_model(read_config(config.model.path), config.model, layout, torch.float32)
     engine = step.Engine(
         target=target,
@@ -133,26 +154,27 @@ def loss_and_gradients(config, reference_dir):
         source_names=dataset.sources,
         logprob_chunk_size=config.model.logprob_chunk_size,
     )
-    reference = None
-    if config.objective.stage == "fusepo":
-        reference = _reference(config, engine, prepared, sampler, Path(reference_dir))
+    (feed,) = with_references(config, engine, [(feed, Path(reference_dir))])
     weights.load_hf_weights(target, config.model.path, layout)
     wrapped = m.wrap_for_training(target, config.optim)
     engine = dataclasses.replace(
         engine, wrapped=wrapped, optimizer=build_optimizer(wrapped, config.optim, config.trainer, torch.float32)
     )
-    plan = sampler.step(0)
+    plan = feed.sampler.step(sampler_step)
     normalizer = float(plan.num_prompts)
     if config.objective.nll_reduction == "weighted_token_mean":
         normalizer = plan.sum_weighted_tokens
-    loss, metrics = step.forward_backward(engine, sampler.micro_batches(plan, layout.dp_rank, reference), normalizer)
+    batches = feed.batches(plan, layout.dp_rank)
+    check_batches(config, feed.prepared.unit, batches, layout)
+    values = step_values(config, engine, feed, plan, STEP, TOTAL)
+    loss, metrics = step.forward_backward(engine, batches, normalizer, values)
     grads = None
     if not config.optim.use_distributed_optimizer:
         grads = {
             name: g.double()
             for name, g in weights.gather_hf_tensors(target, layout, lambda p: p.main_grad.detach().clone())
         }
-    return loss, metrics, gradient_norm(engine.optimizer), grads, plan.num_microbatches
+    return loss, metrics, gradient_norm(engine.optimizer), grads, plan.num_microbatches, plan.num_prompts
 
 
 # --- the twin: one sequence at a time through transformers in float64, the formulas of METHOD word for word
@@ -163,46 +185,128 @@ def _sequence_nll(model, prompt, response):
     return -sum(logps[len(prompt) + t - 1, token] for t, token in enumerate(response))
 
 
+class Answer:
+    """One response: reward r, tokens, |y|, log pi with gradient and h = log pi - log pi_ref when asked for."""
+
+    def __init__(self, models, prompt, reward, tokens, logps=None):
+        self.models, self.prompt, self.reward, self.tokens, self.length = models, prompt, reward, tokens, len(tokens)
+        self.source_mean_logps = logps
+
+    def __lt__(self, other):
+        return (self.reward, self.tokens) < (other.reward, other.tokens)
+
+    @functools.cached_property
+    def logp(self):
+        return -_sequence_nll(self.models[0], self.prompt, self.tokens)
+
+    @functools.cached_property
+    def reference(self):
+        with torch.no_grad():
+            return -_sequence_nll(self.models[1], self.prompt, self.tokens)
+
+    @property
+    def h(self):
+        return self.logp - self.reference
+
+    @property
+    def mean(self):
+        return self.logp / self.length
+
+
+def preference_loss(objective, answers, kl):
+    """l_PO(x, Y_k) of one source's answers."""
+    beta, best, worst = objective.get("beta"), max(answers), min(answers)
+    log_s, log = torch.nn.functional.logsigmoid, torch.log
+    match objective["loss"]:
+        case "dpo":
+            return -log_s(beta * (best.h - worst.h))
+        case "simpo":
+            return -log_s(beta * best.mean - beta * worst.mean - beta * objective["gamma_beta_ratio"])
+        case "orpo":
+            odds = best.mean - worst.mean - (log(1 - best.mean.exp()) - log(1 - worst.mean.exp()))
+            return -best.mean - beta * log_s(odds)
+        case "mappo":
+            gap = best.reward - worst.reward
+            return -log_s(beta * best.h - gap * beta * worst.h) - objective["rpo_alpha"] * best.mean
+        case "kto":
+            good = 1 - torch.sigmoid(beta * (best.h - kl))
+            bad = 1 - torch.sigmoid(beta * (kl - worst.h))
+            return (good + objective["undesirable_weight"] * bad) / 2
+        case "rloo":
+            n = len(answers)
+            rewards, mean_h = [a.reward for a in answers], sum(a.h for a in answers) / n
+            losses = []
+            for a in answers:
+                advantage = a.reward - (sum(rewards) - a.reward) / (n - 1)
+                penalty = objective["kl_coef"] / 2 * (a.h - mean_h) ** 2 / (n - 1)
+                losses.append(-advantage * a.logp / n + penalty)
+            return sum(losses)
+        case "infifpo":
+            fused = []
+            for answer, clip in ((best, max), (worst, min)):
+                initial = answer.reference.item() / answer.length
+                values = [clip(v, initial) for v in answer.source_mean_logps if not math.isnan(v)]
+                fused.append(max(values, key=lambda v: abs(v - initial)))
+            return -log_s(beta * (best.mean - fused[0]) - beta * (worst.mean - fused[1]))
+
+
+def mismatched_kl(models, prompts):
+    """max(0, mean h of every prompt's best and worst answers under the next prompt), answers cut to the longest row."""
+    used = [[a for answers in by_source for a in (max(answers), min(answers))] for _, by_source in prompts]
+    longest = max(len(prompt) + a.length for (prompt, _), mine in zip(prompts, used, strict=True) for a in mine)
+    found = []
+    with torch.no_grad():
+        for (following, _), mine in zip(prompts[1:] + prompts[:1], used, strict=True):
+            for a in mine:
+                found.append(Answer(models, following, a.reward, a.tokens[: longest - len(following)]).h.item())
+    return max(0.0, sum(found) / len(found))
+
+
 def twin(paths, objective, dtype=torch.float64):
     """Loss and gradients by HF name of all prompts in one batch."""
-    import math
-
     from transformers import AutoModelForCausalLM
 
     from fuserl_megatron.data.dataset import FusedDataset
 
-    policy = AutoModelForCausalLM.from_pretrained(paths["policy"], dtype=torch.float64, attn_implementation="eager")
-    reference = AutoModelForCausalLM.from_pretrained(
-        paths["reference"], dtype=torch.float64, attn_implementation="eager"
-    )
-    data = FusedDataset(paths["data"])
-    total, weighted_tokens, prompts = 0.0, 0.0, 0
+    models = [
+        AutoModelForCausalLM.from_pretrained(paths[name], dtype=dtype, attn_implementation="eager")
+        for name in ("policy", "reference")
+    ]
+    data, prompts = FusedDataset(paths["data"]), []
     for g in range(data.num_groups):
         group = data.group(g)
-        by_source = {}
-        for response, source, reward in zip(group.responses, group.source_ids, group.rewards, strict=True):
-            by_source.setdefault(int(source), []).append((float(reward), response.tolist()))
-        prompt = group.prompt_tokens.tolist()
-        scores = {k: max(r for r, _ in v) for k, v in by_source.items()}
-        z = sum(math.exp(s / TAU) for s in scores.values())
-        prompts += 1
+        prompt, by_source = group.prompt_tokens.tolist(), {}
+        for n, (response, source, reward) in enumerate(zip(group.responses, group.source_ids, group.rewards, strict=True)):
+            logps = data.source_mean_logps[group.first_response_id + n].tolist()
+            answer = Answer(models, prompt, float(reward), response.tolist(), logps)
+            by_source.setdefault(data.sources[source], []).append(answer)
+        prompts.append((prompt, by_source))
+    total, weighted_tokens, counted = 0.0, 0.0, 0
+    kl = mismatched_kl(models, [(p, list(s.values())) for p, s in prompts]) if objective.get("loss") == "kto" else None
+    for _, by_source in prompts:
+        if objective.get("loss") == "wrpo":
+            own = by_source.pop(objective["target_source"], None)
+            if own is None:
+                continue
+            alpha, strongest = objective["alpha_end"] * STEP / TOTAL, max(a for s in by_source.values() for a in s)
+            z = alpha * strongest.h + (1 - alpha) * max(own).h - min(own).h
+            total = total - torch.nn.functional.logsigmoid(objective["beta"] * z)
+            counted += 1
+            continue
+        counted += 1
+        exps = {k: math.exp(max(answers).reward / TAU) for k, answers in by_source.items()}
         for k, answers in by_source.items():
-            weight = math.exp(scores[k] / TAU) / z
-            best, worst = max(answers)[1], min(answers)[1]
-            if objective["stage"] == "fusesft":
-                nll = _sequence_nll(policy, prompt, best)
-                reduction = objective.get("nll_reduction", "token_mean")
-                total = total + weight * (nll / len(best) if reduction == "token_mean" else nll)
-                weighted_tokens += weight * len(best)
-            else:
-                with torch.no_grad():
-                    ref = _sequence_nll(reference, prompt, worst) - _sequence_nll(reference, prompt, best)
-                delta = _sequence_nll(policy, prompt, worst) - _sequence_nll(policy, prompt, best)
-                total = total + weight * -torch.nn.functional.logsigmoid(objective["beta"] * (delta - ref))
-    loss = total / (weighted_tokens if objective.get("nll_reduction") == "weighted_token_mean" else prompts)
+            weight = exps[k] / sum(exps.values())
+            if objective["stage"] == "fusepo":
+                total = total + weight * preference_loss(objective, answers, kl)
+                continue
+            best = max(answers)
+            reduction = objective.get("nll_reduction", "token_mean")
+            total = total - weight * (best.mean if reduction == "token_mean" else best.logp)
+            weighted_tokens += weight * best.length
+    loss = total / (weighted_tokens if objective.get("nll_reduction") == "weighted_token_mean" else counted)
     loss.backward()
-    grads = {n: p.grad for n, p in policy.named_parameters()}
-    return loss.item(), grads
+    return loss.item(), {n: p.grad for n, p in models[0].named_parameters()}
 
 
 def worst_relative_error(actual, expected):

@@ -31,7 +31,7 @@ def check(ranks, expected, config, world, reference_dir):
     results = ranks.run(loss_and_gradients, world, config, str(reference_dir))
     loss, grads = expected
     norm = sum(g.square().sum() for g in grads.values()).sqrt().item()
-    for actual_loss, _, actual_norm, _, _ in results:
+    for actual_loss, _, actual_norm, *_ in results:
         assert actual_loss == pytest.approx(loss, rel=BOUND)
         assert actual_norm == pytest.approx(norm, rel=BOUND)
     if results[0][3] is not None:
@@ -92,7 +92,7 @@ def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, faul
         "norm_not_marked": ("fusesft", dict(tp=2, sp=True), 2),
     }[fault]
     config = make_config(case, SFT if stage == "fusesft" else DPO, **changes)
-    loss, _, norm, grads, _ = ranks.run(planted, world, fault, config, str(tmp_path / "reference"))[0]
+    _, _, _, grads, *_ = ranks.run(planted, world, fault, config, str(tmp_path / "reference"))[0]
     assert worst_relative_error(grads, expected[stage][1]) > 100 * BOUND
 
 
@@ -106,8 +106,8 @@ def planted(fault, config, reference_dir):
 
     original_loss = step.batch_loss
 
-    def wrong_loss(objective, logps_N, batch, sources):
-        total, metrics = original_loss(objective, logps_N, batch, sources)
+    def wrong_loss(objective, logps_N, batch, sources, values):
+        total, metrics = original_loss(objective, logps_N, batch, sources, values)
         local = len(set(batch.prompt_ids_N.tolist())) if fault == "divide_by_local_count" else batch.num_sequences
         return total * 7 / max(local, 1) / 2, metrics  # 7 prompts, 2 ranks or pairs
 

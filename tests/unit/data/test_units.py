@@ -52,7 +52,8 @@ def test_rloo_takes_every_response_of_a_source_together(data, prepare_stage, pac
             rows = (batch.group_ids_N == group).nonzero()[:, 0].tolist()
             assert all(row < batch.num_sequences for row in rows)
             (prompt,), (source,) = ({int(t[r]) for r in rows} for t in (batch.prompt_ids_N, batch.source_ids_N))
-            seen[prompt, source] = [(float(batch.advantages_N[r]), float(batch.weights_N[r]), bool(batch.best_N[r])) for r in rows]
+            seen[prompt, source] = [(float(batch.advantages_N[r]), float(batch.weights_N[r]), bool(batch.best_N[r]))
+            for r in rows]
     for p, sources in REWARDS.items():
         weights = softmax({s: max(r) for s, r in sources.items()})
         for source, rewards in sources.items():
@@ -120,7 +121,8 @@ def test_mappo_gaps_and_infifpo_columns(data, prepare_stage, build_dataset, make
     assert not batch.source_present_PK[~in_first | own].any()
     assert batch.source_chosen_mean_logps_PK[0].tolist() == [-2.0, -2.0, 0.0]
     plain = build_dataset([make_record(response="w1"), make_record(response="w2", reward=3.0)], force=True)
-    with pytest.raises(UserError, match="infifpo reads the sources' own log-probabilities: add the field source_mean_logps"):
+    wanted = "infifpo reads the sources' own log-probabilities: add the field source_mean_logps"
+    with pytest.raises(UserError, match=wanted):
         prepare_stage(plain, "fusepo", loss="infifpo")
     with pytest.raises(UserError, match="scale the rewards to \\[0, 1\\]"):
         prepare_stage(plain, "fusepo", loss="mappo")
@@ -137,7 +139,8 @@ def test_source_mean_logps_are_checked(build_dataset, make_record, value, proble
 
 
 def test_a_group_larger_than_a_micro_batch_is_refused_with_its_size(data, prepare_stage):
-    with pytest.raises(UserError, match=r"prompt 0 \(3 sequences \(all responses of a source\), 15 positions\) does not fit .* raise data"):
+    wanted = r"prompt 0 \(3 sequences \(all responses of a source\), 15 positions\) does not fit .* raise data"
+    with pytest.raises(UserError, match=wanted):
         batches_of(prepare_stage(data, "fusepo", loss="rloo"), packing=False, rows=2)
 
 

@@ -1,0 +1,112 @@
+"""Validation on held-out prompts, and the two decisions taken from it: which checkpoints are best, when to stop early.
+
+Every validation is one line of validation.jsonl: the step and each metric with `val_` in front. Both decisions are functions of
+that history alone, so a resumed run takes the ones the unbroken run would have taken. Rank 0 reads and decides, all ranks learn.
+"""
+
+import json
+import math
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.mcore.losses import metric_names
+from fuserl_megatron.mcore.step import Engine, evaluate, reduced
+from fuserl_megatron.train.feed import Feed, step_values
+
+FILE = "validation.jsonl"
+
+
+def is_due(config: Config, step: int, total: int) -> bool:
+    """Whether there is a validation after this many steps (0: before the first)."""
+    every = config.trainer.val_check_interval
+    return step in (0, total) or bool(every and step % every == 0)
+
+
+def check_monitor(config: Config, sources: list[str]) -> None:
+    """Refuse a monitor that no validation gives, before anything heavy starts."""
+    monitor = config.exp_manager.checkpoint_callback_params.monitor
+    known = ["val_loss", *(f"val_{name}" for name in metric_names(config.objective, sources))]
+    if monitor is not None and monitor not in known:
+        near = get_close_matches(monitor, known, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"exp_manager.checkpoint_callback_params.monitor={monitor}: no such metric. Did you mean {near}? "
+            f"There are: {', '.join(n for n in known if '/' not in n)}, and some of them per source."
+        )
+
+
+def validate(config: Config, engine: Engine, feed: Feed, step: int, total: int) -> dict[str, float]:
+    """Loss and metrics of the held-out prompts under the weights after `step` steps, equal on all ranks.
+
+    Prompts come in the order of the data set, global_batch_size at a time (over which KTO's reference point is taken).
+
+    Raises:
+        NonFiniteError: a loss that is not finite.
+    """
+    engine = replace(engine, source_names=feed.prepared.dataset.sources)
+    sums, normalizer, totals_M2 = 0, 0.0, None
+    for plan in feed.sampler.scoring_plans(first_prompts=config.trainer.limit_val_prompts):
+        values = step_values(config, engine, feed, plan, step, total)
+        part_M2 = evaluate(engine, feed.batches(plan, engine.layout.dp_rank), values)
+        totals_M2 = part_M2 if totals_M2 is None else totals_M2 + part_M2
+        weighted = config.objective.nll_reduction == "weighted_token_mean"
+        normalizer += plan.sum_weighted_tokens if weighted else plan.num_prompts
+        sums += plan.num_prompts
+    loss, metrics = reduced(engine, totals_M2)
+    return {"val_loss": loss / normalizer, **{f"val_{k}": v for k, v in metrics.items()}, "val_prompts": sums}
+
+
+class History:
+    """The validations of a run so far, on every rank; rank 0 keeps them in validation.jsonl."""
+
+    def __init__(self, config: Config, directory: Path, done: int, is_main: bool):
+        """Read what a run that is being continued has; validations after step `done` are forgotten."""
+        self.path, self.is_main = directory / FILE, is_main
+        params = config.exp_manager.checkpoint_callback_params
+        self.monitor, self.mode, self.top_k = params.monitor, params.mode, params.save_top_k
+        self.stopping = config.exp_manager.early_stopping_callback_params
+        self.records: list[dict] = []
+        if is_main and done and self.path.is_file():
+            lines = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip())
+            self.records = list({r["step"]: r for r in lines if r["step"] <= done}.values())
+        if is_main:
+            directory.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Append one validation (rank 0)."""
+        record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
+        self.records.append(record)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def best_steps(self, trained_only: bool = True) -> list[int]:
+        """Steps by the monitored metric, best first (ties: the earlier one); step 0 has no checkpoint."""
+        if self.monitor is None:
+            return []
+        sign = 1.0 if self.mode == "min" else -1.0
+        scored = [
+            (sign * r[self.monitor], r["step"])
+            for r in self.records
+            if r.get(self.monitor) is not None and (r["step"] or not trained_only)
+        ]
+        return [step for _, step in sorted(scored)]
+
+    def kept_steps(self) -> list[int]:
+        """The save_top_k best steps."""
+        best = self.best_steps()
+        return best if self.top_k < 0 else best[: self.top_k]
+
+    def should_stop(self) -> bool:
+        """Whether `patience` validations in a row brought no new best value (a value that is not a number is none)."""
+        if self.stopping.patience is None:
+            return False
+        sign, best, waited = 1.0 if self.mode == "min" else -1.0, math.inf, 0
+        for record in sorted(self.records, key=lambda r: r["step"]):
+            value = record.get(self.monitor)
+            if value is not None and sign * value < best - self.stopping.min_delta:
+                best, waited = sign * value, 0
+            else:
+                waited += 1
+        return waited >= self.stopping.patience

@@ -1,0 +1,96 @@
+"""SimPO, RLOO, WRPO, KTO and others: the numbers of the float64 twin under every layout (<= 1e-5), reference three ways."""
+
+import dataclasses
+import functools
+
+import pytest
+from fusion_case import DPO, LOSSES, loss_and_gradients, make_case, make_config, twin, worst_relative_error
+from test_layouts import BOUND, check, planted
+
+MAIN = ["simpo", "rloo", "wrpo", "kto"]
+LAYOUTS = {
+    "tp2 sp": (dict(tp=2, sp=True), 2),
+    "pp2": (dict(pp=2), 2),
+    "tp2 pp2 sp": (dict(tp=2, pp=2, sp=True), 4),
+    "dp2, a prompt's sources spread over ranks": (dict(packing=False, rows=3, seq_length=96), 2),
+    "one row a micro-batch": (dict(rows=1, seq_length=400), 1),
+    "prefix shared": (dict(rows=2, seq_length=240, share="on"), 1),
+}
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    return make_case(tmp_path_factory.mktemp("case"))
+
+
+@pytest.fixture(scope="module")
+def expected(case):
+    return functools.cache(lambda name: twin(case, LOSSES[name]))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MAIN)
+def test_layout_parity(ranks, case, expected, tmp_path, name, layout):
+    changes, world = LAYOUTS[layout]
+    result = check(ranks, expected(name), make_config(case, LOSSES[name], **changes), world, tmp_path / "reference")
+    if name == "kto":
+        assert result[0] != pytest.approx(0.5 * (1 + 1.5) / 2, abs=1e-3)  # kl and beta are such that something is seen
+
+
+@pytest.mark.parametrize("name", ["orpo", "mappo", "infifpo"])
+def test_the_other_losses(ranks, case, expected, tmp_path, name):
+    check(ranks, expected(name), make_config(case, LOSSES[name], tp=2, sp=True), 2, tmp_path / "reference")
+
+
+@pytest.mark.parametrize("name", ["simpo", "rloo"])
+def test_a_ragged_last_batch_is_divided_by_its_own_prompts(ranks, case, expected, tmp_path, name):
+    config = make_config(case, LOSSES[name], global_batch_size=4)
+    parts = [ranks.run(loss_and_gradients, 2, config, str(tmp_path / "reference"), step)[0] for step in (0, 1)]
+    counts = [part[5] for part in parts]
+    assert counts == [4, 3]
+    loss, grads = expected(name)
+    assert sum(c * part[0] for c, part in zip(counts, parts, strict=True)) / 7 == pytest.approx(loss, rel=BOUND)
+    whole = {n: sum(c * part[3][n] for c, part in zip(counts, parts, strict=True)) / 7 for n in grads}
+    assert worst_relative_error(whole, grads) <= BOUND
+
+
+@pytest.mark.parametrize(
+    "name, fault, world",
+    [("simpo", "divide_by_rows", 1), ("rloo", "divide_by_rows", 1), ("kto", "divide_by_local_count", 2)],
+)
+def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, name, fault, world):
+    config = make_config(case, LOSSES[name])
+    grads = ranks.run(planted, world, fault, config, str(tmp_path / "reference"))[0][3]
+    assert worst_relative_error(grads, expected(name)[1]) > 100 * BOUND
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_three_reference_modes_give_the_same_numbers(ranks, case, tmp_path, name):
+    found = {}
+    for mode in ("cache", "resident", "swap"):
+        config = make_config(case, DPO if name == "dpo" else LOSSES["kto"], tp=2)
+        config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference_mode=mode))
+        found[mode] = ranks.run(loss_and_gradients, 2, config, str(tmp_path / mode))[0]
+        assert (tmp_path / mode).exists() == (mode == "cache")
+    loss, _, _, grads, *_ = found["cache"]
+    for mode in ("resident", "swap"):
+        assert found[mode][0] == pytest.approx(loss, rel=1e-6)
+        assert worst_relative_error(found[mode][3], grads) <= BOUND
+
+
+def test_a_reference_free_loss_loads_no_reference(ranks, case, tmp_path):
+    config = make_config(case, LOSSES["simpo"])
+    assert config.objective.reference is None
+    metrics = ranks.run(loss_and_gradients, 1, config, str(tmp_path / "reference"))[0][1]
+    assert not (tmp_path / "reference").exists() and "kl_to_reference" not in metrics
+
+
+def test_metrics_are_the_same_under_every_layout(ranks, case, tmp_path):
+    for name in ("rloo", "kto", "wrpo"):
+        runs = [
+            ranks.run(loss_and_gradients, world, make_config(case, LOSSES[name], **changes), str(tmp_path / name))[0][1]
+            for changes, world in (LAYOUTS["pp2"], LAYOUTS["dp2, a prompt's sources spread over ranks"])
+        ]
+        assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=1e-5, nan_ok=True)
+        shares = [v for k, v in runs[0].items() if k.startswith("weight_share/")]
+        assert sum(shares) == pytest.approx(1.0) and len(shares) == 3
