@@ -2,7 +2,7 @@
 
     python examples/skills/compare.py --dir runs/compare --seeds 1 2 3
 
-One process a run (the layout does not change the numbers), two runs at a time. A run that is there already is not repeated.
+One process a run (the layout does not change the numbers), two runs at a time. What is there already is not repeated.
 """
 
 import argparse
