@@ -4,7 +4,8 @@ import dataclasses
 import functools
 
 import pytest
-from fusion_case import DPO, LOSSES, loss_and_gradients, make_case, make_config, twin, worst_relative_error
+from fusion_case import DPO, LOSSES, loss_and_gradients, make_case, twin, worst_relative_error
+from fusion_case import make_config as make_any_config
 from test_layouts import BOUND, check, planted
 
 MAIN = ["simpo", "rloo", "wrpo", "kto"]
@@ -16,6 +17,11 @@ LAYOUTS = {
     "one row a micro-batch": (dict(rows=1, seq_length=400), 1),
     "prefix shared": (dict(rows=2, seq_length=240, share="on"), 1),
 }
+
+
+def make_config(case, objective, **changes):
+    """All responses of a prompt (RLOO) fit two rows."""
+    return make_any_config(case, objective, **{"seq_length": 200, **changes})
 
 
 @pytest.fixture(scope="module")
