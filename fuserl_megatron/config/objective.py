@@ -102,7 +102,8 @@ def _check_loss(objective: ObjectiveConfig) -> None:
     low, high = objective.min_reward_gap, objective.max_reward_gap
     if low is not None and high is not None and low > high:
         rule = f"no pair is above it and below max_reward_gap={high}"
-        raise UserError(f"objective.min_reward_gap={show(low)}: {rule}; objective.min_reward_gap={high / 10} would work.")
+        works = f"objective.min_reward_gap={high / 10} would work"
+        raise UserError(f"objective.min_reward_gap={show(low)}: {rule}; {works}.")
 
 
 def _refuse_given(objective: ObjectiveConfig, name: str, rule: str) -> None:

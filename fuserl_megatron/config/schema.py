@@ -7,6 +7,12 @@ conf/ onto them, `validate.py` holds the rules between fields. Nothing here impo
 from dataclasses import dataclass, field
 from typing import Literal
 
+# fmt: off
+Loss = Literal["dpo", "ln_dpo", "cdpo", "robust", "hinge", "ipo", "simpo", "cpo", "orpo", "kto", "rloo", "wrpo",
+               "mappo", "infifpo"]
+Check = Literal["first_step_loss", "prompt_weights", "mask_coverage", "group_integrity", "reference_hash"]
+# fmt: on
+
 
 class UserError(ValueError):
     """Something the user can put right. One line: what, where, what to type instead. Ends a command with exit code
@@ -26,9 +32,7 @@ class RunConfig:
     export: bool = True
     """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint where one is monitored, else
     the last step."""
-    disable_checks: tuple[
-        Literal["first_step_loss", "prompt_weights", "mask_coverage", "group_integrity", "reference_hash"], ...
-    ] = ()
+    disable_checks: tuple[Check, ...] = ()
     """Invariants that are not to be checked while the run goes; all of them are by default (train/checks.py says
     what each is)."""
 
@@ -173,12 +177,7 @@ class ObjectiveConfig:
     """FuseSFT with selection=top_m: responses per prompt (4 when null)."""
     nll_reduction: Literal["token_mean", "token_sum", "weighted_token_mean"] | None = None
     """FuseSFT: mean over a response's tokens (default), their sum, or one weighted mean over the batch's tokens."""
-    loss: (
-        Literal[
-            "dpo", "ln_dpo", "cdpo", "robust", "hinge", "ipo", "simpo", "cpo", "orpo", "kto", "rloo", "wrpo", "mappo", "infifpo"
-        ]
-        | None
-    ) = None
+    loss: Loss | None = None
     """FusePO: the loss (docs/math.md has the equations). The options below belong to some of them each; null takes
     the loss's
     default (objectives/loss_table.py), and an option that the loss does not use is refused."""

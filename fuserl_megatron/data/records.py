@@ -215,8 +215,8 @@ def check_source_names(loaded: LoadedRecords, filtered: bool) -> bool:
             unknown = sorted(set(logps) - set(loaded.sources))
             if unknown and not filtered:
                 file, line = group.responses[key][1]
-                have = ", ".join(loaded.sources)
-                raise UserError(f"{file}:{line}: field 'source_mean_logps' names {unknown[0]!r}: the sources are {have}")
+                have = f"the sources are {', '.join(loaded.sources)}"
+                raise UserError(f"{file}:{line}: field 'source_mean_logps' names {unknown[0]!r}: {have}")
     return found
 
 

@@ -110,7 +110,8 @@ class GlobalBatchSampler:
         prompts = np.arange(self.prepared.num_prompts)[:first_prompts]
         if missing is not None:
             wanted_N = missing[self.prepared.response_ids]
-            prompts = prompts[(np.add.reduceat(wanted_N.astype(np.int64), self.prepared.sequence_offsets[:-1]) > 0)[prompts]]
+            wanted_G = np.add.reduceat(wanted_N.astype(np.int64), self.prepared.sequence_offsets[:-1]) > 0
+            prompts = prompts[wanted_G[prompts]]
         size = self.data.global_batch_size
         for step, start in enumerate(range(0, prompts.size, size)):
             yield self._plan(step, 0, prompts[start : start + size])

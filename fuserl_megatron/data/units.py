@@ -29,6 +29,8 @@ from fuserl_megatron.objectives.weights import (
     source_weights,
 )
 
+NEED_REWARDS = "sources need 2 responses with different rewards"
+
 
 @dataclass(frozen=True)
 class PairTable:
@@ -101,7 +103,8 @@ def _triples(selection: Selection) -> PreparedSet:
         "prompts_without_other_source": int((own_G & ~strong_G).sum()),
     }
     kept_G = own_G & strong_G
-    _stop_if_empty(dataset, kept_G, counts, f"source {name} needs 2 responses with different rewards, and others beside it")
+    need = f"source {name} needs 2 responses with different rewards, and others beside it"
+    _stop_if_empty(dataset, kept_G, counts, need)
     # the best response over all other sources, by raw reward; ties: the first recorded
     rewards_GR = selection.table.rewards_GKN.masked_fill(~(selection.table.mask_GKN & others_GK[..., None]), -torch.inf)
     ids_GR, rewards_GR = selection.table.response_ids_GKN.flatten(1), rewards_GR.flatten(1)
@@ -123,7 +126,9 @@ def _single_responses(selection: Selection) -> PreparedSet:
     groups_N = np.searchsorted(selection.dataset.response_offsets, ids_N, side="right") - 1
     weights_N = weights_GK.numpy()[groups_N, selection.dataset.source_ids[ids_N]] / 2
     beside = {"desirable_N": np.isin(ids_N, chosen_P)}
-    return _of_sequences(selection, np.unique(groups_P), ids_N, weights_N, weights_GK, counts, Unit.SINGLE_RESPONSES, beside)
+    return _of_sequences(
+        selection, np.unique(groups_P), ids_N, weights_N, weights_GK, counts, Unit.SINGLE_RESPONSES, beside
+    )
 
 
 def _all_responses(selection: Selection) -> PreparedSet:
@@ -136,7 +141,7 @@ def _all_responses(selection: Selection) -> PreparedSet:
         "zero_weight": int((present_GK & (weights_GK == 0)).sum()),
         "sources_without_advantage": int(silent_GK.sum()),
     }
-    _stop_if_empty(dataset, (~silent_GK & present_GK).any(dim=1), counts, "sources need 2 responses with different rewards")
+    _stop_if_empty(dataset, (~silent_GK & present_GK).any(dim=1), counts, NEED_REWARDS)
     best_GK = best_and_worst_indices(table.rewards_GKN, table.mask_GKN)[0]
     is_best_GKN = torch.zeros_like(table.mask_GKN).scatter_(2, best_GK[..., None], True)
     keep_GKN = (table.mask_GKN & (weights_GK > 0)[..., None]).numpy()
@@ -149,7 +154,9 @@ def _all_responses(selection: Selection) -> PreparedSet:
     weights_N = flat(weights_GK[..., None].expand_as(table.rewards_GKN))
     beside = {"advantages_N": flat(advantages_GKN), "best_N": flat(is_best_GKN)}
     group_ids = np.arange(dataset.num_groups)
-    return _of_sequences(selection, group_ids, ids_N[order_N], weights_N, weights_GK, counts, Unit.ALL_RESPONSES, beside)
+    return _of_sequences(
+        selection, group_ids, ids_N[order_N], weights_N, weights_GK, counts, Unit.ALL_RESPONSES, beside
+    )
 
 
 def _ids(selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,7 +167,7 @@ def _weighted_pairs(selection: Selection) -> tuple[np.ndarray, np.ndarray, torch
     """Groups and sources [P] of the pairs that count, the weights [G, K] over sources with a pair, everything
     dropped."""
     counts, has_pair_GK = dict(selection.pairs.counts), selection.pairs.has_pair_GK
-    _stop_if_empty(selection.dataset, has_pair_GK.any(dim=1), counts, "sources need 2 responses with different rewards")
+    _stop_if_empty(selection.dataset, has_pair_GK.any(dim=1), counts, NEED_REWARDS)
     weights_GK = source_weights(selection.scores_GK, has_pair_GK, selection.reward_temperature)
     counts["zero_weight"] = int((has_pair_GK & (weights_GK == 0)).sum())
     groups_P, sources_P = (a.numpy() for a in (has_pair_GK & (weights_GK > 0)).nonzero(as_tuple=True))
@@ -272,7 +279,7 @@ def _source_logps(dataset: FusedDataset, chosen_P: np.ndarray, rejected_P: np.nd
     present_PK = ~(np.isnan(chosen_PK) | np.isnan(rejected_PK))
     if not present_PK.any():
         raise UserError(
-            f"{dataset.path}: objective.loss=infifpo: no pair has source_mean_logps of one source for both its responses; "
+            f"{dataset.path}: objective.loss=infifpo: no pair has source_mean_logps of one source for both responses; "
             "add them to the records and build again."
         )
     return {

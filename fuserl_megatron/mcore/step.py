@@ -124,7 +124,10 @@ def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, for
 
 
 def forward_backward(
-    engine: Engine, batches: Sequence[PackedBatch], normalizer: float, values: StepValues = StepValues()  # noqa: B008
+    engine: Engine,
+    batches: Sequence[PackedBatch],
+    normalizer: float,
+    values: StepValues = StepValues(),  # noqa: B008
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one global batch into the DDP buffers. Returns the loss and the metrics, equal on all ranks.
 
@@ -148,7 +151,7 @@ def forward_backward(
 
 @torch.no_grad()
 def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues = StepValues()) -> torch.Tensor:  # noqa: B008
-    """This rank's part of a batch's undivided loss and of its metrics, without gradients; add parts up, then call `reduced`.
+    """This rank's part of a batch's undivided loss and of its metrics, no gradients; add parts up, then call `reduced`.
 
     Raises:
         NonFiniteError: as `forward_backward`.
@@ -169,7 +172,7 @@ def reduced(engine: Engine, totals_M2: torch.Tensor) -> tuple[float, dict[str, f
 def _losses_and_metrics(
     engine: Engine, batches: Sequence[PackedBatch], normalizer: float, values: StepValues, forward_only: bool
 ) -> torch.Tensor:
-    """Runs the schedule; row 0 is the loss, the others the metrics' sums and counts; zeros on ranks that do not report."""
+    """Runs the schedule; row 0 is the loss, the others the metrics (sum, count); zeros on ranks that do not report."""
     names = metric_names(engine.objective, engine.source_names)
 
     def on_output(output, batch):
@@ -218,8 +221,8 @@ def train_step(
     """One optimizer step over a global batch. All ranks call it with their own micro-batches.
 
     Raises:
-        NonFiniteError: loss or gradient not finite; the weights are those from before the step (also when `check`, which is
-            given the loss, raises).
+        NonFiniteError: loss or gradient not finite; the weights are those from before the step (also when `check`,
+            which is given the loss, raises).
     """
     loss, metrics = forward_backward(engine, batches, normalizer, values)
     check(loss)

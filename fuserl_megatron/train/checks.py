@@ -1,10 +1,10 @@
 """Invariants that are checked while a run goes. All are on by default; run.disable_checks=[name] turns one off.
 
-    prompt_weights     once: the weights of every prompt sum to 1
-    mask_coverage      every step: each sequence has exactly its scored positions, never none, and prompts are not scored
-    group_integrity    every step: pairs and triples lie inside one prompt and source, RLOO's groups are whole
-    first_step_loss    first step, policy == reference: the loss has its analytic value (log 2 for the DPO family)
-    reference_hash     stored reference log-probabilities belong to this model, data set and precision (train/reference.py)
+prompt_weights     once: the weights of every prompt sum to 1
+mask_coverage      every step: each sequence has its scored positions, never none, and prompts are not scored
+group_integrity    every step: pairs and triples lie inside one prompt and source, RLOO's groups are whole
+first_step_loss    first step, policy == reference: the loss has its analytic value (log 2 for the DPO family)
+reference_hash     stored reference scores belong to this model, data set and precision (reference.py)
 """
 
 import os
@@ -48,7 +48,8 @@ def check_prepared(config: Config, prepared: PreparedSet) -> None:
     sums_G = np.add.reduceat(weights_N, offsets[:-1])
     worst = int(np.abs(sums_G - 1).argmax())
     if abs(sums_G[worst] - 1) > WEIGHT_TOLERANCE:
-        raise InvariantError("prompt_weights", f"prompt {prepared.group_ids[worst]}: weights sum to {sums_G[worst]}, not 1")
+        problem = f"prompt {prepared.group_ids[worst]}: weights sum to {sums_G[worst]}, not 1"
+        raise InvariantError("prompt_weights", problem)
 
 
 def check_batches(config: Config, unit: Unit | None, batches: Sequence[PackedBatch], layout: Layout) -> None:
@@ -90,9 +91,10 @@ def _mask_coverage(batch: PackedBatch, unit: Unit | None) -> str | None:
     counts_N = torch.bincount(batch.sequence_ids_BS[scored_BS].clamp(min=0), minlength=batch.num_sequences)
     if not torch.equal(counts_N, batch.lengths_N) or bool((counts_N == 0).any()):
         n = int((counts_N != batch.lengths_N).int().argmax())
-        return f"response {batch.response_ids_N[n]}: {counts_N[n]} positions are scored, it has {batch.lengths_N[n]} tokens"
-    if int(scored_BS.sum()) == int((batch.segment_ids_BS >= 0).sum()) and batch.positions_BS.max() >= batch.lengths_N.max():
-        return "every position is scored, prompts too"
+        counted = f"{counts_N[n]} positions are scored, it has {batch.lengths_N[n]} tokens"
+        return f"response {batch.response_ids_N[n]}: {counted}"
+    if int(scored_BS.sum()) == int((batch.segment_ids_BS >= 0).sum()):
+        return "every position is scored: a prompt longer than one token must not be"
     return None
 
 

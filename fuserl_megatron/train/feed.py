@@ -1,8 +1,8 @@
 """What a pass over a data set needs at hand: its batches, their reference log-probabilities, the numbers of each step.
 
-KTO compares with the log-ratio of *mismatched* pairs: each response under another prompt (the next one of the set), the mean over
-the whole global batch. It is computed before the step by a forward-only pass over as many sequences again (and stored reference
-scores of them): one forward pass more, a third of a step's time, and the same number whatever the layout.
+KTO compares with the log-ratio of *mismatched* pairs: each response under another prompt (the next one of the set),
+the mean over the whole global batch. It is computed before the step by a forward-only pass over as many sequences again
+(and reference scores of them): one forward pass more, about a third of a step's time, the same number in every layout.
 """
 
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ def step_values(config: Config, engine: Engine, feed: Feed, plan: StepPlan, step
 
 
 def _kto_kl(engine: Engine, feed: Feed | None, plan: StepPlan) -> float:
-    """KTO's reference point over the plan's prompts, in nats; 0 where a single prompt has no other to be mismatched with."""
+    """KTO's reference point over the plan's prompts, in nats; 0 where a single prompt has no other."""
     if feed is None:
         return 0.0
     batches = feed.sampler.micro_batches(feed.sampler.plan_of(plan.prompts), engine.layout.dp_rank)

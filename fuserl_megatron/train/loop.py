@@ -163,7 +163,9 @@ def _one_step(config: Config, engine: Engine, feed: Feed, log: RunLog, step: int
     )
     clip = config.trainer.gradient_clip_val
     record = dict(step=step + 1, epoch=plan.epoch, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
-    record |= {name: value for name, value in (("wrpo_alpha", values.alpha), ("kto_kl", values.kl)) if value is not None}
+    record |= {
+        name: value for name, value in (("wrpo_alpha", values.alpha), ("kto_kl", values.kl)) if value is not None
+    }
     record |= result.metrics | dict(
         effective_number_of_sources=float(feed.prepared.effective_sources[plan.prompts].mean()),
         clipped=float(0 < clip < result.grad_norm),
@@ -185,7 +187,7 @@ def _validate(config: Config, engine: Engine, feed: Feed, history: History, log:
 
 
 def _decide(history: History, layout: parallel.Layout, step: int) -> tuple[bool, bool, list[int]]:
-    """Whether this step is among the best, whether to stop, which checkpoints are the best: rank 0's answer, on all ranks."""
+    """Whether this step is among the best, whether to stop, which checkpoints are best: rank 0's answer, for all."""
     kept = history.kept_steps()
     return parallel.from_main_rank((step in kept, history.should_stop(), kept), layout.device)
 

@@ -1,9 +1,9 @@
-"""Reference log-probabilities, three ways with the same numbers: kept on disk, a second model in memory, swapped weights.
+"""Reference log-probabilities, three ways with the same numbers: kept on disk, a second model, swapped weights.
 
-    cache      scored once before training, one float32 a response on disk; nothing but a look-up afterwards (the default)
+    cache      scored once before training, one float32 a response on disk; then only look-ups (the default)
     resident   a second model next to the policy, scored every step: no file, twice the weights in memory
-    swap       one model; every step the reference's weights come from the CPU, score, and the policy's come back: no second
-               model on the device, but two copies over the bus a step
+    swap       one model; every step the reference's weights come from the CPU, score, and the policy's come back:
+               no second model on the device, but two copies over the bus a step
 
 All three hand out float32 sums.
 """
@@ -60,7 +60,7 @@ class LiveReference:
 
         Args:
             config: the run.
-            engine: the policy's. For swap its weights must not be needed any more: they are replaced by the reference's.
+            engine: the policy's. In mode swap its weights are replaced by the reference's: load the policy afterwards.
         """
         self.swapping = config.objective.reference_mode == "swap"
         path = reference_path(config)
@@ -167,9 +167,8 @@ def _score_missing(
             cache.flush()
     if layout.is_main:
         cache.finish(prepared.response_ids)
-        say(
-            f"reference: {num_scored} sequences of {reference_path(config)} scored in {time.monotonic() - started:.1f} s"
-        )
+        seconds = time.monotonic() - started
+        say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s")
     parallel.any_rank(False, layout.device)  # nobody reads before everything is written
 
 

@@ -1,7 +1,8 @@
 """Validation on held-out prompts, and the two decisions taken from it: which checkpoints are best, when to stop early.
 
-Every validation is one line of validation.jsonl: the step and each metric with `val_` in front. Both decisions are functions of
-that history alone, so a resumed run takes the ones the unbroken run would have taken. Rank 0 reads and decides, all ranks learn.
+Every validation is one line of validation.jsonl: the step and each metric with `val_` in front. Both decisions are
+functions of that history alone, so a resumed run takes the ones the unbroken run would have taken. Rank 0 reads and
+decides, all ranks learn.
 """
 
 import json

@@ -276,7 +276,9 @@ def twin(paths, objective, dtype=torch.float64):
     for g in range(data.num_groups):
         group = data.group(g)
         prompt, by_source = group.prompt_tokens.tolist(), {}
-        for n, (response, source, reward) in enumerate(zip(group.responses, group.source_ids, group.rewards, strict=True)):
+        for n, (response, source, reward) in enumerate(
+            zip(group.responses, group.source_ids, group.rewards, strict=True)
+        ):
             logps = data.source_mean_logps[group.first_response_id + n].tolist()
             answer = Answer(models, prompt, float(reward), response.tolist(), logps)
             by_source.setdefault(data.sources[source], []).append(answer)

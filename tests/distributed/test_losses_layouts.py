@@ -1,4 +1,4 @@
-"""SimPO, RLOO, WRPO, KTO and others: the numbers of the float64 twin under every layout (<= 1e-5), reference three ways."""
+"""SimPO, RLOO, WRPO, KTO and others: the float64 twin's numbers under every layout (<= 1e-5); reference three ways."""
 
 import dataclasses
 import functools

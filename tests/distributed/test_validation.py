@@ -55,7 +55,9 @@ def saved(directory):
 def test_validation_is_the_same_under_every_layout_and_changes_nothing(ranks, case, held_out, tmp_path, objective):
     found = {}
     for name, world, layout in (("one", 1, {}), ("dp2", 2, dict(packing=False, rows=3, seq_length=96))):
-        config = make_config(case, objective, max_steps=3, global_batch_size=3, results_dir=str(tmp_path / name), **layout)
+        config = make_config(
+            case, objective, max_steps=3, global_batch_size=3, results_dir=str(tmp_path / name), **layout
+        )
         assert ranks.run(run, world, with_validation(config, held_out)) == [0] * world
         found[name] = lines(tmp_path / name, "validation.jsonl")
     assert [r["step"] for r in found["one"]] == [0, 2, 3] and found["one"][0]["val_prompts"] == 5

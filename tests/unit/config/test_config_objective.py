@@ -1,4 +1,4 @@
-"""Every loss: its options are taken, those of others refused with the losses that would take them; defaults come from one table."""
+"""Every loss: its options are taken, those of others refused with the losses that take them; one table of defaults."""
 
 import dataclasses
 import typing
@@ -51,12 +51,18 @@ def test_each_loss_takes_its_options_and_no_others(loss):
 @pytest.mark.parametrize(
     "given, expected",
     [
-        (dict(loss="cdpo", label_smoothing=None), "label_smoothing=null: objective.loss=cdpo needs it; objective.label_smoothing=0.1 would"),
+        (
+            dict(loss="cdpo", label_smoothing=None),
+            "label_smoothing=null: objective.loss=cdpo needs it; objective.label_smoothing=0.1 would",
+        ),
         (dict(loss="wrpo", target_source=None), "objective.target_source=null: objective.loss=wrpo needs it"),
         (dict(loss="dpo", target_source="me"), "objective.target_source=me: loss dpo does not use it (wrpo would)"),
         (dict(loss="cdpo", label_smoothing=0.5), "label_smoothing=0.5 must be a number in [0, 0.5)"),
         (dict(loss="simpo", reference="/r"), "objective.reference=/r: loss simpo reads no reference"),
-        (dict(loss="rloo", reference_mode="swap"), "objective.reference_mode=swap: rloo without objective.kl_coef reads no"),
+        (
+            dict(loss="rloo", reference_mode="swap"),
+            "objective.reference_mode=swap: rloo without objective.kl_coef reads no",
+        ),
         (dict(loss="rloo", min_reward_gap=0.1), "loss rloo takes every response and makes no pairs"),
         (dict(loss="rloo", beta=0.1), "loss rloo does not use it (dpo, ln_dpo,"),
     ],
@@ -79,12 +85,24 @@ def test_options_of_fusepo_are_refused_in_fusesft():
     [
         (["trainer.val_check_interval=5"], "trainer.val_check_interval=5: needs data.validation_path"),
         (["exp_manager.checkpoint_callback_params.monitor=val_loss"], "monitor=val_loss: needs data.validation_path"),
-        (["data.validation_path=/v", "exp_manager.checkpoint_callback_params.monitor=loss"], "must be a validation metric"),
+        (
+            ["data.validation_path=/v", "exp_manager.checkpoint_callback_params.monitor=loss"],
+            "must be a validation metric",
+        ),
         (["exp_manager.checkpoint_callback_params.mode=max"], "mode=max: is used with"),
-        (["exp_manager.early_stopping_callback_params.patience=2"], "patience=2: needs exp_manager.checkpoint_callback_params"),
+        (
+            ["exp_manager.early_stopping_callback_params.patience=2"],
+            "patience=2: needs exp_manager.checkpoint_callback_params",
+        ),
         (["run.disable_checks=[weights]"], "run.disable_checks=weights: not one of first_step_loss, prompt_weights"),
-        (["objective=fusepo_dpo", "objective.reference_mode=swap", "optim=distributed"], "may still be writing weights"),
-        (["objective=fusepo_simpo", "objective.label_smoothing=0.1"], "loss simpo does not use it (cdpo, robust would)"),
+        (
+            ["objective=fusepo_dpo", "objective.reference_mode=swap", "optim=distributed"],
+            "may still be writing weights",
+        ),
+        (
+            ["objective=fusepo_simpo", "objective.label_smoothing=0.1"],
+            "loss simpo does not use it (cdpo, robust would)",
+        ),
     ],
 )
 def test_rules_of_a_whole_run(overrides, expected):

@@ -35,8 +35,14 @@ def softmax(scores):
 
 
 def batches_of(prepared, packing=True, rows=3, seq_length=64, share="off"):
-    data = DataConfig(path="x", seq_length=seq_length, micro_batch_size=rows, global_batch_size=4,
-                      packing=PackingConfig(enabled=packing, share_prefix=share), shuffle=False)
+    data = DataConfig(
+        path="x",
+        seq_length=seq_length,
+        micro_batch_size=rows,
+        global_batch_size=4,
+        packing=PackingConfig(enabled=packing, share_prefix=share),
+        shuffle=False,
+    )
     sampler = GlobalBatchSampler(prepared, data, 0, 1)
     return sampler.micro_batches(sampler.step(0), 0)
 
@@ -52,14 +58,17 @@ def test_rloo_takes_every_response_of_a_source_together(data, prepare_stage, pac
             rows = (batch.group_ids_N == group).nonzero()[:, 0].tolist()
             assert all(row < batch.num_sequences for row in rows)
             (prompt,), (source,) = ({int(t[r]) for r in rows} for t in (batch.prompt_ids_N, batch.source_ids_N))
-            seen[prompt, source] = [(float(batch.advantages_N[r]), float(batch.weights_N[r]), bool(batch.best_N[r]))
-            for r in rows]
+            seen[prompt, source] = [
+                (float(batch.advantages_N[r]), float(batch.weights_N[r]), bool(batch.best_N[r])) for r in rows
+            ]
     for p, sources in REWARDS.items():
         weights = softmax({s: max(r) for s, r in sources.items()})
         for source, rewards in sources.items():
             found = seen.pop((p, data.sources.index(source)))
             mean = [(sum(rewards) - r) / (len(rewards) - 1) if len(rewards) > 1 else r for r in rewards]
-            assert [a for a, _, _ in found] == pytest.approx([r - m for r, m in zip(rewards, mean, strict=True)], abs=1e-12)
+            assert [a for a, _, _ in found] == pytest.approx(
+                [r - m for r, m in zip(rewards, mean, strict=True)], abs=1e-12
+            )
             assert [w for _, w, _ in found] == pytest.approx([weights[source]] * len(rewards), rel=1e-12)
             assert [b for _, _, b in found] == [i == rewards.index(max(rewards)) for i in range(len(rewards))]
     assert not seen
@@ -103,9 +112,13 @@ def test_mismatched_responses_stand_under_the_next_prompt(data, prepare_stage):
     for group, following in zip(prompts, [*prompts[1:], prompts[0]], strict=True):
         assert view.dataset.prompt(group).tolist() == data.prompt(following).tolist()
     for batch in batches_of(view):
-        for n, (group, response) in enumerate(zip(batch.prompt_ids_N.tolist(), batch.response_ids_N.tolist(), strict=True)):
+        for n, (group, response) in enumerate(
+            zip(batch.prompt_ids_N.tolist(), batch.response_ids_N.tolist(), strict=True)
+        ):
             labels = batch.labels_BS[batch.sequence_ids_BS == n].tolist()
-            assert labels == data.response(group, response)[: len(labels)].tolist() and len(labels) == batch.lengths_N[n]
+            assert (
+                labels == data.response(group, response)[: len(labels)].tolist() and len(labels) == batch.lengths_N[n]
+            )
     assert mismatched(prepare_stage(data, "fusepo", loss="wrpo", target_source="me")) is not None
 
 
@@ -130,8 +143,12 @@ def test_mappo_gaps_and_infifpo_columns(data, prepare_stage, build_dataset, make
 
 @pytest.mark.parametrize(
     "value, problem",
-    [([1], "must be an object of source -> number"), ({"a": "x"}, "must be an object"), ({"a": 0.5}, "at most 0"),
-     ({"c": -1.0}, r"names 'c': the sources are a")],
+    [
+        ([1], "must be an object of source -> number"),
+        ({"a": "x"}, "must be an object"),
+        ({"a": 0.5}, "at most 0"),
+        ({"c": -1.0}, r"names 'c': the sources are a"),
+    ],
 )
 def test_source_mean_logps_are_checked(build_dataset, make_record, value, problem):
     with pytest.raises(UserError, match=rf"in.jsonl:1: field 'source_mean_logps' .*{problem}"):
@@ -148,6 +165,8 @@ def test_degenerate_data(build_dataset, make_record, prepare_stage):
     equal = build_dataset([make_record(response=f"w{i}") for i in range(3)])
     with pytest.raises(UserError, match="no prompt has a pair .*sources_without_advantage 1"):
         prepare_stage(equal, "fusepo", loss="rloo")
-    records = [make_record(response=f"w{i}", reward=i / 2) for i in range(2)] + [make_record(prompt="w5", response="w1")]
+    records = [make_record(response=f"w{i}", reward=i / 2) for i in range(2)] + [
+        make_record(prompt="w5", response="w1")
+    ]
     lone = prepare_stage(build_dataset(records, force=True), "fusepo", loss="rloo")
     assert lone.of_sequences["advantages_N"].tolist() == [-0.5, 0.5, 0.0] and lone.weights.tolist() == [1.0] * 3
