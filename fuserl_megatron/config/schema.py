@@ -30,11 +30,9 @@ class RunConfig:
     seed: int = 1234
     """Seeds the data order. Nothing else in training is random (dropout is 0)."""
     export: bool = True
-    """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint where one is monitored, else
-    the last step."""
+    """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint's where one is monitored."""
     disable_checks: tuple[Check, ...] = ()
-    """Invariants that are not to be checked while the run goes; all of them are by default (train/checks.py says
-    what each is)."""
+    """Invariants not to be checked while the run goes (train/checks.py says what each is); all are by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +69,14 @@ class CheckpointConfig:
     save_top_k: int = 2
     """How many checkpoints are kept, the newest, or with monitor the best (and the newest besides); -1 keeps all."""
     monitor: str | None = None
-    """Validation metric that says which checkpoint is best, val_loss or val_accuracy for instance; a validation that
-    is among the
-    save_top_k best is followed by a checkpoint. null: no best one."""
+    """Validation metric that says which checkpoint is best (val_loss, val_accuracy, ...); null: no best one."""
     mode: Literal["min", "max"] = "min"
     """Whether the monitored metric is better when it is smaller or larger."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyStoppingConfig:
-    """NeMo's exp_manager.early_stopping_callback_params; the metric is the one of
-    checkpoint_callback_params.monitor."""
+    """NeMo's early_stopping_callback_params; the metric is checkpoint_callback_params.monitor."""
 
     patience: int | None = None
     """Validations in a row without a new best value after which the run ends; null never ends it."""
@@ -178,12 +173,9 @@ class ObjectiveConfig:
     nll_reduction: Literal["token_mean", "token_sum", "weighted_token_mean"] | None = None
     """FuseSFT: mean over a response's tokens (default), their sum, or one weighted mean over the batch's tokens."""
     loss: Loss | None = None
-    """FusePO: the loss (docs/math.md has the equations). The options below belong to some of them each; null takes
-    the loss's
-    default (objectives/loss_table.py), and an option that the loss does not use is refused."""
+    """FusePO: the loss. Of the options below each takes some (null: its default), and the others are refused."""
     beta: float | None = None
-    """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo and
-    simpo)."""
+    """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo)."""
     label_smoothing: float | None = None
     """cdpo, robust (required): the share of pairs that are the wrong way round, in [0, 0.5)."""
     gamma_beta_ratio: float | None = None
@@ -193,8 +185,7 @@ class ObjectiveConfig:
     cpo_alpha: float | None = None
     """cpo: weight of its NLL term."""
     rpo_alpha: float | None = None
-    """All but cpo and orpo: weight of an SFT term (mean NLL of the chosen response) beside the loss; 0 leaves it
-    out."""
+    """All but cpo and orpo: weight of an SFT term (mean NLL of the chosen response) beside the loss."""
     desirable_weight: float | None = None
     """kto: weight of the desirable responses."""
     undesirable_weight: float | None = None
@@ -204,16 +195,14 @@ class ObjectiveConfig:
     alpha_end: float | None = None
     """wrpo: the weight that the source response reaches at the last step, from 0."""
     target_source: str | None = None
-    """wrpo (required): the source that is the target itself; its own samples give the pair, the others the source
-    response."""
+    """wrpo (required): the source that is the target itself; its own samples give the pair."""
     fusion: Literal["max_margin", "mean", "confidence"] | None = None
     """infifpo: how the sources' log-probabilities become one reference."""
     reference: str | None = None
     """FusePO: Hugging Face directory of the reference model; null takes model.path (the FuseSFT result)."""
     reference_mode: Literal["cache", "resident", "swap"] | None = None
-    """FusePO: score the reference once and keep its numbers on disk (cache, the default), hold it as a second model
-    in memory
-    and score every step (resident), or hold one model whose weights are swapped with the CPU's for that (swap)."""
+    """FusePO: score the reference once onto disk (cache, the default), hold it as a second model and score every step
+    (resident), or hold one model whose weights are swapped with the CPU's for that (swap)."""
     min_reward_gap: float | None = None
     """FusePO: pairs whose reward gap is smaller are dropped and counted."""
     max_reward_gap: float | None = None
