@@ -125,7 +125,8 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
                 _validate(config, engine, validation[0], history, log, step, total)
                 is_best, stop, kept = _decide(history, layout, step)
             if every is not None and (step == total or stop or is_best or (every and step % every == 0)):
-                keep = config.exp_manager.checkpoint_callback_params.save_top_k if history.monitor is None else 1
+                top_k = config.exp_manager.checkpoint_callback_params.save_top_k
+                keep = 1 if history.monitor is not None and top_k > 0 else top_k
                 checkpoint.save(engine, checkpoints, step, identity, keep, kept)
     except (NonFiniteError, InvariantError) as error:
         if layout.is_main:
