@@ -63,6 +63,11 @@ def hf_to_megatron(
     if make_vocab_size_divisible_by < 1:
         raise UserError(f"make_vocab_size_divisible_by = {make_vocab_size_divisible_by} must be positive; 128 is usual")
     shape = read_config(source)
+    if shape.attention_out_bias != shape.mlp_bias:
+        raise UserError(
+            f"{source}: attention_bias = {shape.attention_out_bias} with mlp_bias = {shape.mlp_bias} is not supported: "
+            "core has one switch for the biases of the output projection and the MLP"
+        )
     companions = hf_io.companion_files(source, require_tokenizer=True)
     with ShardReader(source, allow_pickle) as reader:
         check_tensors(reader, shape)
