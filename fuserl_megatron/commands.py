@@ -107,9 +107,18 @@ def megatron_to_hf(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """`fuserl verify`."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the comparison is one of fp32 on the CPU; core takes any GPU it sees
     from fuserl_megatron.mcore.verify import verify as run
 
-    return run(options.a, options.b, text=options.text, threshold=options.threshold, json_path=options.json)
+    return run(
+        options.a,
+        options.b,
+        text=options.text,
+        threshold=options.threshold,
+        json_path=options.json,
+        max_new_tokens=options.max_new_tokens,
+        hf=options.hf,
+    )
 
 
 def doctor(options: argparse.Namespace) -> int:

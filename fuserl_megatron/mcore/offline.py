@@ -11,6 +11,7 @@ Legend: V vocabulary, H hidden, F feed-forward width, L layers.
 """
 
 import argparse
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from fuserl_megatron.convert.layout import padded_vocab_size
 from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes, megatron_names
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, Scratch, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
-from fuserl_megatron.convert.whole_directory import whole_directory
+from fuserl_megatron.convert.whole_directory import check_destination, whole_directory
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
 from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, find_checkpoint, megatron_tensors, widest
 from fuserl_megatron.mcore.dist_reader import DistReader
@@ -192,6 +193,9 @@ def megatron_to_hf(
         UserError: one line; nothing is left behind, and an older destination is untouched.
     """
     found = find_checkpoint(source, hf)
+    check_destination(
+        Path(os.path.realpath(destination)), found.folder, force
+    )  # export_directory asks for tokenizer_dir
     shape = read_config(found.config_dir)
     with DistReader(found.folder) as reader:
         stored, scratch = check_checkpoint(reader, shape), Scratch()

@@ -1,8 +1,8 @@
 """Every family through the model-parallel ranks: HF -> Megatron -> HF differs by exactly 0, per-token log-probabilities
 within 1e-5 of transformers in fp32, and the same greedy text.
 
-The default run takes a covering set: every case at least once, every layout with the cases it may break. The full product
-of cases and layouts is marked slow.
+The default run takes a covering set: every case at least once, every layout with the cases it may break. The full
+product of cases and layouts is marked slow.
 """
 
 from pathlib import Path
@@ -10,11 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuserl_megatron.testing.tiny import LLAMA3_ROPE, save_char_tokenizer, save_tiny_model
+from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {
-    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 16.0,
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "beta_fast": 16.0,
     "beta_slow": 2.0,
 }
 CASES = {
@@ -35,13 +39,19 @@ CASES = {
     "qwen3": dict(family="qwen3", rope_parameters=PLAIN | {"rope_theta": 1e6}, head_dim=16),
     "qwen3 tied": dict(family="qwen3", rope_parameters=YARN, tie_word_embeddings=True, num_key_value_heads=2),
 }
-LAYOUTS = {"tp1": (1, 1, None), "tp2": (2, 1, None), "pp2": (1, 2, None), "tp2 pp2": (2, 2, None), "pp2 vpp2": (1, 2, 2)}
+LAYOUTS = {
+    "tp1": (1, 1, None),
+    "tp2": (2, 1, None),
+    "pp2": (1, 2, None),
+    "tp2 pp2": (2, 2, None),
+    "pp2 vpp2": (1, 2, 2),
+}
 COVERING = [
     ("llama2 MHA", "tp2"), ("llama3 GQA", "tp1"), ("llama3 GQA", "pp2 vpp2"), ("llama3.1 llama3 rope", "tp2 pp2"),
-    ("llama3.2 tied, wide heads", "pp2"), ("llama3.2 tied, wide heads", "tp2 pp2"), ("MQA", "pp2"), ("biases", "tp2 pp2"),
-    ("biases tied", "pp2 vpp2"), ("linear rope", "tp2"), ("dynamic rope", "tp1"), ("yarn rope", "tp2"),
-    ("yarn tied, attention factor", "pp2"), ("mistral", "tp2 pp2"), ("qwen2.5", "tp2"), ("qwen2.5 tied", "tp2 pp2"),
-    ("qwen3", "tp2 pp2"), ("qwen3 tied", "pp2 vpp2"),
+    ("llama3.2 tied, wide heads", "pp2"), ("llama3.2 tied, wide heads", "tp2 pp2"), ("MQA", "pp2"),
+    ("biases", "tp2 pp2"), ("biases tied", "pp2 vpp2"), ("linear rope", "tp2"), ("dynamic rope", "tp1"),
+    ("yarn rope", "tp2"), ("yarn tied, attention factor", "pp2"), ("mistral", "tp2 pp2"), ("qwen2.5", "tp2"),
+    ("qwen2.5 tied", "tp2 pp2"), ("qwen3", "tp2 pp2"), ("qwen3 tied", "pp2 vpp2"),
 ]  # fmt: skip
 PROMPT, NEW, ROWS = 12, 20, 2
 
@@ -55,7 +65,7 @@ REST = [(c, l) for c in CASES for l in LAYOUTS if possible(c, l) and (c, l) not 
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """case -> (directory, rows of prompt + transformers' greedy continuation, log-probabilities of all tokens but the first)."""
+    """case -> (directory, rows: prompt + transformers' greedy text, log-probabilities of all tokens but the first)."""
     from fuserl_megatron.mcore.verify_sides import HuggingFaceSide
 
     made = {}
@@ -90,7 +100,7 @@ def make_batch(rows_BT):
 
 
 def through_megatron(source, destination, tp, pp, vpp, rows):
-    """Load, run, export. On the last stage: log-probabilities [B, S] and the most probable token at each position; None elsewhere."""
+    """Load, run, export. On the last stage: log-probabilities [B, S] and the most probable tokens; None elsewhere."""
     import torch.distributed as dist
     from megatron.core import parallel_state as ps
 
@@ -100,12 +110,17 @@ def through_megatron(source, destination, tp, pp, vpp, rows):
     from fuserl_megatron.mcore.model import build_model
 
     model = ModelConfig(
-        path=source, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp, virtual_pipeline_model_parallel_size=vpp
+        path=source,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
     )
     layout = parallel.initialize(model, TrainerConfig())
     target = build_model(read_config(source), model, layout, torch.float32)
     weights.load_hf_weights(target, source, layout)
-    engine = step.Engine(target=target, layout=layout, objective=ObjectiveConfig(), source_names=["a"], logprob_chunk_size=17)
+    engine = step.Engine(
+        target=target, layout=layout, objective=ObjectiveConfig(), source_names=["a"], logprob_chunk_size=17
+    )
     batch, found = make_batch(torch.tensor(rows)), []
 
     def on_output(hidden_BSH, batch):

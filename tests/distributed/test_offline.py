@@ -1,5 +1,5 @@
-"""Offline conversion against core itself: what we write, core's own loader reads into a stock GPTModel at any layout; what core
-writes at any layout, we read. Exactly, in both directions."""
+"""Offline conversion against core itself: what we write, core's own loader reads into a stock GPTModel at any layout;
+what core writes at any layout, we read. Exactly, in both directions."""
 
 import json
 import pickle
@@ -73,7 +73,7 @@ def stock_model(directory, tp, pp):
 
 
 def load_with_core(directory, folder, tp, pp):
-    """Load at this layout with core's loader and no key missing on either side; compare with our own slices of the HF files."""
+    """Load at this layout with core's loader, no key missing on either side; compare with our own slices."""
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as ps
 
@@ -87,9 +87,10 @@ def load_with_core(directory, folder, tp, pp):
     state, missing, unexpected = dist_checkpointing.load(state, folder, strict="return_all")
     assert not missing and not unexpected
     chunk.load_state_dict(state["model"])
+    target = TargetModel(shape=shape, chunks=[chunk], config=chunk.config, padded_vocab=padded)
     compared = 0
     with ShardReader(directory) as reader:
-        for name, parameter in named_parameters(TargetModel(shape=shape, chunks=[chunk], config=chunk.config, padded_vocab=padded)):
+        for name, parameter in named_parameters(target):
             expected = read_parameter(reader, shape, name, tp, layout.tp_rank, padded_vocab=padded)
             assert torch.equal(parameter.detach(), expected), name
             compared += 1
@@ -137,7 +138,9 @@ def test_we_read_what_core_wrote(ranks, models, tmp_path, name, tp, pp):
     assert same_weights(directory, tmp_path / "back")
     with DistReader(folder) as theirs, DistReader(ours / "iter_0000000") as mine:
         assert {key: stored.dtype for key, stored in mine.keys.items()} == {k: s.dtype for k, s in theirs.keys.items()}
-        assert all(mine.keys[k].size == theirs.keys[k].size for k in mine.keys if "embedding" not in k and "output" not in k)
+        assert all(
+            mine.keys[k].size == theirs.keys[k].size for k in mine.keys if "embedding" not in k and "output" not in k
+        )
 
 
 def test_the_keys_carry_transformer_engines_fused_norm_names(models):
@@ -206,7 +209,9 @@ def run(config):
 def test_a_training_runs_checkpoint_gives_the_runs_export(ranks, case, tmp_path, objective, world, layout):
     from fuserl_megatron.mcore.offline import megatron_to_hf
 
-    config = make_config(case, objective, global_batch_size=3, max_steps=2, every=2, results_dir=str(tmp_path / "run"), **layout)
+    config = make_config(
+        case, objective, global_batch_size=3, max_steps=2, every=2, results_dir=str(tmp_path / "run"), **layout
+    )
     assert ranks.run(run, world, config) == [0] * world
     megatron_to_hf(tmp_path / "run", tmp_path / "back")
     assert same_weights(tmp_path / "run" / "hf", tmp_path / "back")
