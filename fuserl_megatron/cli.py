@@ -124,9 +124,9 @@ The same command on the same run.results_dir resumes from its newest checkpoint.
   fuserl verify runs/fuserl exported --threshold 1e-4
   fuserl verify models/target exported --text my_prompts.txt --max-new-tokens 64 --json report.json
 
-Compares config, tensors (exactly), per-token log-probabilities and greedy continuations, each model computed by its own
-path in fp32 on the CPU: transformers for a Hugging Face directory, core for a Megatron checkpoint. Rounding in fp32 grows
-with depth: two ways to compute a model of 30 layers differ by some 3e-5, so --threshold 1e-4 is right for real models.
+Compares config, tensors (exactly), per-token log-probabilities and greedy continuations, each model computed by its
+own path in fp32 on the CPU: transformers for a Hugging Face directory, core for a Megatron checkpoint. Rounding grows
+with depth: two ways to compute a model of 30 layers differ by some 3e-5; --threshold 1e-4 is right for real models.
 Exit code 0 when everything agrees, 1 otherwise.
 """,
     )
