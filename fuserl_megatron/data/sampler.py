@@ -143,7 +143,7 @@ class GlobalBatchSampler:
 
     def _plan(self, step: int, epoch: int, prompts: np.ndarray) -> StepPlan:
         prepared, data = self.prepared, self.data
-        units = [u for p in prompts.tolist() for u in units_of(prepared, p, self._whole)]
+        units = [u for p in prompts.tolist() for u in self._units(p)]
         chunks = [chunks_of(prepared, u, self.share_prefix) for u in units]
         places = pack(chunks, data.seq_length, data.micro_batch_size, not data.packing.enabled)
         filled: list[list[tuple[Unit, Placement]]] = [[] for _ in range(max(p.micro_batch for p in places) + 1)]
@@ -196,33 +196,43 @@ class GlobalBatchSampler:
                 f"set: {'saves' if self.share_prefix else 'would save'} {sharing.saving:.1%} of the positions"
             )
 
-    @property
-    def _whole(self) -> bool:
-        """Whether a prompt stays in one micro-batch. KTO's responses need each other only for a shared prompt."""
-        single = self.prepared.unit is LossUnit.SINGLE_RESPONSES
-        return self.data.packing.enabled and (self.share_prefix or not single)
+    def _units(self, prompt: int) -> list[Unit]:
+        """What of a prompt stays in one micro-batch: all of it where it fits, otherwise what its loss needs together.
+
+        The loss is a sum over units with a global normaliser, so the numbers do not depend on this. A shared prefix
+        needs the whole prompt in one row; KTO's single responses need nobody; without packing every sequence has a row
+        of its own.
+        """
+        prepared, data = self.prepared, self.data
+        if data.packing.enabled and (self.share_prefix or prepared.unit is not LossUnit.SINGLE_RESPONSES):
+            (whole,) = units_of(prepared, prompt, True)
+            chunks = chunks_of(prepared, whole, self.share_prefix)
+            if self.share_prefix or fits(chunks, data.seq_length, data.micro_batch_size):
+                return [whole]
+        return units_of(prepared, prompt, False)
 
     def _check_sizes(self) -> None:
         """Every unit must fit an empty micro-batch."""
         prepared, data = self.prepared, self.data
-        whole = self._whole
+        rows, length, packed = data.micro_batch_size, data.seq_length, data.packing.enabled
         for prompt in range(prepared.num_prompts):
-            for unit in units_of(prepared, prompt, whole):
+            for unit in self._units(prompt):
                 chunks = chunks_of(prepared, unit, self.share_prefix)
-                if fits(chunks, data.seq_length, data.micro_batch_size, not data.packing.enabled):
+                if fits(chunks, length, rows, not packed):
                     continue
                 group, longest = int(prepared.group_ids[prompt]), max(chunks)
-                if longest > data.seq_length:
+                if longest > length:
                     remedy = f"set data.seq_length to at least {longest}, or build with a smaller max_length"
                     if self.share_prefix:
                         remedy += ", or set data.packing.share_prefix=off"
+                    raise UserError(f"prompt {group} needs {longest} positions in one row of {length}: {remedy}")
+                what = f"prompt {group}: {len(chunks)} sequences ({UNIT_WORDS.get(prepared.unit, 'one response')})"
+                if not packed:
                     raise UserError(
-                        f"prompt {group} needs {longest} positions in one row of {data.seq_length}: {remedy}"
+                        f"{what} need a row each in one micro-batch of {rows} rows: set data.micro_batch_size to at "
+                        f"least {len(chunks)}, or data.packing.enabled=true"
                     )
-                what = "sequences" if whole else f"sequences ({UNIT_WORDS.get(prepared.unit, 'one response')})"
-                size = f"{len(chunks)} {what}, {sum(chunks)} positions"
-                have = f"{data.micro_batch_size} x {data.seq_length} of one micro-batch"
                 raise UserError(
-                    f"prompt {group} ({size}) does not fit the {have}: raise data.micro_batch_size or data.seq_length, "
-                    "or build with a smaller max_length"
+                    f"{what}, {sum(chunks)} positions, do not fit the {rows} x {length} of one micro-batch: raise "
+                    "data.micro_batch_size or data.seq_length, or build with a smaller max_length"
                 )

@@ -33,7 +33,10 @@ class SegmentAttention(MegatronModule):
     def forward(self, query, key, value, attention_mask, **_kwargs):
         """Query [S, B, Q, D], key and value [S, B, G, D], mask [B, 1, S, S] -> [S, B, Q*D]."""
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=attention_mask, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
+        shared = q.shape[1] != k.shape[1]
+        if shared and q.is_cuda:
+            # with a mask CUDA has only the math kernel for grouped heads (fp32 scores in memory): repeat the keys
+            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+            shared = False
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.scale, enable_gqa=shared)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)

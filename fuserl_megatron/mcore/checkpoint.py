@@ -7,6 +7,7 @@ A checkpoint under way lives in a hidden sibling directory and gets its name onl
 is whole.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -21,9 +22,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore.dist_format import POINTER, iteration_directory, saved_iterations
 from fuserl_megatron.mcore.dist_format import newest_iteration as newest_iteration
+from fuserl_megatron.mcore.model import gather_parameters
 from fuserl_megatron.mcore.parallel import any_rank
 from fuserl_megatron.mcore.step import Engine
 
+PROGRESS = "progress.json"
 FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 
@@ -56,7 +59,7 @@ def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep:
         engine: model and optimizer.
         root: the run's checkpoints folder.
         iteration: steps done.
-        progress: plain values that travel along (data position, config, versions).
+        progress: JSON-able values that travel along, for `read_progress`.
         keep: how many of the newest to keep; -1 keeps all.
         kept: iterations that are never removed (the best ones).
 
@@ -74,7 +77,8 @@ def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep:
             problem = error
     if any_rank(problem is not None, engine.layout.device):
         raise problem or OSError(f"{root}: the main rank could not create {partial.name}")
-    state = _state(engine, is_loading=False) | {"iteration": iteration, "progress": progress}
+    gather_parameters(engine.wrapped)
+    state = _state(engine, is_loading=False) | {"iteration": iteration}
     try:
         dist_checkpointing.save(state, str(partial))
     except FAILURES as error:  # core wraps a full disk in exceptions of its own
@@ -88,7 +92,7 @@ def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep:
         ) from problem
     if engine.layout.is_main:
         try:
-            _publish(root, partial, final, iteration, keep, kept)
+            _publish(root, partial, final, iteration, progress, keep, kept)
         except OSError as error:
             problem = error
     if any_rank(problem is not None, engine.layout.device):
@@ -96,7 +100,10 @@ def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep:
     return final
 
 
-def _publish(root: Path, partial: Path, final: Path, iteration: int, keep: int, kept: Sequence[int]) -> None:
+def _publish(
+    root: Path, partial: Path, final: Path, iteration: int, progress: dict, keep: int, kept: Sequence[int]
+) -> None:
+    (partial / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
     for file in [*partial.iterdir(), partial]:
         _sync(file)
     shutil.rmtree(final, ignore_errors=True)
@@ -106,12 +113,17 @@ def _publish(root: Path, partial: Path, final: Path, iteration: int, keep: int, 
     _sync(pointer)
     pointer.rename(root / POINTER)
     _sync(root)
-    for old in saved_iterations(root)[:-keep] if keep > 0 else []:
+    # by age of the run, not by number alone: after going back to an older step, later ones do not count
+    past = [i for i in saved_iterations(root) if i <= iteration]
+    for old in past[:-keep] if keep > 0 else []:
         if old not in kept:
             shutil.rmtree(iteration_directory(root, old), ignore_errors=True)
 
 
 def _first_line(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)  # a CheckpointException names the ranks; the cause is in here
+    if failures:
+        error = next(iter(failures.values()))[0]
     lines = str(error).splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -124,8 +136,24 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def load(engine: Engine, root: str | Path, iteration: int) -> dict:
-    """Fill model and optimizer from a checkpoint of any layout. Returns the `progress` that was saved.
+def read_progress(root: str | Path, iteration: int) -> dict:
+    """What `save` was given as progress; read without loading the checkpoint.
+
+    Raises:
+        UserError: it is not there or not readable.
+    """
+    file = iteration_directory(root, iteration) / PROGRESS
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: not readable ({_first_line(error)}): write an older iteration into {POINTER} beside it, "
+            "or start in another run.results_dir."
+        ) from None
+
+
+def load(engine: Engine, root: str | Path, iteration: int) -> None:
+    """Fill model and optimizer from a checkpoint of any layout.
 
     Raises:
         UserError: the checkpoint does not fit the model or cannot be read.
@@ -133,7 +161,7 @@ def load(engine: Engine, root: str | Path, iteration: int) -> dict:
     directory = iteration_directory(root, iteration)
     try:
         state = dist_checkpointing.load(
-            _state(engine, is_loading=True) | {"iteration": 0, "progress": {}}, str(directory)
+            _state(engine, is_loading=True) | {"iteration": 0}, str(directory)
         )
     except FAILURES as error:  # damaged files surface as many kinds of errors
         raise UserError(
@@ -145,13 +173,10 @@ def load(engine: Engine, root: str | Path, iteration: int) -> dict:
         chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"])
     if engine.optimizer is not None:
         _load_optimizer(engine.optimizer, state["optimizer"])
-    return state["progress"]
 
 
-# --- Core's optimizers with torch's AdamW (no Transformer Engine, no Apex) need three things around a load. They are
-# upstream gaps
-# --- of the distributed optimizer, on GPUs too; each is met through public state, and tests/distributed ask for
-# `step` afterwards.
+# Core's distributed optimizer with torch's AdamW (no Transformer Engine, no Apex) needs three things around a load, on
+# GPUs too: upstream gaps. tests/distributed compare a resumed run bit for bit.
 def _materialize_optimizer_state(optimizer) -> None:
     """An optimizer that never stepped has no state to describe: give it zeros first."""
     for part in optimizer.chained_optimizers:

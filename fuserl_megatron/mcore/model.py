@@ -238,3 +238,13 @@ def wrap_for_training(target: TargetModel, optim: OptimConfig) -> list[Distribut
         if len(wrapped) > 1:
             target.config.grad_sync_func = [w.start_grad_sync for w in wrapped]
     return wrapped
+
+
+def gather_parameters(wrapped: list[DistributedDataParallel]) -> None:
+    """Make every rank's weights current before they are saved or exported.
+
+    With overlap_param_gather core gathers the updated shards in the next forward pass only.
+    """
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)

@@ -4,20 +4,19 @@ import dataclasses
 import time
 from pathlib import Path
 
-from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.objective import with_defaults
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel, weights
-from fuserl_megatron.mcore.dist_format import newest_iteration
-from fuserl_megatron.mcore.model import DTYPES, build_model, wrap_for_training
+from fuserl_megatron.mcore.model import DTYPES, build_model, gather_parameters, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
 from fuserl_megatron.train.checks import InvariantError, check_batches, check_prepared, first_step_check
 from fuserl_megatron.train.feed import Feed, make_feed, step_values, with_references
 from fuserl_megatron.train.logging import RunLog, say
+from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
 from fuserl_megatron.train.summary import describe_start
 from fuserl_megatron.train.validation import History, check_monitor, is_due, validate
@@ -79,7 +78,8 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
         check_prepared(config, feed.prepared)
     prepared, sampler = feeds[0][0].prepared, feeds[0][0].sampler
     total = total_steps(config.trainer, sampler.steps_per_epoch)
-    done = _steps_done(config, checkpoints, layout)
+    identity = run_identity(config, dataset, prepared.reward_temperature, total)
+    done = steps_to_resume(config, checkpoints, identity, layout)
 
     started = time.monotonic()
     dtype = DTYPES[config.trainer.precision]
@@ -92,8 +92,7 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
         logprob_chunk_size=config.model.logprob_chunk_size,
     )
     if layout.is_main:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        write_config(config, directory)
         describe_start(config, layout, shape, prepared, sampler, total, done)
 
     training, *validation = with_references(config, engine, feeds)
@@ -103,9 +102,8 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
     engine = dataclasses.replace(
         engine, wrapped=wrapped, optimizer=build_optimizer(wrapped, config.optim, config.trainer, dtype)
     )
-    identity = _identity(config, dataset, total)
     if done:
-        _check_same_run(identity, checkpoint.load(engine, checkpoints, done), checkpoints)
+        checkpoint.load(engine, checkpoints, done)
     if layout.is_main:
         say(f"ready after {time.monotonic() - started:.1f} s; {warmup_steps(config.optim, total)} warm-up steps\n")
 
@@ -203,46 +201,6 @@ def _load_best(engine: Engine, checkpoints: Path, history: History, step: int) -
     return best
 
 
-def _steps_done(config: Config, checkpoints: Path, layout: parallel.Layout) -> int:
-    """The iteration to resume from, 0 for a fresh start; rank 0 looks."""
-    found, problem = 0, None
-    if layout.is_main:
-        try:
-            found = newest_iteration(checkpoints) or 0
-        except UserError as error:
-            problem = str(error)
-    found, problem = parallel.from_main_rank((found, problem), layout.device)
-    if problem:
-        raise UserError(problem)
-    if found and not config.exp_manager.resume_if_exists:
-        raise UserError(
-            f"{checkpoints} holds a checkpoint of step {found} and exp_manager.resume_if_exists=false: "
-            "set it to true to continue, or choose another run.results_dir."
-        )
-    return found
-
-
-def _identity(config: Config, dataset: FusedDataset, total: int) -> dict:
-    """What must not change between a run and its continuation. The layout may."""
-    return {
-        "stage": config.objective.stage,
-        "loss": config.objective.loss,
-        "data_hash": dataset.hash,
-        "seed": config.run.seed,
-        "global_batch_size": config.data.global_batch_size,
-        "total_steps": total,
-    }
-
-
-def _check_same_run(now: dict, saved: dict, checkpoints: Path) -> None:
-    for key, value in now.items():
-        if saved.get(key) != value:
-            raise UserError(
-                f"{checkpoints}: was written with {key}={saved.get(key)}, this run has {key}={value}: "
-                "use the same value to continue, or another run.results_dir to start anew."
-            )
-
-
 def _export(config: Config, engine: Engine, dataset: FusedDataset, destination: Path, total: int) -> None:
     lineage = {
         "run": config.run.name,
@@ -255,6 +213,7 @@ def _export(config: Config, engine: Engine, dataset: FusedDataset, destination: 
     }
     started = time.monotonic()
     tokenizer = config.model.tokenizer or config.model.path
+    gather_parameters(engine.wrapped)
     weights.export_hf(engine.target, engine.layout, str(destination), source_dir=tokenizer, lineage=lineage)
     if engine.layout.is_main:
         say(f"\nHugging Face model written to {destination} in {time.monotonic() - started:.1f} s")

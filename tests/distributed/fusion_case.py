@@ -81,6 +81,8 @@ def make_config(
     packing=True,
     share="off",
     distopt=False,
+    overlap=False,
+    sched="cosine",
     global_batch_size=7,
     max_steps=1,
     recompute="none",
@@ -115,7 +117,13 @@ def make_config(
             packing=PackingConfig(enabled=packing, share_prefix=share),
         ),
         objective=_with_reference(ObjectiveConfig(**objective), paths),
-        optim=OptimConfig(use_distributed_optimizer=distopt, lr=lr, sched=SchedConfig(name="cosine", warmup_ratio=0.0)),
+        optim=OptimConfig(
+            use_distributed_optimizer=distopt,
+            overlap_grad_reduce=overlap,
+            overlap_param_gather=overlap and distopt,
+            lr=lr,
+            sched=SchedConfig(name=sched, warmup_ratio=0.0),
+        ),
     )
 
 

@@ -48,8 +48,13 @@ def weights(directory):
     return load_file(Path(directory) / "hf" / "model.safetensors")
 
 
+OVERLAPPED = dict(distopt=True, overlap=True, sched="constant")
+
+
 @pytest.mark.parametrize(
-    "layout", [dict(tp=2), dict(distopt=True), dict(pp=2, precision="bf16")], ids=["tp2", "dp2 distopt", "pp2 bf16"]
+    "layout",
+    [dict(tp=2), dict(distopt=True), dict(pp=2, precision="bf16"), OVERLAPPED, OVERLAPPED | {"precision": "bf16"}],
+    ids=["tp2", "dp2 distopt", "pp2 bf16", "dp2 overlap", "dp2 overlap bf16"],
 )
 def test_two_plus_two_is_four_bit_for_bit(ranks, case, tmp_path, layout):
     config = four_steps(ranks, case, tmp_path / "whole", 2, **layout)
@@ -63,6 +68,25 @@ def test_two_plus_two_is_four_bit_for_bit(ranks, case, tmp_path, layout):
     start = load_file(Path(config.model.path) / "model.safetensors")
     name = "model.embed_tokens.weight"
     assert not torch.equal(start[name].to(expected[name].dtype), expected[name])
+
+
+def test_overlapped_parameter_gather_exports_the_weights_of_the_last_step(ranks, case, tmp_path):
+    """Core gathers updated shards in the next forward pass; a constant schedule makes the last step count."""
+    four_steps(ranks, case, tmp_path / "plain", 2, sched="constant")
+    four_steps(ranks, case, tmp_path / "overlap", 2, **OVERLAPPED)
+    expected, actual = weights(tmp_path / "plain"), weights(tmp_path / "overlap")
+    assert max((actual[n] - expected[n]).abs().max().item() for n in expected) < 1e-5
+
+
+def test_going_back_to_an_older_step_keeps_what_is_written_then(ranks, case, tmp_path):
+    config = four_steps(ranks, case, tmp_path / "run", 1)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for late in (7, 8):
+        shutil.copytree(checkpoints / "iter_0000004", checkpoints / f"iter_{late:07d}")
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("2\n")
+    assert ranks.run(run, 1, config) == [0]
+    assert (checkpoints / "iter_0000004").is_dir()
+    assert (checkpoints / "latest_checkpointed_iteration.txt").read_text() == "4\n"
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,8 @@ def workplace(tmp_path_factory):
         for s in ("a", "b")
         for n in range(2)
     ]
+    save_tiny_model(root / "copy", seed=5, num_key_value_heads=2)
+    save_char_tokenizer(root / "copy")
     (root / "good.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     done = fuserl("build", "inputs=[good.jsonl]", "output=fused", "tokenizer=model", "reward_temperature=0.1", cwd=root)
     assert done.returncode == 0, done.stderr
@@ -166,4 +168,16 @@ def test_the_same_settings_work(workplace, tmp_path):
     other = fuserl(
         "train", *TRAIN, "trainer.max_steps=1", "run.seed=7", f"run.results_dir={tmp_path / 'run'}", cwd=workplace
     )
-    refused(other, "seed=1234", "seed=7")
+    refused(other, "run.seed=1234", "run.seed=7")
+    before = (tmp_path / "run" / "config.yaml").read_text()
+    for change in (
+        "optim.lr=1e-4",
+        "objective.nll_reduction=token_sum",
+        "data.reward_temperature=5",
+        "model.path=copy",
+    ):
+        other = fuserl(
+            "train", *TRAIN, "trainer.max_steps=1", f"run.results_dir={tmp_path / 'run'}", change, cwd=workplace
+        )
+        refused(other, change.split("=")[0].removeprefix("data."))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before

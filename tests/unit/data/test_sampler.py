@@ -202,7 +202,8 @@ def test_plan_figures_and_padding_batches(data, prepare_stage):
     weighted = sum(float((b.weights_N * b.lengths_N).sum()) for b in batches)
     assert plan.sum_weighted_tokens == pytest.approx(weighted, rel=1e-12)
     assert plan.num_sequences == sum(b.num_sequences for b in batches) and plan.num_prompts == 3
-    kinds = {f.name: getattr(batches[0], f.name).dtype for f in fields(batches[0]) if getattr(batches[0], f.name) is not None}
+    present = {f.name: getattr(batches[0], f.name) for f in fields(batches[0])}
+    kinds = {name: tensor.dtype for name, tensor in present.items() if tensor is not None}
     assert {n for n, t in kinds.items() if t == torch.float64} == {"weights_N", "pair_weights_P"}
     assert {t for n, t in kinds.items() if "weights" not in n} == {torch.int64}
     assert {n: getattr(empty[0], n).dtype for n in kinds} == kinds
@@ -279,11 +280,11 @@ def test_sharing_is_decided_from_the_measured_lengths(build_dataset, make_record
     ("values", "says"),
     [
         ({"seq_length": 20}, "prompt 0 needs 24 positions in one row of 20: set data.seq_length to at least 24"),
-        ({"seq_length": 30, "micro_batch_size": 3}, "prompt 0 \\(4 sequences, 96 positions\\) does not fit the 3 x 30"),
+        ({"seq_length": 30, "micro_batch_size": 1}, "2 sequences \\(a pair\\), 48 positions, do not fit the 1 x 30"),
         ({"seq_length": 26, "share_prefix": "on"}, "prompt 0 needs 36 positions .*data.packing.share_prefix=off"),
         (
             {"enabled": False, "micro_batch_size": 1},
-            "2 sequences \\(a pair\\), 48 positions\\) does not fit the 1 x 64",
+            "2 sequences \\(a pair\\) need a row each in one micro-batch of 1 rows: set .* at least 2",
         ),
         ({"enabled": False, "share_prefix": "on"}, "share_prefix=on needs data.packing.enabled=true"),
         ({"global_batch_size": 0}, "data.global_batch_size=0: it must be at least 1"),

@@ -156,7 +156,7 @@ def test_source_mean_logps_are_checked(build_dataset, make_record, value, proble
 
 
 def test_a_group_larger_than_a_micro_batch_is_refused_with_its_size(data, prepare_stage):
-    wanted = r"prompt 0 \(3 sequences \(all responses of a source\), 15 positions\) does not fit .* raise data"
+    wanted = r"prompt 0: 3 sequences \(all responses of a source\) need a row each .*micro_batch_size to at least 3"
     with pytest.raises(UserError, match=wanted):
         batches_of(prepare_stage(data, "fusepo", loss="rloo"), packing=False, rows=2)
 

@@ -1,0 +1,100 @@
+"""Is this the same run? What must agree between a run and its continuation, checked before anything is written."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from fuserl_megatron.config.load import to_yaml
+from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.data.dataset import FusedDataset
+from fuserl_megatron.mcore import checkpoint, parallel
+from fuserl_megatron.mcore.dist_format import newest_iteration
+
+PROBE_BYTES = 1 << 20
+
+
+def write_config(config: Config, directory: Path) -> None:
+    """The resolved configuration beside the run's results, whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / ".config.yaml.partial"
+    partial.write_text(to_yaml(config), encoding="utf-8")
+    partial.replace(directory / "config.yaml")
+
+
+def run_identity(config: Config, dataset: FusedDataset, reward_temperature: float, total: int) -> dict:
+    """Everything that the numbers of a run depend on. The layout over the ranks, packing and logging are not in it."""
+    objective = dataclasses.asdict(config.objective)
+    objective.pop("reference_mode")
+    identity = {
+        "model.path": fingerprint(config.model.path),
+        "objective": objective | {"reference": config.objective.reference and fingerprint(config.objective.reference)},
+        "data set": dataset.hash,
+        "reward_temperature": str(reward_temperature),  # JSON has no infinity
+        "run.seed": config.run.seed,
+        "data.shuffle": config.data.shuffle,
+        "data.global_batch_size": config.data.global_batch_size,
+        "steps in all": total,
+        "trainer.precision": config.trainer.precision,
+        "trainer.gradient_clip_val": config.trainer.gradient_clip_val,
+        "optim": {k: v for k, v in dataclasses.asdict(config.optim).items() if not k.startswith("overlap_")},
+    }
+    return json.loads(json.dumps(identity))  # tuples become lists, as in the file it is compared with
+
+
+def fingerprint(path: str) -> str:
+    """A hash of a model directory, cheap for 140 GB: config.json, and size, start and end of every file."""
+    digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
+    for file in sorted(Path(path).glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with open(file, "rb") as opened:
+            digest.update(opened.read(PROBE_BYTES))
+            opened.seek(max(0, size - PROBE_BYTES), os.SEEK_SET)
+            digest.update(opened.read())
+    return digest.hexdigest()[:16]
+
+
+def steps_to_resume(config: Config, checkpoints: Path, identity: dict, layout: parallel.Layout) -> int:
+    """The iteration to resume from, 0 for a fresh start; rank 0 looks.
+
+    Raises:
+        UserError: on every rank; the checkpoints are damaged, belong to another run, or must not be resumed.
+    """
+    found, problem = 0, None
+    if layout.is_main:
+        try:
+            found = _find(config, checkpoints, identity)
+        except UserError as error:
+            problem = str(error)
+    found, problem = parallel.from_main_rank((found, problem), layout.device)
+    if problem:
+        raise UserError(problem)
+    return found
+
+
+def _find(config: Config, checkpoints: Path, identity: dict) -> int:
+    found = newest_iteration(checkpoints) or 0
+    if not found:
+        return 0
+    if not config.exp_manager.resume_if_exists:
+        raise UserError(
+            f"{checkpoints} holds a checkpoint of step {found} and exp_manager.resume_if_exists=false: "
+            "set it to true to continue, or choose another run.results_dir."
+        )
+    saved, now = _flat(checkpoint.read_progress(checkpoints, found)), _flat(identity)
+    for key in now:
+        if saved.get(key) != now[key]:
+            raise UserError(
+                f"{checkpoints} belongs to a run with {key}={saved.get(key)}, this one has {key}={now[key]}: "
+                "use the same value to continue, or another run.results_dir to start anew."
+            )
+    return found
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
