@@ -36,7 +36,12 @@ def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 def rank_environment(rank: int, num_ranks: int, port: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a rank on this machine needs to find the others. Values the user already chose are kept."""
-    defaults = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // num_ranks))}
+    # cores this process may use, which a scheduler or container sets; not those of the whole machine
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # core's order of communication and computation relies on it
+    }
     if any(name == "lo" for _, name in socket.if_nameindex()):
         defaults["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would otherwise look up the host name, which may not resolve
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

@@ -5,6 +5,7 @@ World size = TP x PP x CP x DP. Ranks of one TP group are neighbours (core's ord
 
 import datetime
 import os
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def choose_device(accelerator: str) -> torch.device:
     """The device of this rank for trainer.accelerator = auto | cpu | gpu.
 
     Raises:
-        UserError: gpu was asked for and torch sees none.
+        UserError: gpu was asked for and torch sees none, or this host has more ranks than GPUs.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError(
@@ -62,12 +63,27 @@ def choose_device(accelerator: str) -> torch.device:
             "or run `fuserl doctor` to see which torch build and driver are installed."
         )
     if accelerator != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))))
+        local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+        count, per_host = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if count == 1 and per_host == 1:
+            local_rank = 0  # srun --gpus-per-task=1 shows every rank its own GPU only
+        if local_rank >= count:
+            raise UserError(
+                f"local rank {local_rank}: torch sees {count} GPUs on this host; start at most {count} ranks here "
+                f"(--nproc {count}), or trainer.accelerator=cpu."
+            )
+        return torch.device("cuda", local_rank)
     if torch.cuda.is_available():
         raise UserError(
             "trainer.accelerator=cpu: torch sees a GPU, and core would use it. Set CUDA_VISIBLE_DEVICES= (empty), too."
         )
     return torch.device("cpu")
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of SLURM's short form: `gpu[03-05,9],login1` begins with gpu03. Empty for an empty list."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def _rendezvous_from_slurm() -> None:
@@ -77,8 +93,8 @@ def _rendezvous_from_slurm() -> None:
         return
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
     env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    first = env.get("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
-    env.setdefault("MASTER_ADDR", first)
+    # not SLURM_LAUNCH_NODE_IPADDR: that is where srun was typed, which may be a login node
+    env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "")) or "127.0.0.1")
     # one port a job, so that two jobs on a node do not meet
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
 
@@ -89,6 +105,8 @@ def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
     Raises:
         UserError: the world size is not a multiple of TP x PP x CP.
     """
+    # before CUDA starts: core's order of communication and computation under tensor parallelism relies on it
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
     device = choose_device(trainer.accelerator)
     _rendezvous_from_slurm()

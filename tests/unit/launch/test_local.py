@@ -45,13 +45,21 @@ def test_every_rank_gets_its_place(tmp_path, monkeypatch):
     program = f"open(rf'{tmp_path}/{{rank}}', 'w').write(' '.join(os.environ[n] for n in {names}))"
     assert run(program, 3) == 0
     actual = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
-    threads, port = str(max(1, os.cpu_count() // 3)), actual[0][4]
+    threads, port = str(max(1, len(os.sched_getaffinity(0)) // 3)), actual[0][4]
     assert actual == [[str(rank), str(rank), "3", "127.0.0.1", port, threads] for rank in range(3)]
 
 
 def test_the_users_own_thread_count_is_kept():
-    environ = local.rank_environment(1, 4, 29500, {"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth0", "RANK": "9"})
-    assert (environ["OMP_NUM_THREADS"], environ["GLOO_SOCKET_IFNAME"], environ["RANK"]) == ("7", "eth0", "1")
+    own = {"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth0", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+    assert local.rank_environment(1, 4, 29500, own | {"RANK": "9"}).items() >= (own | {"RANK": "1"}).items()
+
+
+@pytest.mark.parametrize(("cores", "expected"), [(8, "4"), (1, "1")])
+def test_threads_and_connections_of_a_rank(monkeypatch, cores, expected):
+    """Cores as the scheduler grants them, whatever the machine has."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    environ = local.rank_environment(0, 2, 29500, {})
+    assert (environ["OMP_NUM_THREADS"], environ["CUDA_DEVICE_MAX_CONNECTIONS"]) == (expected, "1")
 
 
 def test_rank_0_has_the_terminal_and_the_others_are_marked(capfd):
