@@ -139,6 +139,8 @@ def main() -> int:
     parser.add_argument("--seeds", default=[1, 2, 3], type=int, nargs="+")
     options = parser.parse_args()
     root = options.dir.resolve()
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  its lazy import is not made for threads
+
     data = {stage: build(root / stage, [f"{HERE}/data/train_{stage}.*.jsonl"]) for stage in ("sft", "po")}
     with ThreadPoolExecutor(2) as pool:
         scores = list(pool.map(lambda seed: one_seed(root, seed, data), options.seeds))
