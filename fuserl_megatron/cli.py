@@ -1,11 +1,13 @@
 """`fuserl`: one subcommand per job, each a thin call into a room.
 
 Nothing heavy is imported before a command needs it: `--help`, a misspelt key or a wrong layout answer within a second.
-Exit codes: 0 done, 1 a failed check or a crash, 2 something the user can put right (one line), 130 after Ctrl-C.
+Exit codes: 0 done, 1 a failed check or a crash, 2 something the user can put right (one line), 130 after Ctrl-C,
+143 after SIGTERM.
 """
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.subparser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
+    starts_ranks = hasattr(options, "nproc") or options.run is commands.demo  # those pass SIGTERM on
+    before = None if starts_ranks else signal.signal(signal.SIGTERM, _terminated)
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -40,6 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fuserl: error: {one_line(error)}", file=sys.stderr)
         return 2
+    finally:
+        if not starts_ranks:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminated(_signal: int, _frame: object) -> None:
+    """Unwind as Ctrl-C does, so that nothing half-written stays; once, for the clean-up must not be cut short."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise SystemExit(143)
 
 
 def one_line(error: Exception) -> str:
@@ -59,6 +72,8 @@ def build_parser() -> argparse.ArgumentParser:
   fuserl build inputs=[scored.jsonl] output=fused tokenizer=models/target reward_temperature=0.01
   fuserl train --nproc 8 recipe=llama31_8b_fusesft model.path=models/target data.path=fused
   fuserl COMMAND --help
+
+A mistake in the settings or files ends with one line; FUSERL_DEBUG=1 in the environment shows the traceback instead.
 """,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -133,7 +133,7 @@ def doctor(options: argparse.Namespace) -> int:
 def demo(options: argparse.Namespace) -> int:
     """`fuserl demo`: the examples are no part of the wheel, so this needs a checkout."""
     checkout = Path(__file__).resolve().parents[1]
-    for root in (Path.cwd(), checkout):
+    for root in (checkout, Path.cwd()):  # examples/ of the current directory may be another program's
         script = root / "examples" / "skills" / "run_demo.py"
         if script.is_file():
             return subprocess.call([sys.executable, str(script), "--dir", options.dir])

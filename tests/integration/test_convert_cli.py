@@ -462,14 +462,15 @@ sys.exit(main(sys.argv[1:]))
 
 
 @BOTH
-def test_ctrl_c_half_way_leaves_nothing(model, tmp_path, direction):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_being_stopped_half_way_leaves_nothing(model, tmp_path, direction, sent, code):
     process = run_python("-c", SLOW, "convert", direction, source_of(model, direction), tmp_path / "out")
     for _ in range(3):
         assert process.stdout.readline() == "reading\n"
     assert [name for name in leftovers(tmp_path) if name.startswith(".out.partial")]  # it was at work
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
+    assert process.returncode == code and "Traceback" not in err
     assert leftovers(tmp_path) == []
 
 

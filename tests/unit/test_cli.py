@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -151,6 +152,37 @@ def test_ctrl_c_ends_with_130(monkeypatch):
     assert main(["doctor"]) == 130
 
 
+def test_a_build_that_is_ended_leaves_nothing(tmp_path):
+    """SIGTERM, as a scheduler sends it, while records are being read."""
+    code = (
+        "import sys, time\n"
+        "from fuserl_megatron.data import build\n"
+        "def slowly(*args):\n    print('reading', flush=True)\n    time.sleep(60)\n"
+        "build.load_groups = slowly\n"
+        "from fuserl_megatron.cli import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    from fuserl_megatron.testing.tiny import save_char_tokenizer
+
+    save_char_tokenizer(tmp_path / "tokenizer")
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    words = ["inputs=[in.jsonl]", "output=fused", "tokenizer=tokenizer", "reward_temperature=0.1"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, "build", *words]
+    process = subprocess.Popen(command, cwd=tmp_path, env=environ, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "reading\n"
+    assert any(path.name.startswith(".fused.partial") for path in tmp_path.iterdir())  # it was at work
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 143
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "tokenizer"]
+
+
+def test_the_caller_s_handler_of_sigterm_comes_back(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    error_line(capsys, "build", "inputs=[a]")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_tensor_parallel_that_does_not_divide_the_heads(capsys, paths):
     line = error_line(capsys, "train", *paths, "model.tensor_model_parallel_size=3")
     assert line.startswith("model.tensor_model_parallel_size=3: does not divide the model's 8 attention heads;")
@@ -168,6 +200,17 @@ def test_a_demo_outside_a_checkout(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "__file__", str(tmp_path / "site" / "fuserl_megatron" / "commands.py"))
     assert "clone the repository" in error_line(capsys, "demo")
+
+
+def test_the_demo_is_the_checkout_s_wherever_it_is_started(monkeypatch, tmp_path):
+    for name in ("here", "checkout"):
+        (tmp_path / name / "examples" / "skills").mkdir(parents=True)
+        code = f"import pathlib, sys; pathlib.Path(sys.argv[2]).write_text({name!r})"
+        (tmp_path / name / "examples" / "skills" / "run_demo.py").write_text(code)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "checkout" / "fuserl_megatron" / "commands.py"))
+    assert main(["demo", "--dir", str(tmp_path / "ran")]) == 0
+    assert (tmp_path / "ran").read_text() == "checkout"
 
 
 # --- what works ---

@@ -26,7 +26,7 @@ def environment(monkeypatch):
         ("a-7.cluster,b2", "a-7.cluster"),
         ("gpu[03-05,9]", "gpu03"),
         ("gpu[7,01-04],cpu1", "gpu7"),
-        ("r[2-3]n[01-16]-ib,x", "r2n01-ib"),
+        ("r[2-3]n[01-16],x", "r2n01"),
         ("", ""),
     ],
 )
