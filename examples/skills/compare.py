@@ -27,7 +27,7 @@ METHODS = {
     "FuseSFT + FusePO-DPO": ("FuseSFT", "po", "po", ["objective=fusepo_dpo", "objective.beta=0.5"]),
     "FuseSFT + FusePO-LN-DPO": ("FuseSFT", "po", "po", []),
     "FuseSFT + FusePO-SimPO": ("FuseSFT", "po", "po", ["objective=fusepo_simpo"]),
-    "FuseSFT + FusePO-RLOO": ("FuseSFT", "po", "po", ["objective=fusepo_rloo"]),
+    "FuseSFT + FusePO-RLOO": ("FuseSFT", "po", "po", ["objective=fusepo_rloo", "optim.lr=1e-5"]),
     "FuseSFT + WRPO": ("FuseSFT", "po", "own", ["objective=wrpo", "objective.target_source=target"]),
     "SFT(best) + DPO": (
         "SFT(best)",
@@ -86,7 +86,7 @@ def own_samples(model: Path, output: Path, seed: int, num_samples: int = 4) -> P
     return output
 
 
-def one_seed(root: Path, seed: int, data: dict[str, Path]) -> dict[str, dict]:
+def one_seed(root: Path, seed: int, data: dict[str, Path], sft_epochs: int) -> dict[str, dict]:
     """Train and evaluate every method with one seed; returns the scores."""
     from evaluate import evaluate_model
 
@@ -106,6 +106,7 @@ def one_seed(root: Path, seed: int, data: dict[str, Path]) -> dict[str, dict]:
                 "model.tensor_model_parallel_size=1", f"run.results_dir={directory}", f"run.seed={seed}",
                 f"model.path={models[start]}", f"data.path={chosen}",
                 "exp_manager.checkpoint_callback_params.every_n_train_steps=null", *settings,
+                *([f"trainer.max_epochs={sft_epochs}"] if recipe == "sft" else []),
             )  # fmt: skip
             (directory / "score.json").write_text(json.dumps(evaluate_model(models[name])))
         scores[name] = json.loads((directory / "score.json").read_text())
@@ -137,13 +138,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", default="runs/compare", type=Path)
     parser.add_argument("--seeds", default=[1, 2, 3], type=int, nargs="+")
+    parser.add_argument("--sft-epochs", default=2, type=int, help="passes of the first stage (default: 2, the demo's)")
     options = parser.parse_args()
     root = options.dir.resolve()
     from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  its lazy import is not made for threads
 
     data = {stage: build(root / stage, [f"{HERE}/data/train_{stage}.*.jsonl"]) for stage in ("sft", "po")}
     with ThreadPoolExecutor(2) as pool:
-        scores = list(pool.map(lambda seed: one_seed(root, seed, data), options.seeds))
+        scores = list(pool.map(lambda seed: one_seed(root, seed, data, options.sft_epochs), options.seeds))
     print(table(dict(zip(options.seeds, scores, strict=True))))
     return 0
 
