@@ -48,7 +48,7 @@ def create_partial(target: Path, needed_bytes: int) -> Path:
         needed, free = needed_bytes + SLACK_BYTES, shutil.disk_usage(target.parent).free
         if free < needed:
             raise UserError(
-                f"{target}: needs {needed / 1e9:.2f} GB but its disk has {free / 1e9:.2f} GB free; "
+                f"{target}: needs {size(needed)} but its disk has {size(free)} free; "
                 "free space or choose another destination"
             )
         partial.mkdir()
@@ -113,6 +113,12 @@ def whole_directory(
         if isinstance(error, OSError):
             raise cannot_write(target, error) from error
         raise
+
+
+def size(num_bytes: int) -> str:
+    """Bytes in the decimal unit that fits: 1.31 MB, 16.07 GB."""
+    exponent = next((e for e in (9, 6, 3) if num_bytes >= 10**e), 3)
+    return f"{num_bytes / 10**exponent:.2f} {({3: 'kB', 6: 'MB', 9: 'GB'})[exponent]}"
 
 
 def cannot_write(target: Path, error: OSError, what: str = "written") -> UserError:
