@@ -116,6 +116,28 @@ The same command on the same run.results_dir resumes from its newest checkpoint.
     )
     _add_config_options(train, "train")
 
+    parity = _command(
+        jobs,
+        "parity",
+        commands.parity,
+        "is this layout right? Its loss and gradients against one float64 process",
+        f"""examples:
+  fuserl parity --nproc 4 trainer=cpu trainer.precision=32 model.path=models/small data.path=fused \\
+      model.tensor_model_parallel_size=2 model.pipeline_model_parallel_size=2
+  fuserl parity recipe=llama31_8b_fusesft model.path=models/small data.path=fused trainer.precision=32 --threshold 1e-4
+  torchrun --nproc-per-node 8 -m fuserl_megatron.cli parity recipe=...
+
+Takes the settings of `fuserl train`, computes its first global batch twice, and prints the worst relative error of the
+loss, the gradient norm and each group of parameters. Trains and writes nothing. Exit code 1 past the threshold.
+{OVERRIDES}""",
+    )
+    parity.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: TP x PP x CP)")
+    parity.add_argument(
+        "--threshold", type=float, metavar="X", help="largest relative error allowed (default: 1e-5; with bf16: 0.2)"
+    )
+    parity.add_argument("--steps", type=int, default=1, metavar="N", help="global batches to compare (default 1)")
+    _add_config_options(parity, "train")
+
     convert = _command(
         jobs,
         "convert",

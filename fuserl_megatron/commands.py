@@ -29,9 +29,43 @@ def build(options: argparse.Namespace) -> int:
 def train(options: argparse.Namespace) -> int:
     """`fuserl train`: check everything once, then be a rank, or start the ranks."""
     from fuserl_megatron.config.load import load_config, to_yaml
-    from fuserl_megatron.launch import local
 
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
+    num_ranks = _num_ranks(options, config)
+    facts = check(config, num_ranks)
+    if options.dry_run:
+        print(to_yaml(config), *facts, sep="\n")
+        return 0
+    if _becomes_rank(config, num_ranks):
+        from fuserl_megatron.train.loop import train as run
+
+        return run(config)
+    return _start_ranks(options, num_ranks, "train")
+
+
+def parity(options: argparse.Namespace) -> int:
+    """`fuserl parity`: as `train`, on the ranks of the run that is asked about."""
+    from fuserl_megatron.config.load import load_config
+
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps}: must be at least 1; --steps 1 would work.")
+    if options.threshold is not None and not options.threshold > 0:
+        raise UserError(f"--threshold {options.threshold}: must be positive; --threshold 1e-5 would work.")
+    config = load_config("train", options.overrides, options.config_dir, options.config_name)
+    num_ranks = _num_ranks(options, config)
+    check(config, num_ranks)
+    if _becomes_rank(config, num_ranks):
+        from fuserl_megatron.train.parity import parity as run
+
+        return run(config, steps=options.steps, threshold=options.threshold)
+    threshold = [] if options.threshold is None else [f"--threshold={options.threshold!r}"]
+    return _start_ranks(options, num_ranks, "parity", f"--steps={options.steps}", *threshold)
+
+
+def _num_ranks(options: argparse.Namespace, config: Config) -> int:
+    """Ranks that a launcher started, that --nproc asks for, or that the layout needs."""
+    from fuserl_megatron.launch import local
+
     is_rank = local.is_rank()
     if is_rank and options.nproc is not None:
         raise UserError("--nproc: torchrun or srun has started the ranks already; leave it out.")
@@ -40,19 +74,26 @@ def train(options: argparse.Namespace) -> int:
     num_ranks = local.launched_world_size() if is_rank else smallest if options.nproc is None else options.nproc
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc {options.nproc}: must be at least 1; --nproc {max(smallest, 1)} would work.")
-    facts = check(config, num_ranks)
-    if options.dry_run:
-        print(to_yaml(config), *facts, sep="\n")
-        return 0
+    return num_ranks
+
+
+def _becomes_rank(config: Config, num_ranks: int) -> bool:
+    """Whether this process is to be a rank itself, made ready for it; the environment of ranks is made ready, too."""
+    from fuserl_megatron.launch import local
+
     if config.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # core takes any GPU it sees
-    if is_rank or num_ranks == 1:
-        if not is_rank:  # in an sbatch script without srun, SLURM's variables describe other ranks than this one
-            os.environ.update(local.rank_environment(0, 1, local.free_port()))
-        from fuserl_megatron.train.loop import train as run
+    is_rank = local.is_rank()
+    if not is_rank and num_ranks == 1:  # in an sbatch script without srun, SLURM's variables describe other ranks
+        os.environ.update(local.rank_environment(0, 1, local.free_port()))
+    return is_rank or num_ranks == 1
 
-        return run(config)
-    command = [sys.executable, "-m", "fuserl_megatron.cli", "train", *options.overrides]
+
+def _start_ranks(options: argparse.Namespace, num_ranks: int, *words: str) -> int:
+    """This command once more in every rank: `words`, the overrides and where the configuration is."""
+    from fuserl_megatron.launch import local
+
+    command = [sys.executable, "-m", "fuserl_megatron.cli", *words, *options.overrides]
     for name in ("config_dir", "config_name"):
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
