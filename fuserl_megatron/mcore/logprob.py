@@ -2,9 +2,13 @@
 
     log p(y_t) = z_t[y_t] - log sum_v exp z_t[v],   z_t = W h_t
 
-computed for chunks of scored tokens, in fp32 (or fp64 when the model is), with the vocabulary split over the TP
-ranks; the backward
-pass recomputes each chunk's logits. Extra memory: chunk x vocabulary / TP, instead of all tokens x vocabulary / TP.
+computed for chunks of scored tokens, with the vocabulary split over the TP ranks; the backward pass recomputes each
+chunk's logits. Extra memory: chunk x vocabulary / TP, instead of all tokens x vocabulary / TP.
+
+Number formats: the product W h is taken and rounded in the format of the weights, as is h itself. With bf16 a logit
+near 20 is therefore a multiple of 0.125, and a token's log-probability off by up to some 0.06. Everything after it is
+fp32 (fp64 when the model is): maximum, exp, sum, log and the difference; backward, the softmax and the sum of the
+weight's gradient over chunks, whose products are again of the weights' format.
 
 Shapes: T scored tokens, H hidden, v rows of the vocabulary on this rank, c tokens of a chunk.
 """
@@ -96,7 +100,8 @@ def vocab_parallel_logps(
         chunk_size: tokens whose logits exist at one time.
 
     Returns:
-        [T] in fp32 (fp64 for fp64 input). The gradient of hidden_TH holds this rank's vocabulary rows only: the
-        caller sums it over the group (copy_to_tensor_model_parallel_region or the sequence-parallel gather do).
+        [T] as fp32 (fp64 for fp64 input), from logits of the weights' precision. The gradient of hidden_TH holds this
+        rank's vocabulary rows only: the caller sums it over the group (copy_to_tensor_model_parallel_region or the
+        sequence-parallel gather do).
     """
     return _VocabParallelLogps.apply(hidden_TH, weight_vH, labels_T, first_row, num_valid, group, chunk_size)
