@@ -20,6 +20,8 @@ OTHERS_MAY_REPORT_S = 2.0
 """After the first rank failed, seconds for the others to end by themselves: most user errors are met by all ranks."""
 TERM_TO_KILL_S = 10.0
 """Seconds between SIGTERM and SIGKILL."""
+HELD_LINES, HELD_S = 500, 30.0
+"""A traceback is held back until the rank has ended, or goes on for this many lines or seconds: it is no last word."""
 POLL_S = 0.05
 ERROR_PREFIX, TRACEBACK = "fuserl: error:", "Traceback (most recent call last)"
 
@@ -112,11 +114,17 @@ class _Group:
             self.pumps[-1].start()
 
     def _pump(self, rank: int, process: subprocess.Popen) -> None:
+        held, since = self.last_words, 0.0
         for line in process.stdout:
-            if rank in self.last_words or line.startswith(ERROR_PREFIX) or TRACEBACK in line:
-                self.last_words.setdefault(rank, []).append(line.rstrip())
-            else:
-                print(f"[rank {rank}] {line.rstrip()}", file=sys.stderr, flush=True)
+            if rank not in held and (line.startswith(ERROR_PREFIX) or TRACEBACK in line):
+                held[rank], since = [], time.monotonic()
+            words = [line.rstrip()]
+            if rank in held:
+                held[rank] += words
+                dying = len(held[rank]) < HELD_LINES and time.monotonic() - since < HELD_S
+                words = [] if dying else held.pop(rank)
+            for word in words:
+                print(f"[rank {rank}] {word}", file=sys.stderr, flush=True)
 
     def forward(self, signal_number: int, _frame: object) -> None:
         for process in self.ranks:

@@ -93,6 +93,21 @@ def test_what_a_user_error_of_rank_0_does_to_the_others_is_not_shown(capfd):
     assert sorted(capfd.readouterr().err.splitlines()) == ["[rank 1] hello", "fuserl: error: no such place", "hello"]
 
 
+def test_a_rank_that_goes_on_after_a_traceback_is_heard(monkeypatch, capfd):
+    """The log of an exception that was handled is no last word, even where another rank then meets a user error."""
+    monkeypatch.setattr(local, "HELD_LINES", 5)
+    program = (
+        "if rank == 1:\n"
+        "    print('Traceback (most recent call last)')\n"
+        "    for n in range(6): print('line', n, flush=True)\n"
+        "    print('Traceback (most recent call last)', flush=True); time.sleep(60)\n"
+        "time.sleep(0.5); print('fuserl: error: no such place', file=sys.stderr); sys.exit(2)"
+    )
+    assert run(program) == 2
+    heard = [f"[rank 1] {line}" for line in ("Traceback (most recent call last)", *(f"line {n}" for n in range(6)))]
+    assert capfd.readouterr().err.splitlines() == [*heard, "fuserl: error: no such place"]
+
+
 def test_a_crash_ends_all_and_its_exit_code_is_passed_on(capfd):
     words = "print('boom', flush=True); print('Traceback (most recent call last)'); print('x')"
     started = time.monotonic()
