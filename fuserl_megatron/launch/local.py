@@ -155,6 +155,8 @@ class _Group:
             return USER_ERROR
         self._print_last_words()
         code = codes[first]
+        if first == 0 and code == 1 and not any(process.returncode for process in self.ranks[1:]):
+            return code  # a check that came out negative: rank 0 has said so, and the others were done
         print(f"{ERROR_PREFIX} rank {first} ended first, {_cause(code)}; the other ranks were ended.", file=sys.stderr)
         return code if code > 0 else 128 - code
 
