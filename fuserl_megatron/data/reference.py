@@ -102,13 +102,16 @@ class ReferenceCache:
             logps: [N] summed log-probabilities of the scored tokens.
 
         Raises:
-            ValueError: a value is NaN or infinite.
+            UserError: a value is NaN or infinite.
         """
         values = torch.as_tensor(logps).detach().to("cpu", torch.float32).numpy()
         ids = torch.as_tensor(response_ids).cpu().numpy()
         if not np.isfinite(values).all():
             bad = ids[~np.isfinite(values)][:5].tolist()
-            raise ValueError(f"the reference model gives a non-finite log-probability for responses {bad}")
+            raise UserError(
+                f"the reference model gives a non-finite log-probability for responses {bad}: "
+                "look for NaN in its weights, or try trainer.precision=32"
+            )
         self._logps[ids] = values
 
     def flush(self) -> None:

@@ -10,7 +10,7 @@ All three hand out float32 sums.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -131,9 +131,8 @@ def _open(
             missing = cache.missing_mask
         except (UserError, OSError) as error:
             problem = str(error)
-    key, problem, missing = parallel.from_main_rank((key, problem, missing), layout.device)
-    if problem:
-        raise UserError(problem)
+    _refuse_everywhere(problem, layout)
+    key, missing = parallel.from_main_rank((key, missing), layout.device)
     return cache, key, missing
 
 
@@ -158,18 +157,34 @@ def _score_missing(
     cache: ReferenceCache | None,
     missing: np.ndarray,
 ) -> None:
-    layout, started, num_scored = engine.layout, time.monotonic(), 0
+    layout, started, num_scored, problem = engine.layout, time.monotonic(), 0, None
     for plan in sampler.scoring_plans(missing):
         ids, logps = score(engine, sampler.micro_batches(plan, layout.dp_rank))
         num_scored += plan.num_sequences
         if layout.is_main:
-            cache.write(ids, logps)
-            cache.flush()
+            problem = _problem_of(cache.write, ids, logps) or _problem_of(cache.flush)
+        _refuse_everywhere(problem, layout)
     if layout.is_main:
-        cache.finish(prepared.response_ids)
+        problem = _problem_of(cache.finish, prepared.response_ids)
+    _refuse_everywhere(problem, layout)  # nobody reads before everything is written, either
+    if layout.is_main:
         seconds = time.monotonic() - started
         say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s")
-    parallel.any_rank(False, layout.device)  # nobody reads before everything is written
+
+
+def _problem_of(action: Callable, *args) -> str | None:
+    """What keeps rank 0 from doing something with the file that is its alone."""
+    try:
+        action(*args)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def _refuse_everywhere(problem: str | None, layout: parallel.Layout) -> None:
+    """Raise what rank 0 met on every rank: the others would wait for it in the next collective until the timeout."""
+    if problem := parallel.from_main_rank(problem, layout.device):
+        raise UserError(problem)
 
 
 def _parameters(engine: Engine) -> list[torch.nn.Parameter]:

@@ -39,7 +39,7 @@ def test_write_resume_finish_and_read(tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_a_non_finite_value_is_refused_with_its_response(tmp_path, value):
     cache = ReferenceCache.open_or_create(tmp_path, "key", 3)
-    with pytest.raises(ValueError, match=r"non-finite log-probability for responses \[2\]"):
+    with pytest.raises(UserError, match=r"non-finite log-probability for responses \[2\]"):
         cache.write(torch.tensor([1, 2]), torch.tensor([-1.0, value]))
     assert cache.missing_mask.all()
 
