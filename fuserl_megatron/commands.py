@@ -4,6 +4,7 @@ Rooms are imported inside the functions, after everything that can be checked wi
 """
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -34,7 +35,10 @@ def train(options: argparse.Namespace) -> int:
     num_ranks = _num_ranks(options, config)
     facts = check(config, num_ranks)
     if options.dry_run:
-        print(to_yaml(config), *facts, sep="\n")
+        from fuserl_megatron.config.objective import with_defaults
+
+        filled = dataclasses.replace(config, objective=with_defaults(config.objective))  # as the run writes it down
+        print(to_yaml(filled), *facts, sep="\n")
         return 0
     if _becomes_rank(config, num_ranks):
         from fuserl_megatron.train.loop import train as run
@@ -110,7 +114,12 @@ def check(config: Config, num_ranks: int) -> list[str]:
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.data.dataset import Manifest
 
-    return validate(config, num_ranks, read_config(config.model.path), data_set=Manifest.read(config.data.path))
+    facts = validate(config, num_ranks, read_config(config.model.path), data_set=Manifest.read(config.data.path))
+    if config.data.validation_path is not None:
+        from fuserl_megatron.train.monitor import check_monitor
+
+        check_monitor(config, Manifest.read(config.data.validation_path).sources)
+    return facts
 
 
 def hf_to_megatron(options: argparse.Namespace) -> int:

@@ -8,13 +8,12 @@ decides, all ranks learn.
 import json
 import math
 from dataclasses import replace
-from difflib import get_close_matches
 from pathlib import Path
 
-from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.mcore.losses import metric_names
+from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore.step import Engine, evaluate, reduced
 from fuserl_megatron.train.feed import Feed, step_values
+from fuserl_megatron.train.monitor import check_monitor as check_monitor  # loop.py has it from here
 
 FILE = "validation.jsonl"
 
@@ -23,18 +22,6 @@ def is_due(config: Config, step: int, total: int) -> bool:
     """Whether there is a validation after this many steps (0: before the first)."""
     every = config.trainer.val_check_interval
     return step in (0, total) or bool(every and step % every == 0)
-
-
-def check_monitor(config: Config, sources: list[str]) -> None:
-    """Refuse a monitor that no validation gives, before anything heavy starts."""
-    monitor = config.exp_manager.checkpoint_callback_params.monitor
-    known = ["val_loss", *(f"val_{name}" for name in metric_names(config.objective, sources))]
-    if monitor is not None and monitor not in known:
-        near = get_close_matches(monitor, known, n=1, cutoff=0.0)[0]
-        raise UserError(
-            f"exp_manager.checkpoint_callback_params.monitor={monitor}: no such metric. Did you mean {near}? "
-            f"There are: {', '.join(n for n in known if '/' not in n)}, and some of them per source."
-        )
 
 
 def validate(config: Config, engine: Engine, feed: Feed, step: int, total: int) -> dict[str, float]:

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fuserl_megatron import __version__, commands, doctor
 from fuserl_megatron.cli import build_parser, main
-from fuserl_megatron.commands import _bytes
-from fuserl_megatron.config.load import load_config
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.commands import _bytes, check
+from fuserl_megatron.config.load import from_dict, load_config
+from fuserl_megatron.config.objective import with_defaults
+from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.data.dataset import FORMAT_VERSION, Manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +40,9 @@ def no_launcher(monkeypatch):
 def paths(tmp_path):
     """Overrides that name a model directory (its config only) and a data set (its manifest only)."""
     values = {name: {} for name in Manifest.__dataclass_fields__}
-    values |= dict(format_version=FORMAT_VERSION, num_prompts=1000, max_token_id=159, tokens={"total_max": 300})
+    values |= dict(
+        format_version=FORMAT_VERSION, sources=["a", "b"], num_prompts=1000, max_token_id=159, tokens={"total_max": 300}
+    )
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "data").mkdir()
@@ -196,6 +200,16 @@ def test_nproc(capsys, monkeypatch, paths):
     assert error_line(capsys, "train", *paths, "model.pipeline_model_parallel_size=4").startswith("world size 2:")
 
 
+def test_a_monitor_is_known_before_any_rank_starts(capsys, paths):
+    words = ["train", *paths, paths[1].replace("data.path", "data.validation_path"), "--dry-run"]
+    monitor = "exp_manager.checkpoint_callback_params.monitor"
+    assert main([*words, f"{monitor}=val_nll_per_token/a"]) == 0
+    capsys.readouterr()
+    line = error_line(capsys, *words, f"{monitor}=val_nll_per_token/c")
+    assert line.startswith(f"{monitor}=val_nll_per_token/c: no such metric. Did you mean val_nll_per_token/")
+    assert "is not a fused data set" in error_line(capsys, *words[:-2], "data.validation_path=/none", "--dry-run")
+
+
 def test_a_demo_outside_a_checkout(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(commands, "__file__", str(tmp_path / "site" / "fuserl_megatron" / "commands.py"))
@@ -238,6 +252,24 @@ def test_dry_run(capsys, paths):
     assert "  global_batch_size: 100" in settings and "  tensor_model_parallel_size: 2" in settings
     assert main([*words, "--nproc", "4"]) == 0
     assert "DP 2 = 4 ranks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        (["objective.stage=fusesft"], dict(selection="per_source", nll_reduction="token_mean", beta=None)),
+        (["objective.stage=fusesft", "objective.selection=top_m"], dict(selection="top_m", top_m=4)),
+        (["objective.stage=fusepo", "objective.loss=dpo"], dict(beta=0.01, reference_mode="cache", kl_coef=None)),
+        (["objective.stage=fusepo", "objective.loss=simpo", "objective.beta=3"], dict(beta=3.0, reference_mode=None)),
+    ],
+)
+def test_dry_run_shows_the_values_the_loss_will_use(capsys, paths, objective, expected):
+    """And what it prints is a configuration with the same meaning."""
+    assert main(["train", *paths, "--dry-run", *objective]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out.split("\nlayout ")[0])
+    assert shown["objective"].items() >= expected.items()
+    config = from_dict(Config, shown)
+    assert check(config, 1) and with_defaults(config.objective) == config.objective
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5KB", 1500), ("77", 77)])
