@@ -8,9 +8,10 @@ time in a process of its own, compares the weights that came back, and removes e
 times a model's size on the disk.
 
 Our directories are on the device when the command returns (fsync); `cp -r` leaves that to the kernel. So both are
-given: `cp` as it is, and `cp` followed by `sync -f`. The files read are in the page cache for all of them, and dirty
-pages are flushed before each measurement. The start of the interpreter and the import of torch (the difference of
-`process` and `conversion`) do not depend on the model and are left out of the ratios.
+given: `cp` as it is, and `cp` followed by `sync -f`. `cp` and the conversion take turns inside one process, each after
+its source was read once, the last copy removed and everything flushed, so that page cache and free memory are alike for
+both. On virtual machines memory that was free for some seconds can cost several times the copy when it is used again:
+compare minima. The start of the interpreter and the import of torch, which do not depend on the model, are given apart.
 """
 
 import argparse
@@ -46,15 +47,6 @@ COMMON = dict(
     tie_word_embeddings=True,
     torch_dtype="bfloat16",
 )
-CHILD = """
-import sys, time
-from fuserl_megatron.mcore import offline
-started = time.monotonic()
-getattr(offline, sys.argv[1])(sys.argv[2], sys.argv[3])
-seconds = time.monotonic() - started
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(seconds, int(status["VmHWM"].split()[0]) * 1024)
-"""
 
 
 def make_model(directory: Path, name: str, shard_bytes: int) -> int:
@@ -74,32 +66,38 @@ def make_model(directory: Path, name: str, shard_bytes: int) -> int:
     return largest
 
 
-def copy_seconds(source: Path, destination: Path) -> tuple[float, float]:
-    """Seconds of `cp -r`, and of `cp -r` and flushing what it wrote."""
-    warm(source)
+def settle(source: Path, destination: Path) -> None:
+    """Remove what was written, flush, and bring the source into the page cache."""
+    shutil.rmtree(destination, ignore_errors=True)
+    subprocess.run(["sync", "-f", source], check=True)
+    subprocess.run(f"find '{source}' -type f -exec cat {{}} + > /dev/null", shell=True, check=True)
+
+
+def take_turns(direction: str, source: Path, destination: Path, repeats: int) -> None:
+    """What the measuring process does: prints the seconds of each turn and its peak resident bytes as JSON."""
+    from fuserl_megatron.mcore import offline
+
+    turns = []
+    for _ in range(repeats):
+        settle(source, destination)
+        started = time.monotonic()
+        subprocess.run(["cp", "-r", source, destination], check=True)
+        copied = time.monotonic() - started
+        subprocess.run(["sync", "-f", destination], check=True)
+        flushed = time.monotonic() - started
+        settle(source, destination)
+        started = time.monotonic()
+        getattr(offline, direction)(source, destination)
+        turns.append(dict(cp=copied, cp_and_flush=flushed, conversion=time.monotonic() - started))
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    print(json.dumps(dict(turns=turns, peak_bytes=int(status["VmHWM"].split()[0]) * 1024)))
+
+
+def start_seconds() -> float:
+    """Seconds of a process that only imports the converter."""
     started = time.monotonic()
-    subprocess.run(["cp", "-r", source, destination], check=True)
-    copied = time.monotonic() - started
-    subprocess.run(["sync", "-f", destination], check=True)
-    flushed = time.monotonic() - started
-    shutil.rmtree(destination)
-    return copied, flushed
-
-
-def convert(direction: str, source: Path, destination: Path) -> tuple[float, float, int]:
-    """Seconds of one conversion's process, of the conversion alone, and the process's peak resident bytes."""
-    warm(source)
-    started = time.monotonic()
-    command = [sys.executable, "-c", CHILD, direction, str(source), str(destination)]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    inside, peak = found.stdout.split()
-    return time.monotonic() - started, float(inside), int(peak)
-
-
-def warm(directory: Path) -> None:
-    """Bring the files into the page cache, and flush what earlier steps wrote."""
-    subprocess.run(["sync", "-f", directory], check=True)
-    subprocess.run(f"find '{directory}' -type f -exec cat {{}} + > /dev/null", shell=True, check=True)
+    subprocess.run([sys.executable, "-c", "from fuserl_megatron.mcore import offline"], check=True)
+    return time.monotonic() - started
 
 
 def measure(name: str, root: Path, repeats: int, shard_bytes: int) -> dict:
@@ -107,21 +105,18 @@ def measure(name: str, root: Path, repeats: int, shard_bytes: int) -> dict:
     source, there, back = root / "hf", root / "megatron", root / "back"
     largest = make_model(source, name, shard_bytes)
     size = sum(file.stat().st_size for file in source.iterdir())
-    rows = []
-    for repeat in range(repeats):
-        for direction, a, b in (("hf_to_megatron", source, there), ("megatron_to_hf", there, back)):
-            copied, flushed = copy_seconds(a, root / "copy")
-            process, inside, peak = convert(direction, a, b)
-            row = dict(direction=direction, process=process, conversion=inside, cp=copied, cp_and_flush=flushed)
-            row |= dict(ratio_to_cp=inside / copied, ratio_to_cp_and_flush=inside / flushed, peak_bytes=peak)
-            rows.append(row)
-            print(name, repeat, {k: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
-        if not same_weights(source, back):
-            raise SystemExit(f"{name}: the weights that came back differ")
-        shutil.rmtree(there)
-        shutil.rmtree(back)
-    shutil.rmtree(source)
-    return dict(model=name, bytes=size, largest_tensor_bytes=largest, runs=rows)
+    report = dict(model=name, bytes=size, largest_tensor_bytes=largest)
+    for direction, a, b in (("hf_to_megatron", source, there), ("megatron_to_hf", there, back)):
+        command = [sys.executable, __file__, "--turns", direction, str(a), str(b), "--repeats", str(repeats)]
+        found = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        best = {key: min(turn[key] for turn in found["turns"]) for key in found["turns"][0]}
+        found["ratio_to_cp"] = best["conversion"] / best["cp"]
+        found["ratio_to_cp_and_flush"] = best["conversion"] / best["cp_and_flush"]
+        print(name, direction, json.dumps(found), flush=True)
+        report[direction] = found
+    if not same_weights(source, back):
+        raise SystemExit(f"{name}: the weights that came back differ")
+    return report
 
 
 def same_weights(source: Path, back: Path) -> bool:
@@ -139,17 +134,22 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--shard-gb", type=float, default=1.0, help="of the generated files (default 1.0)")
     parser.add_argument("--dir", default=None, help="where to write (default: the system's temporary directory)")
     parser.add_argument("--json", default=None, help="write the figures to this file")
+    parser.add_argument("--turns", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.turns:
+        direction, source, destination = options.turns
+        return take_turns(direction, Path(source), Path(destination), options.repeats)
     report = dict(
         cores=os.cpu_count(),
         memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         python=platform.python_version(),
         torch=torch.__version__,
+        start_seconds=start_seconds(),
         models=[],
     )
     for name in options.models:

@@ -163,6 +163,33 @@ def hf_cuts(megatron_name: str, shape: ModelShape, tp_size: int, tp_rank: int) -
     return [(names[0], 0, 0, length)]
 
 
+def row_runs(megatron_name: str, shape: ModelShape) -> list[tuple[str, int, int, int]]:
+    """One full Megatron parameter as runs of rows of its Hugging Face tensors: conversion as a list of copies.
+
+    Returns:
+        (hf name, its first row, Megatron's first row, number of rows), in the order of Megatron's rows. Padded rows of
+        the vocabulary are in no run.
+
+    Raises:
+        ValueError: the name is unknown to the table or to this model.
+    """
+    row, _ = find_rule(megatron_name)
+    names = hf_names(megatron_name, shape)
+    D = shape.head_dim
+    if row.rule == "qkv":
+        runs, at = [], 0
+        for group in range(shape.num_query_groups):
+            for name, width in zip(names, (shape.heads_per_group * D, D, D), strict=True):
+                runs.append((name, group * width, at, width))
+                at += width
+        return runs
+    if row.rule == "gate_up":
+        return [(name, 0, half * shape.ffn_hidden_size, shape.ffn_hidden_size) for half, name in enumerate(names)]
+    if row.rule == "vocab":
+        return [(names[0], 0, 0, shape.vocab_size)]
+    return [(names[0], 0, 0, D if row.sizes[0] == ("D",) else shape.hidden_size)]
+
+
 def hf_tensors_from_megatron(
     megatron_name: str, full: torch.Tensor, shape: ModelShape
 ) -> list[tuple[str, torch.Tensor]]:

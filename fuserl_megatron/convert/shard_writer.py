@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import mmap
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +51,7 @@ class ShardWriter:
             raise UserError(f"max_shard_bytes = {max_shard_bytes} must be at least 1; {DEFAULT_SHARD_BYTES} is usual")
         self.directory, self.dtype, self.shapes = Path(directory), dtype, dict(shapes)
         self.written: set[str] = set()
+        self._rows: dict[str, int] = {}
         self._place: dict[str, tuple[Path, int]] = {}
         self._handles: dict[Path, int] = {}
         shards = _shards(self.shapes, dtype, max_shard_bytes)
@@ -91,23 +91,40 @@ class ShardWriter:
             raise UserError(f"{name}: written twice; two parts of the model claim the same tensor")
         if tuple(tensor.shape) != self.shapes[name]:
             raise UserError(f"{name}: shape {list(tensor.shape)}, but the config calls for {list(self.shapes[name])}")
+        self._put(name, 0, tensor.detach().reshape(tensor.shape or (1,)))
+        self.written.add(name)
+
+    def write_rows(self, name: str, first: int, rows: torch.Tensor) -> None:
+        """Write some rows of a tensor to their place; it counts as written when as many rows came as it has.
+
+        Args:
+            name: one of the planned names.
+            first: index of the first row along dimension 0.
+            rows: [count, ...] of the planned shape but for dimension 0.
+
+        Raises:
+            UserError: as `write`.
+        """
+        shape = self.shapes.get(name)
+        done = self._rows.get(name, 0) + rows.shape[0]
+        if shape is None or rows.shape[1:] != shape[1:] or first + rows.shape[0] > shape[0] or done > shape[0]:
+            raise UserError(f"{name}: rows {first} to {first + rows.shape[0]} are not missing; nothing is exported")
+        self._put(name, first, rows)
+        self._rows[name] = done
+        if done == shape[0]:
+            self.written.add(name)
+
+    def _put(self, name: str, first: int, rows: torch.Tensor) -> None:
         file, offset = self._place[name]
-        rows = tensor.detach().reshape(tensor.shape or (1,))
-        step = max(1, WINDOW_BYTES // max(1, math.prod(rows.shape[1:]) * self.dtype.itemsize))
+        row_bytes = max(1, math.prod(rows.shape[1:]) * self.dtype.itemsize)
+        offset += first * row_bytes
         with _disk_errors(file):
             if file not in self._handles:
                 self._handles[file] = os.open(file, os.O_WRONLY)
-            for part in rows.split(step):
-                window = part.to(device="cpu", dtype=self.dtype).contiguous()
-                if self.dtype == torch.float16 and not bool(window.isfinite().all()) and bool(part.isfinite().all()):
-                    raise UserError(f"{name}: has values beyond float16's range; export as bfloat16 or float32")
-                view = memoryview(window.view(-1).view(torch.uint8).numpy())
-                done = 0
-                while done < len(view):
-                    done += os.pwrite(self._handles[file], view[done:], offset + done)
-                write_behind(self._handles[file], offset, len(view))
-                offset += len(view)
-        self.written.add(name)
+            for part in rows.split(max(1, WINDOW_BYTES // row_bytes)):
+                window = converted(part, self.dtype, name)
+                write_at(self._handles[file], offset, window)
+                offset += window.nbytes
 
     def close(self, sync: bool = True) -> set[str]:
         """Close the files, flushed to the device when `sync`; returns the names this process wrote."""
@@ -129,27 +146,30 @@ class ShardWriter:
         self.close(sync=kind is None)
 
 
-def write_behind(handle: int, offset: int, length: int) -> None:
-    """Let the device take these bytes now, while the next are being read, instead of all at the closing fsync.
+def converted(part: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """The numbers on the CPU in another dtype, the tensor itself when nothing changes.
 
-    The kernel then also forgets them, so that a large model does not push everything else out of the page cache.
+    Raises:
+        UserError: a finite number becomes infinite in float16.
     """
+    window = part.to(device="cpu", dtype=dtype).contiguous()
+    if dtype == torch.float16 and not bool(window.isfinite().all()) and bool(part.isfinite().all()):
+        raise UserError(f"{name}: has values beyond float16's range; use bfloat16 or float32")
+    return window
+
+
+def write_at(handle: int, offset: int, window: torch.Tensor) -> None:
+    """Write a contiguous tensor's bytes at a place of an open file, and let the device take them at once.
+
+    Without the hint all of them would wait for the closing fsync. The kernel then also forgets them, so that a large
+    model does not push everything else out of the page cache.
+    """
+    view = memoryview(window.view(-1).view(torch.uint8).numpy())
+    done = 0
+    while done < len(view):
+        done += os.pwrite(handle, view[done:], offset + done)
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(handle, offset, length, os.POSIX_FADV_DONTNEED)
-
-
-class Scratch:
-    """Memory for tensors needed one after the other: fresh pages for each would cost more than the copy itself."""
-
-    def __init__(self) -> None:
-        self._memory = mmap.mmap(-1, mmap.PAGESIZE)
-
-    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A contiguous tensor with a storage of just its size, valid until the next call."""
-        numbers = math.prod(shape)
-        if len(self._memory) < numbers * dtype.itemsize:
-            self._memory = mmap.mmap(-1, numbers * dtype.itemsize)
-        return torch.frombuffer(self._memory, dtype=dtype, count=numbers).view(shape)
+        os.posix_fadvise(handle, offset, len(view), os.POSIX_FADV_DONTNEED)
 
 
 class _disk_errors:  # noqa: N801 (reads as a statement: with _disk_errors(file))

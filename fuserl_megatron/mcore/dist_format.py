@@ -13,6 +13,7 @@ Written here, read by dist_reader.py. Neither imports megatron.core: no GPU, no 
 """
 
 import json
+import math
 import os
 import pickle
 from pathlib import Path
@@ -23,7 +24,8 @@ from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # part of the format: the index consists of them
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.convert.shard_writer import write_behind
+from fuserl_megatron.convert.shard_writer import write_at
+from fuserl_megatron.mcore.saved_tensor import Window, describe_tensor
 
 POINTER = "latest_checkpointed_iteration.txt"
 MAX_FILE_BYTES = 5 * 10**9
@@ -62,7 +64,7 @@ def newest_iteration(root: str | Path) -> int | None:
 
 
 class DistWriter:
-    """Writes one iteration's folder. Every tensor is written and may be dropped before the next is made."""
+    """Writes one iteration's folder. A chunk's place is reserved first; its numbers come in any order."""
 
     def __init__(self, directory: Path):
         self.directory = directory
@@ -80,36 +82,42 @@ class DistWriter:
             self._files += 1
         return self._file
 
-    def _append(self, value: Any, index: dcp.MetadataIndex) -> None:
+    def _append(self, value: Any, index: dcp.MetadataIndex) -> tuple[BinaryIO, int]:
         stream = self._stream()
         start = stream.tell()
-        # torch.load never looks at the check sums, and they cost ten times what the writing does
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
-        try:
-            torch.save(value, stream)
-        finally:
-            torch.serialization.set_crc32_options(before)
+        torch.save(value, stream)
         stream.flush()
         self._places[index] = _StorageInfo(os.path.basename(stream.name), start, stream.tell() - start)
-        write_behind(stream.fileno(), start, stream.tell() - start)
+        return stream, start
 
-    def tensor(self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], chunk: torch.Tensor) -> None:
-        """Append one chunk of a key.
+    def reserve(
+        self, key: str, size: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...], dtype: torch.dtype
+    ) -> int:
+        """Append one chunk of a key, zero so far (a hole in the file); returns the place of its numbers for `write`.
 
         Args:
             key: the parameter, without layer index.
             size: of the whole key.
             offsets: of the chunk in it.
-            chunk: contiguous, with as many dimensions as the key.
+            sizes: of the chunk, with as many dimensions as the key.
+            dtype: of the key.
         """
         if key not in self._entries:
-            properties = dcp.TensorProperties(dtype=chunk.dtype)
+            properties = dcp.TensorProperties(dtype=dtype)
             self._entries[key] = dcp.TensorStorageMetadata(properties=properties, size=torch.Size(size), chunks=[])
         entry = self._entries[key]
-        assert entry.properties.dtype == chunk.dtype and entry.size == torch.Size(size), f"{key}: chunks disagree"
-        entry.chunks.append(dcp.ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=chunk.shape))
-        self._append(chunk, dcp.MetadataIndex(key, torch.Size(offsets)))
+        assert entry.properties.dtype == dtype and entry.size == torch.Size(size), f"{key}: chunks disagree"
+        entry.chunks.append(dcp.ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)))
+        with torch.serialization.skip_data():  # the container around the numbers, without touching memory for them
+            stream, start = self._append(torch.empty(sizes, dtype=dtype), dcp.MetadataIndex(key, torch.Size(offsets)))
+        with open(stream.name, "rb", buffering=0) as written:
+            window = Window(written, start, stream.tell() - start)
+            return start + describe_tensor(window, math.prod(sizes))[1]
+
+    def write(self, place: int, rows: torch.Tensor) -> None:
+        """Write contiguous numbers into the chunk reserved last, at a byte counted from the start of the file."""
+        assert self._file is not None, "reserve comes first"
+        write_at(self._file.fileno(), place, rows)
 
     def empty_object(self, key: str) -> None:
         """Append what core saves for a module's extra state when there is none."""

@@ -4,12 +4,10 @@ Nothing here unpickles foreign classes: of the two pickled parts (the index, and
 only known plain types are built, everything else becomes an inert object. Numbers go straight to their place.
 """
 
-import io
 import json
 import math
 import os
 import pickle
-import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +18,9 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.convert.shard_writer import Scratch
 from fuserl_megatron.mcore.dist_format import CONFIG, INDEX
+from fuserl_megatron.mcore.saved_tensor import Window, describe_tensor
 
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "BFloat16Storage": torch.bfloat16,
-    "HalfStorage": torch.float16,
-    "DoubleStorage": torch.float64,
-}
 _AGAIN = "copy the checkpoint again, or name another iteration"
 
 
@@ -82,6 +74,8 @@ class DistReader:
             )
         self._check_files()
         self._handles: dict[str, BinaryIO] = {}
+        self._described: dict[tuple[str, tuple[int, ...]], tuple[Path, int, torch.dtype]] = {}
+        self._last: tuple[Any, list] = (None, [])
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -100,62 +94,82 @@ class DistReader:
                     f"{file}: {file.stat().st_size} bytes, but the index promises {end} (truncated?); {_AGAIN}"
                 )
 
-    def read(self, key: str, layer: int | None = None, scratch: Scratch | None = None) -> torch.Tensor:
-        """Put one parameter together from its chunks, at the memory of the parameter.
+    def read(self, key: str, layer: int | None = None) -> torch.Tensor:
+        """One whole parameter in the stored dtype; see `read_rows`."""
+        size = self.keys[key].size[0 if layer is None else 1 :]
+        return self.read_rows(key, layer, 0, torch.empty(size, dtype=self.keys[key].dtype))
+
+    def read_rows(self, key: str, layer: int | None, first: int, out: torch.Tensor) -> torch.Tensor:
+        """Put a run of rows of one parameter together from its chunks, however they were cut.
 
         Args:
             key: as in `keys`.
-            layer: index along the first dimension, which is then dropped; None for the whole key.
-            scratch: where to put it; None for memory of its own.
+            layer: index along the key's first dimension, which is then dropped; None for the whole key.
+            first: first row of the parameter.
+            out: [rows, ...], contiguous, in the stored dtype.
 
         Returns:
-            A contiguous tensor in the stored dtype.
+            `out`, filled.
 
         Raises:
             UserError: the chunks do not cover it, or a file is damaged.
         """
-        stored = self.keys[key]
-        drop = 0 if layer is None else 1
-        out = (torch if scratch is None else scratch).empty(stored.size[drop:], dtype=stored.dtype)
         filled = 0
-        for offsets, sizes in stored.chunks:
-            if layer is not None and not offsets[0] <= layer < offsets[0] + sizes[0]:
+        for offsets, sizes in self._chunks_of(key, layer):
+            drop = 0 if layer is None else 1
+            skipped = 0 if layer is None else layer - offsets[0]  # layers of the chunk before this one
+            (start, *columns), (length, *widths) = offsets[drop:], sizes[drop:]
+            begin, end = max(first, start), min(first + out.shape[0], start + length)
+            if begin >= end:
                 continue
-            part = out
-            for dim, (start, length) in enumerate(zip(offsets[drop:], sizes[drop:], strict=True)):
-                part = part.narrow(dim, start, length)
-            skip = 0 if layer is None else layer - offsets[0]
-            self._read_chunk(key, offsets, sizes, skip * math.prod(sizes[1:]), part)
+            part = out[begin - first : end - first]
+            for dim, (column, width) in enumerate(zip(columns, widths, strict=True), start=1):
+                part = part.narrow(dim, column, width)
+            self._read_chunk(key, offsets, sizes, (skipped * length + begin - start) * math.prod(widths), part)
             filled += part.numel()
         if filled != out.numel():
             raise UserError(f"{self.directory}: the chunks of {key} hold {filled} of {out.numel()} numbers; {_AGAIN}")
         return out
 
+    def _chunks_of(self, key: str, layer: int | None) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        if self._last[0] != (key, layer):  # the same parameter is asked for many times in a row
+            chunks = self.keys[key].chunks
+            found = [c for c in chunks if layer is None or c[0][0] <= layer < c[0][0] + c[1][0]]
+            self._last = ((key, layer), found)
+        return self._last[1]
+
     def _read_chunk(self, key: str, offsets: tuple, sizes: tuple, first: int, out: torch.Tensor) -> None:
         """Fill `out` with the chunk's numbers from number `first` on."""
-        place = self._places.get((key, offsets))
-        if place is None:
-            raise UserError(f"{self.directory}: the index does not say where {key} {list(offsets)} lies; {_AGAIN}")
-        file = self.directory / place.relative_path
-        if place.relative_path not in self._handles:
-            self._handles[place.relative_path] = open(file, "rb", buffering=0)
-        handle = self._handles[place.relative_path]
-        try:
-            dtype, start = _describe(_Window(handle, place.offset, place.length), math.prod(sizes))
-        except Exception as error:  # zip and pickle raise anything on damaged bytes
-            raise UserError(f"{file}: {key} cannot be read ({type(error).__name__}: {error}); {_AGAIN}") from None
+        file, start, dtype = self._place_of(key, offsets, sizes)
         if dtype != out.dtype:
-            raise UserError(f"{file}: {key} is {dtype}, but the index says {out.dtype}; {_AGAIN}")
+            raise UserError(f"{file}: {key} is {dtype}, but {out.dtype} is called for; {_AGAIN}")
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=dtype)
         view = memoryview(target.view(-1).view(torch.uint8).numpy())
-        at, done = place.offset + start + first * dtype.itemsize, 0
+        at, done = start + first * dtype.itemsize, 0
         while done < len(view):
-            count = os.preadv(handle.fileno(), [view[done : done + 2**30]], at + done)
+            count = os.preadv(self._handles[file.name].fileno(), [view[done : done + 2**30]], at + done)
             if count == 0:
                 raise UserError(f"{file}: ends inside {key}; {_AGAIN}")
             done += count
         if target is not out:
             out.copy_(target)
+
+    def _place_of(self, key: str, offsets: tuple, sizes: tuple) -> tuple[Path, int, torch.dtype]:
+        """File, first byte and dtype of a chunk's numbers."""
+        if (key, offsets) not in self._described:
+            place = self._places.get((key, offsets))
+            if place is None:
+                raise UserError(f"{self.directory}: the index does not say where {key} {list(offsets)} lies; {_AGAIN}")
+            file = self.directory / place.relative_path
+            if file.name not in self._handles:
+                self._handles[file.name] = open(file, "rb", buffering=0)
+            window = Window(self._handles[file.name], place.offset, place.length)
+            try:
+                dtype, start = describe_tensor(window, math.prod(sizes))
+            except Exception as error:  # zip and pickle raise anything on damaged bytes
+                raise UserError(f"{file}: {key} cannot be read ({type(error).__name__}: {error}); {_AGAIN}") from None
+            self._described[key, offsets] = (file, place.offset + start, dtype)
+        return self._described[key, offsets]
 
     def __enter__(self) -> "DistReader":
         return self
@@ -164,54 +178,6 @@ class DistReader:
         for handle in self._handles.values():
             handle.close()
         self._handles.clear()
-
-
-class _Window:
-    """A stretch of an open file as a file of its own, for zipfile."""
-
-    def __init__(self, handle: BinaryIO, start: int, length: int):
-        self._handle, self._start, self._length, self._at = handle, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        return self._at
-
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self._length - self._at)
-        content = os.pread(self._handle.fileno(), left if count < 0 else min(count, left), self._start + self._at)
-        self._at += len(content)
-        return content
-
-
-def _describe(window: _Window, numel: int) -> tuple[torch.dtype, int]:
-    """What `torch.save` wrote there: the dtype of the one contiguous tensor, and where its numbers start."""
-    with zipfile.ZipFile(window) as archive:
-        records = {info.filename.split("/", 1)[-1]: info for info in archive.infolist()}
-    start, length = _record(window, records["data.pkl"])
-    window.seek(start)
-    (dtype, name), offset, size, stride = _TensorUnpickler(io.BytesIO(window.read(length))).load()
-    if offset or math.prod(size) != numel or tuple(stride) != torch.empty(size, device="meta").stride():
-        raise ValueError(f"not one contiguous tensor of {numel} numbers")
-    start, length = _record(window, records[f"data/{name}"])
-    if length != numel * dtype.itemsize:
-        raise ValueError(f"{length} bytes for {numel} numbers of {dtype}")
-    return dtype, start
-
-
-def _record(window: _Window, info: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where a record's bytes are. Read without zipfile, which would want the check sums that torch may leave out."""
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError("compressed")
-    window.seek(info.header_offset + 26)  # the lengths of name and extra field in the record's own header
-    lengths = window.read(4)
-    name, extra = int.from_bytes(lengths[:2], "little"), int.from_bytes(lengths[2:], "little")
-    return info.header_offset + 30 + name + extra, info.file_size
 
 
 class _Inert:
@@ -237,22 +203,3 @@ class _PlainUnpickler(pickle.Unpickler):
         if (module, name) == ("torch.serialization", "_get_layout"):
             return torch.serialization._get_layout
         return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Inert
-
-
-class _TensorUnpickler(pickle.Unpickler):
-    """One saved tensor, as ((dtype, record), offset, size, stride)."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return lambda storage, offset, size, stride, *_: (storage, offset, size, stride)
-        if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda tensor, *_: tensor
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
-        if (module, name) == ("collections", "OrderedDict"):
-            return OrderedDict
-        raise pickle.UnpicklingError(f"{module}.{name} is no part of a plain tensor")
-
-    def persistent_load(self, description: Any) -> tuple[torch.dtype, str]:
-        _, dtype, record, *_ = description
-        return dtype, record

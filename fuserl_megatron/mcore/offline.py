@@ -1,4 +1,4 @@
-"""Hugging Face directory <-> Megatron distributed checkpoint: one process, no GPU, no process group, tensor by tensor.
+"""Hugging Face directory <-> Megatron distributed checkpoint: one process, no GPU, no process group, in small windows.
 
 A checkpoint written here carries the model's config, tokenizer and templates, so that the way back needs nothing else:
 
@@ -11,6 +11,7 @@ Legend: V vocabulary, H hidden, F feed-forward width, L layers.
 """
 
 import argparse
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,16 +22,17 @@ import fuserl_megatron
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert import hf_io
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
-from fuserl_megatron.convert.layout import padded_vocab_size
-from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes, megatron_names
-from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, Scratch, total_bytes
-from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
+from fuserl_megatron.convert.layout import padded_vocab_size, row_runs
+from fuserl_megatron.convert.names import find_rule, hf_shapes, megatron_names
+from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, converted, total_bytes
+from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors
 from fuserl_megatron.convert.whole_directory import check_destination, whole_directory
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
-from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, find_checkpoint, megatron_tensors, widest
+from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, find_checkpoint, stored_key, widest
 from fuserl_megatron.mcore.dist_reader import DistReader
 
 # modules whose extra state core asks for when it loads under the local spec; under the other spec they are the same
+WINDOW_BYTES = 2**21  # rows under way: small enough for the processor's cache
 _WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -91,42 +93,51 @@ def hf_to_megatron(
 
 
 def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype: torch.dtype, padded: int) -> None:
-    scratch = Scratch()
     with DistWriter(folder) as writer:
         for name in megatron_names(shape):
-            key, layer = checkpoint_key(name)
-            for start, rows, part in _chunks(reader, shape, name, padded, scratch):
-                part = _converted(part, dtype, name)
-                size, offsets = (rows, *part.shape[1:]), (start, *[0] * (part.dim() - 1))
-                if layer is not None:
-                    size, offsets, part = (shape.num_layers, *size), (layer, *offsets), part.unsqueeze(0)
-                writer.tensor(key, size, offsets, part)
+            runs = row_runs(name, shape)
+            rule, total = find_rule(name)[0].rule, sum(count for *_, count in runs)
+            if rule == "gate_up":  # a chunk each, as in core: a tensor-parallel rank takes a part of both
+                for run in runs:
+                    _write_chunk(writer, reader, shape, name, [run], total, run[3], dtype)
+            else:
+                total = padded if rule == "vocab" else total  # rows in no run stay zero
+                _write_chunk(writer, reader, shape, name, runs, total, total, dtype)
         for layer in range(shape.num_layers):
             for module in _WITH_EXTRA_STATE:
                 writer.empty_object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}")
         writer.finish({"iteration": 0, "checkpoint_version": 3.0, "args": _megatron_arguments(shape, dtype, padded)})
 
 
-def _chunks(
-    reader: ShardReader, shape: ModelShape, name: str, padded: int, scratch: Scratch
-) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """One parameter as (first row, rows of the whole, chunk): gate and up are a chunk each, all others one."""
-    rule = find_rule(name)[0].rule
-    if rule == "qkv":
-        part = read_parameter(reader, shape, name)
-        yield 0, part.shape[0], part
-    elif rule == "vocab":
-        (hf,) = hf_names(name, shape)
-        part = scratch.empty((padded, shape.hidden_size), reader.stored(hf).dtype)
-        reader.read(hf, out=part[: shape.vocab_size])
-        part[shape.vocab_size :].zero_()
-        yield 0, padded, part
-    else:
-        names = hf_names(name, shape)
-        for number, hf in enumerate(names):
-            stored = reader.stored(hf)
-            part = reader.read(hf, out=scratch.empty(stored.shape, stored.dtype))
-            yield number * part.shape[0], len(names) * part.shape[0], part
+def _write_chunk(
+    writer: DistWriter,
+    reader: ShardReader,
+    shape: ModelShape,
+    name: str,
+    runs: list[tuple[str, int, int, int]],
+    total: int,
+    held: int,
+    dtype: torch.dtype,
+) -> None:
+    """One chunk of a parameter of `total` rows: `held` of them, from the first run's first row on."""
+    key, layer = checkpoint_key(name)
+    rest, first = reader.stored(runs[0][0]).shape[1:], runs[0][2]
+    size, offsets, sizes = (total, *rest), (first, *[0] * len(rest)), (held, *rest)
+    if layer is not None:
+        size, offsets, sizes = (shape.num_layers, *size), (layer, *offsets), (1, *sizes)
+    place, row_bytes = writer.reserve(key, size, offsets, sizes, dtype), math.prod(rest) * dtype.itemsize
+    for hf, start, at, count in runs:
+        for row, out in _windows(count, rest, reader.stored(hf).dtype):
+            reader.read(hf, 0, start + row, start + row + len(out), out=out)
+            writer.write(place + (at - first + row) * row_bytes, converted(out, dtype, hf))
+
+
+def _windows(count: int, rest: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    """`count` rows in pieces small enough for the processor's cache: (first row, one memory [rows, *rest] for all)."""
+    step = max(1, min(count, WINDOW_BYTES // max(1, math.prod(rest) * dtype.itemsize)))
+    memory = torch.empty(step, *rest, dtype=dtype)
+    for row in range(0, count, step):
+        yield row, memory[: min(step, count - row)]
 
 
 def _megatron_arguments(shape: ModelShape, dtype: torch.dtype, padded: int) -> argparse.Namespace:
@@ -198,17 +209,33 @@ def megatron_to_hf(
     )  # export_directory asks for tokenizer_dir
     shape = read_config(found.config_dir)
     with DistReader(found.folder) as reader:
-        stored, scratch = check_checkpoint(reader, shape), Scratch()
-        return hf_io.export_directory(
+        stored = check_checkpoint(reader, shape)
+        number = _dtype(dtype) or stored
+        partial = hf_io.begin_export(
             destination,
             config_dict=shape.raw,
-            tensors=(pair for name in megatron_names(shape) for pair in megatron_tensors(reader, shape, name, scratch)),
             source_dir=found.tokenizer_dir,
-            lineage=found.lineage,
-            dtype=_dtype(dtype) or stored,
+            dtype=number,
             max_shard_bytes=max_shard_bytes,
             force=force,
         )
+        try:
+            with ShardWriter(partial, hf_shapes(shape), number, max_shard_bytes, create=False) as writer:
+                _write_hf(writer, reader, shape)
+            return hf_io.finish_export(partial, destination, written=writer.written, lineage=found.lineage)
+        except BaseException:  # also Ctrl-C: nothing that looks like a model may stay
+            hf_io.abort_export(partial)
+            raise
+
+
+def _write_hf(writer: ShardWriter, reader: DistReader, shape: ModelShape) -> None:
+    for name in megatron_names(shape):
+        key, layer = stored_key(reader, name)
+        stored = reader.keys[key]
+        rest = stored.size[1 if layer is None else 2 :]
+        for hf, start, at, count in row_runs(name, shape):
+            for row, out in _windows(count, rest, stored.dtype):
+                writer.write_rows(hf, start + row, reader.read_rows(key, layer, at + row, out))
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
@@ -217,10 +244,3 @@ def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
     if name not in DTYPES:
         raise UserError(f"dtype {name}: use one of {', '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def _converted(part: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    out = part.to(dtype)
-    if dtype == torch.float16 and part.dtype != dtype and bool((~out.isfinite() & part.isfinite()).any()):
-        raise UserError(f"{name}: has values beyond float16's range; convert to bfloat16 or float32")
-    return out

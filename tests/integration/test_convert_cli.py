@@ -203,7 +203,7 @@ def test_verify_sees_planted_faults(model, tmp_path, fault):
 
 def change_checkpoint(checkpoint, key, change):
     """Change the numbers of one key in place, in the chunk's own bytes."""
-    from fuserl_megatron.mcore import dist_reader
+    from fuserl_megatron.mcore import dist_reader, saved_tensor
 
     folder = checkpoint / "iter_0000000"
     with dist_reader.DistReader(folder) as reader:
@@ -211,7 +211,7 @@ def change_checkpoint(checkpoint, key, change):
         place = reader._places[key, offsets]
         numbers = torch.Size(sizes).numel()
         with open(folder / place.relative_path, "r+b", buffering=0) as file:
-            _, start = dist_reader._describe(dist_reader._Window(file, place.offset, place.length), numbers)
+            _, start = saved_tensor.describe_tensor(saved_tensor.Window(file, place.offset, place.length), numbers)
             file.seek(place.offset + start)
             values = torch.frombuffer(bytearray(file.read(4 * numbers)), dtype=torch.float32).view(sizes)
             file.seek(place.offset + start)
@@ -455,7 +455,7 @@ def slowly(function):
         return function(*args, **kwargs)
     return read
 shards.ShardReader.read = slowly(shards.ShardReader.read)
-dist_reader.DistReader.read = slowly(dist_reader.DistReader.read)
+dist_reader.DistReader.read_rows = slowly(dist_reader.DistReader.read_rows)
 from fuserl_megatron.cli import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -13,6 +13,7 @@ from fuserl_megatron.convert.layout import (
     merge_qkv,
     pad_vocab,
     padded_vocab_size,
+    row_runs,
     shard,
     split_gate_up,
     split_qkv,
@@ -130,6 +131,22 @@ def full_from(row, parts, shape, tp):
     if row.rule == "vocab":
         return pad_vocab(parts[0], padded_vocab_size(shape.vocab_size, tp, 8))
     return parts[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes())
+def test_row_runs_are_the_same_layout_as_the_merge_functions(drawn):
+    shape, _ = drawn
+    for name in megatron_names(shape):
+        row, layer = find_rule(name)
+        parts = [numbered(*size) + 1e6 * i for i, size in enumerate(row_sizes(row, shape))]
+        full = full_from(row, parts, shape, 1)
+        held = {hf.format(i=layer): part for hf, part in zip(row.hf, parts, strict=True)}
+        runs = row_runs(name, shape)
+        copied = torch.cat([held[hf][start : start + count] for hf, start, _, count in runs])
+        assert torch.equal(copied, full[: len(copied)]) and not full[len(copied) :].any()  # the rest is padding
+        assert [at for *_, at, _ in runs] == [sum(run[3] for run in runs[:i]) for i in range(len(runs))]
+        assert sum(count for *_, count in runs) == sum(len(part) for part in parts)
 
 
 def test_interleaving_and_gate_up_are_not_the_identity():

@@ -300,6 +300,21 @@ def test_wrong_writes_are_refused(tmp_path):
         assert writer.written == {"a"}
 
 
+def test_rows_in_any_order_make_the_tensor_and_too_many_are_refused(tmp_path):
+    with ShardWriter(tmp_path, {"a": (5, 3), "b": (4,)}, torch.bfloat16) as writer:
+        a, b = torch.randn(5, 3), torch.randn(4)
+        writer.write_rows("a", 3, a[3:])
+        writer.write_rows("b", 0, b)
+        assert writer.written == {"b"}
+        writer.write_rows("a", 0, a[:3])
+        assert writer.written == {"a", "b"}
+        for name, first, rows in (("a", 0, a[:1]), ("b", 3, b[:2]), ("c", 0, b), ("b", 0, a[:1])):
+            with pytest.raises(UserError, match="not missing"):
+                writer.write_rows(name, first, rows)
+    written = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(written["a"], a.bfloat16()) and torch.equal(written["b"], b.bfloat16())
+
+
 def test_memory_stays_at_one_tensor_however_large_the_model(tmp_path):
     # 60 tensors of 4 MiB: 240 MiB pass through; the peak may grow by a few tensors and windows only.
     shapes = {f"t{i}": (1024, 1024) for i in range(60)}
