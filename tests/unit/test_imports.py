@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "launch": {"config"},
     "testing": {"config", "mcore"},
 }
-ENTRIES = {"cli", "commands", "doctor"}  # may import everything; nothing but each other imports them
+ENTRIES = {"arguments", "cli", "commands", "doctor"}  # may import everything; nothing but each other imports them
 TORCH_ONLY = {"torch"} | set(sys.stdlib_module_names)
 
 

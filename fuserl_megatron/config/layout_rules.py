@@ -1,0 +1,89 @@
+"""Rules between the layout over the ranks, the model's shape and the data set."""
+
+import math
+from typing import Protocol
+
+from fuserl_megatron.config.rules import refuse
+from fuserl_megatron.config.schema import Config, UserError
+
+
+class ModelShape(Protocol):
+    """What the checks ask of a model (`convert.hf_config.read_config` gives it). Counts, not bytes."""
+
+    num_layers: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    vocab_size: int
+    max_position_embeddings: int
+
+
+class DataSet(Protocol):
+    """What the checks ask of a fused data set (its manifest)."""
+
+    num_prompts: int
+    max_token_id: int
+    tokens: dict[str, float]
+    """Has total_max: tokens of the longest prompt + response."""
+
+
+def check_layout(config: Config, world_size: int) -> int:
+    """What the parallel sizes ask of each other and of the ranks; returns the data-parallel size."""
+    model, length = config.model, config.data.seq_length
+    tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
+    if model.virtual_pipeline_model_parallel_size is not None:
+        rule = (
+            "refused, because core's interleaved schedule gives wrong gradients in silence in some layouts "
+            "(2 pipeline ranks without overlapped communication; core 0.16 on gloo)"
+        )
+        refuse(config, "model.virtual_pipeline_model_parallel_size", rule, None)
+    if cp > 1:
+        refuse(config, "model.context_parallel_size", "context parallelism is not offered yet", 1)
+    unit = tp * pp * cp
+    if world_size % unit:
+        below = world_size // unit * unit
+        choice = f"{below} or {below + unit}" if below else str(unit)
+        raise UserError(
+            f"world size {world_size}: must be a multiple of TP {tp} x PP {pp} x CP {cp} = {unit}; "
+            f"--nproc {choice} would work."
+        )
+    if model.sequence_parallel and tp == 1:
+        refuse(config, "model.sequence_parallel", "needs model.tensor_model_parallel_size > 1", False)
+    if model.sequence_parallel and length % tp:
+        rule = f"model.sequence_parallel splits a row over {tp} ranks, which does not divide it"
+        refuse(config, "data.seq_length", rule, length // tp * tp or tp)
+    return world_size // unit
+
+
+def check_model(config: Config, shape: ModelShape, data_set: DataSet | None) -> None:
+    """What the layout asks of the model, and the data of both."""
+    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    counts = {
+        "attention heads": shape.num_attention_heads,
+        "key/value heads": shape.num_query_groups,
+        "MLP channels": shape.ffn_hidden_size,
+    }
+    for what, count in counts.items():
+        if count % tp:
+            works = _largest_divisor(math.gcd(*counts.values()), tp)
+            refuse(config, "model.tensor_model_parallel_size", f"does not divide the model's {count} {what}", works)
+    if shape.num_layers % pp:
+        rule = f"does not divide the model's {shape.num_layers} layers"
+        refuse(config, "model.pipeline_model_parallel_size", rule, _largest_divisor(shape.num_layers, pp))
+    # a packed row may be longer than any position: what counts is the longest prompt + response
+    longest = int(data_set.tokens["total_max"]) if data_set is not None else 0
+    limit = shape.max_position_embeddings
+    if longest > limit:
+        raise UserError(
+            f"data.path={config.data.path}: its longest prompt + response has {longest} tokens, and the model's "
+            f"max_position_embeddings is {limit}; build it with max_length={limit}."
+        )
+    if data_set is not None and data_set.max_token_id >= shape.vocab_size:
+        raise UserError(
+            f"data.path={config.data.path}: holds token {data_set.max_token_id}, and the model's vocabulary has "
+            f"{shape.vocab_size}; build the data set with the tokenizer of model.path."
+        )
+
+
+def _largest_divisor(number: int, at_most: int) -> int:
+    return max(divisor for divisor in range(1, at_most + 1) if number % divisor == 0)

@@ -1,0 +1,120 @@
+"""Rules that a run's settings must keep, each with a value that would work: numbers, trainer, validation, optimizer."""
+
+import math
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NoReturn
+
+from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.words import show
+
+
+def refuse(config: Any, field: str, rule: str, works: Any) -> NoReturn:
+    """A `UserError` that names field, value, rule and a value that would work."""
+    raise UserError(f"{field}={show(attrgetter(field)(config))}: {rule}; {field}={show(works)} would work.")
+
+
+def check_numbers(config: Config) -> None:
+    """Ranges of single values."""
+
+    def check(holds: Callable[[Any], bool], rule: str, examples: dict[str, Any]) -> None:
+        for field, works in examples.items():
+            value = attrgetter(field)(config)
+            if value is not None and not holds(value):
+                refuse(config, field, rule, works)
+
+    checkpoint = "exp_manager.checkpoint_callback_params"
+    at_least_one = {
+        "trainer.max_epochs": 1,
+        "trainer.max_steps": 100,
+        "trainer.log_every_n_steps": 1,
+        "model.tensor_model_parallel_size": 1,
+        "model.pipeline_model_parallel_size": 1,
+        "model.context_parallel_size": 1,
+        "model.make_vocab_size_divisible_by": 128,
+        "model.recompute_num_layers": 1,
+        "model.logprob_chunk_size": 1024,
+        "data.micro_batch_size": 1,
+        "data.global_batch_size": 128,
+        "objective.top_m": 4,
+        "trainer.val_check_interval": 100,
+        "trainer.limit_val_prompts": 256,
+        "exp_manager.early_stopping_callback_params.patience": 3,
+    }
+    positive = {
+        "trainer.distributed_timeout_minutes": 30.0,
+        "optim.lr": 5e-6,
+        "optim.eps": 1e-8,
+        "objective.beta": 0.1,
+    }
+    not_negative = {
+        "run.seed": 1234,
+        "trainer.gradient_clip_val": 1.0,
+        "optim.weight_decay": 0.0,
+        "optim.sched.min_lr": 0.0,
+        "optim.sched.warmup_steps": 0,
+        f"{checkpoint}.every_n_train_steps": 500,
+        "exp_manager.early_stopping_callback_params.min_delta": 0.0,
+        "objective.min_reward_gap": 0.01,
+        "objective.max_reward_gap": 0.1,
+    }
+    check(lambda value: value >= 1, "must be at least 1", at_least_one)
+    check(lambda value: value > 0 and math.isfinite(value), "must be a positive number", positive)
+    check(lambda value: value >= 0 and math.isfinite(value), "must not be negative or infinite", not_negative)
+    check(lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for all", {f"{checkpoint}.save_top_k": 2})
+    check(lambda value: value >= 0, "must be positive, 0 or inf", {"data.reward_temperature": 0.01})
+    check(lambda value: value >= 2, "a row must hold a prompt and a response", {"data.seq_length": 2048})
+    check(lambda value: 0 <= value < 1, "must lie in [0, 1)", {"optim.sched.warmup_ratio": 0.1})
+    check(lambda value: all(0 <= beta < 1 for beta in value), "must lie in [0, 1)", {"optim.betas": (0.9, 0.95)})
+
+
+def check_trainer(config: Config, device: str | None) -> None:
+    """Length, layer specification, recompute, packing."""
+    trainer, model, packing = config.trainer, config.model, config.data.packing
+    if trainer.max_epochs is None and trainer.max_steps is None:
+        refuse(config, "trainer.max_epochs", "the run would not end, for trainer.max_steps is null as well", 1)
+    if model.transformer_impl == "transformer_engine" and device == "cpu":
+        refuse(config, "model.transformer_impl", "Transformer Engine needs CUDA, and this run is on the CPU", "local")
+    if model.recompute_num_layers != 1 and model.recompute_granularity != "full":
+        refuse(config, "model.recompute_num_layers", "is used with model.recompute_granularity=full only", 1)
+    if packing.share_prefix == "on" and not packing.enabled:
+        refuse(config, "data.packing.share_prefix", "data.packing.enabled=false shares no row with anything", "auto")
+
+
+def check_validation(config: Config) -> None:
+    """What validation and its metric are needed for."""
+    manager, path = config.exp_manager, "exp_manager.checkpoint_callback_params"
+    monitor, stopping = manager.checkpoint_callback_params.monitor, manager.early_stopping_callback_params
+    if config.data.validation_path is None:
+        needing = {"trainer.val_check_interval": None, "trainer.limit_val_prompts": None, f"{path}.monitor": None}
+        for field, works in needing.items():
+            if attrgetter(field)(config) is not None:
+                refuse(config, field, "needs data.validation_path, a data set of held-out prompts", works)
+    if monitor is not None and not monitor.startswith("val_"):
+        refuse(config, f"{path}.monitor", "must be a validation metric", "val_loss")
+    if monitor is not None and manager.checkpoint_callback_params.every_n_train_steps is None:
+        refuse(config, f"{path}.monitor", "needs checkpoints (every_n_train_steps is null)", None)
+    if monitor is None and manager.checkpoint_callback_params.mode != "min":
+        refuse(config, f"{path}.mode", f"is used with {path}.monitor only", "min")
+    if monitor is None and stopping.patience is not None:
+        field = "exp_manager.early_stopping_callback_params.patience"
+        refuse(config, field, f"needs {path}.monitor, the metric to look at", None)
+    if stopping.patience is None and stopping.min_delta:
+        field = "exp_manager.early_stopping_callback_params.min_delta"
+        refuse(config, field, "is used with early_stopping_callback_params.patience only", 0.0)
+    if config.objective.reference_mode == "swap" and config.optim.overlap_param_gather:
+        rule = "optim.overlap_param_gather may still be writing weights while they are swapped"
+        refuse(config, "objective.reference_mode", rule, "cache")
+
+
+def check_optimizer(config: Config) -> None:
+    """Schedule and overlap."""
+    optim, sched = config.optim, config.optim.sched
+    if sched.min_lr > optim.lr:
+        refuse(config, "optim.sched.min_lr", f"must not be above optim.lr={optim.lr}", optim.lr / 10)
+    if sched.name == "constant" and sched.min_lr:
+        refuse(config, "optim.sched.min_lr", "optim.sched.name=constant never falls to it", 0.0)
+    if optim.overlap_param_gather and not optim.use_distributed_optimizer:
+        refuse(config, "optim.overlap_param_gather", "needs optim.use_distributed_optimizer=true", False)
+    if optim.overlap_param_gather and not optim.overlap_grad_reduce:
+        refuse(config, "optim.overlap_param_gather", "needs optim.overlap_grad_reduce=true as well", False)

@@ -1,0 +1,87 @@
+"""Settings of a run around its model: sections run, trainer, exp_manager. See `schema.py`."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+# fmt: off
+Check = Literal["first_step_loss", "prompt_weights", "mask_coverage", "group_integrity", "reference_hash"]
+# fmt: on
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What this run is called and where it writes."""
+
+    name: str = "fuserl"
+    """Shown in logs and written into the model card."""
+    results_dir: str = "runs/fuserl"
+    """Everything the run writes: resolved config, logs, metrics, checkpoints, the exported model under hf/."""
+    seed: int = 1234
+    """Seeds the data order. Nothing else in training is random (dropout is 0)."""
+    export: bool = True
+    """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint's where one is monitored."""
+    disable_checks: tuple[Check, ...] = ()
+    """Invariants not to be checked while the run goes (train/checks.py says what each is); all are by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """How long, on what, in which number format."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    """auto takes CUDA with NCCL when torch sees a GPU, otherwise the CPU with gloo."""
+    precision: Literal["32", "bf16"] = "bf16"
+    """Number format of the weights and activations. With bf16 the optimizer keeps fp32 master weights."""
+    max_epochs: int | None = 1
+    """Passes over the prompts; null leaves max_steps alone to decide."""
+    max_steps: int | None = None
+    """Optimizer steps; the smaller of both limits ends the run."""
+    gradient_clip_val: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    log_every_n_steps: int = 1
+    """Steps between lines of the step log. metrics.jsonl always has every step."""
+    val_check_interval: int | None = None
+    """Steps between validations on data.validation_path; null validates at step 0 and at the end only."""
+    limit_val_prompts: int | None = None
+    """Validate on the first so many prompts; null takes all."""
+    distributed_timeout_minutes: float = 30.0
+    """How long a collective may wait for a rank before the run is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """NeMo's exp_manager.checkpoint_callback_params."""
+
+    every_n_train_steps: int | None = 500
+    """Steps between checkpoints, and one at the end. 0: only at the end; null: none at all (the export is then all
+    there is)."""
+    save_top_k: int = 2
+    """How many checkpoints are kept, the newest, or with monitor the best (and the newest besides); -1 keeps all."""
+    monitor: str | None = None
+    """Validation metric that says which checkpoint is best (val_loss, val_accuracy, ...); null: no best one."""
+    mode: Literal["min", "max"] = "min"
+    """Whether the monitored metric is better when it is smaller or larger."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStoppingConfig:
+    """NeMo's early_stopping_callback_params; the metric is checkpoint_callback_params.monitor."""
+
+    patience: int | None = None
+    """Validations in a row without a new best value after which the run ends; null never ends it."""
+    min_delta: float = 0.0
+    """How much better a value must be to count as a new best one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpManagerConfig:
+    """NeMo's exp_manager section, as far as this trainer honours it."""
+
+    resume_if_exists: bool = True
+    """Continue from the newest checkpoint of results_dir. false refuses to start over existing checkpoints."""
+    create_tensorboard_logger: bool = True
+    """Write TensorBoard events to results_dir/tensorboard."""
+    checkpoint_callback_params: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written and which are kept."""
+    early_stopping_callback_params: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)
+    """When to end early."""
