@@ -69,7 +69,7 @@ class SchedConfig:
     warmup_ratio: float = 0.1
     """Share of all steps spent warming up when warmup_steps is null."""
     min_lr: float = 0.0
-    """Learning rate at the last step (cosine and linear)."""
+    """Learning rate that cosine and linear reach just after the last step."""
 
 
 @dataclass(frozen=True, kw_only=True)
