@@ -7,12 +7,17 @@ it sees them, and then set whether or not a yaml file mentions them.
 import dataclasses
 import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.words import all_keys, nearest, plain, show
 
+LAUNCH_GROUPS = {"cluster"}
+"""Groups of `fuserl launch`; the others belong to a training run."""
 SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
 
 
@@ -50,11 +55,12 @@ def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str 
             f"--config-name {name}: no {name}.yaml in {' or '.join(map(str, roots))}.{nearest(name, found)}"
         )
     overrides = _check_overrides(schema, overrides, roots)
-    if len(roots) == 2:
-        overrides.append(f"hydra.searchpath=[file://{shipped}]")
     try:
-        with initialize_config_dir(str(primary), version_base="1.3", job_name="fuserl"):
-            composed = compose(name, overrides)
+        with tempfile.TemporaryDirectory() as main:  # of the root file alone: hydra looks for it in one directory only
+            shutil.copy(next(root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()), main)
+            overrides.append(f"hydra.searchpath=[{','.join(f'file://{root}' for root in roots)}]")
+            with initialize_config_dir(main, version_base="1.3", job_name="fuserl"):
+                composed = compose(name, overrides)
         defaults = OmegaConf.create(plain(dataclasses.asdict(schema())))
         merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed), resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -70,9 +76,8 @@ def _check_overrides(schema: type, overrides: list[str], roots: list[Path]) -> l
     from hydra.errors import HydraException
 
     keys, parser, checked = all_keys(schema), OverridesParser.create(), []
-    groups = (
-        {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()} if schema is Config else set()
-    )
+    groups = {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
+    groups = {Config: groups - LAUNCH_GROUPS, LaunchConfig: groups & LAUNCH_GROUPS}.get(schema, set())
     for text in overrides:
         try:
             parsed = parser.parse_override(text)

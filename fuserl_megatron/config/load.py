@@ -21,6 +21,7 @@ SCHEMAS = {"train": Config, "build": BuildConfig}
 EXAMPLES = {
     "model.path": "model.path=/models/Llama-3.1-8B-Instruct",
     "data.path": "data.path=/data/fused (the directory `fuserl build` wrote)",
+    "target": "target=/models/Llama-3.1-8B-Instruct",
     "output": "output=/data/fused",
     "tokenizer": "tokenizer=/models/Llama-3.1-8B-Instruct",
     "reward_temperature": "reward_temperature=0.01 (tau of the source weights; docs/data_format.md says how to choose)",
@@ -45,12 +46,19 @@ def load_config(
         UserError: an unknown key, a value of the wrong type, a missing required value, a file that is not there.
     """
     schema = SCHEMAS[kind]
-    if config_name and config_name.endswith((".yaml", ".yml")):
-        file = Path(config_dir or ".") / config_name
+    return from_dict(schema, compose_root(schema, config_name or kind, overrides, config_dir))
+
+
+def compose_root(
+    schema: type, name: str, overrides: Sequence[str], config_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """As `compose_tree`; the name may also be the path of a yaml file, relative to config_dir."""
+    if name.endswith((".yaml", ".yml")):
+        file = Path(config_dir or ".") / name
         if not file.is_file():
-            raise UserError(f"--config-name {config_name}: no such file (looked at {file.resolve()}).")
-        config_dir, config_name = file.parent, file.stem
-    return from_dict(schema, compose_tree(schema, config_name or kind, list(overrides), config_dir))
+            raise UserError(f"--config-name {name}: no such file (looked at {file.resolve()}).")
+        config_dir, name = file.parent, file.stem
+    return compose_tree(schema, name, list(overrides), config_dir)
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:

@@ -4,7 +4,8 @@ import typing
 import pytest
 import yaml
 
-from fuserl_megatron.config.compose import conf_dir
+from fuserl_megatron.config.compose import LAUNCH_GROUPS, compose_tree, conf_dir
+from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
 from fuserl_megatron.config.validate import validate
@@ -72,6 +73,8 @@ def test_own_directory_on_top_of_the_shipped_tree(tmp_path):
     assert (config.model.path, config.model.logprob_chunk_size, config.objective.loss) == ("/mine", 7, "dpo")
     assert (config.run.results_dir, config.data.packing.share_prefix) == ("runs/x_2048", "on")
     assert load_config("train", ["model=tiny", "model.path=/m"], tmp_path, "mine").model.path == "/m"
+    # without a root file of one's own: the shipped root over one's own groups
+    assert load_config("train", ["model=mine", "data.path=/d"], tmp_path).model.path == "/mine"
 
 
 def test_numbers_that_yaml_and_people_write():
@@ -86,6 +89,9 @@ def test_numbers_that_yaml_and_people_write():
 @pytest.mark.parametrize("file", GROUP_FILES, ids=str)
 def test_every_group_file_loads_and_validates(file):
     group, choice = file.parent.name, file.stem
+    if group in LAUNCH_GROUPS:
+        assert compose_tree(LaunchConfig, "config", [f"{group}={choice}"], None)[group]["type"] == choice
+        return
     overrides = [*PATHS, f"{group}={choice}"]
     config = load_config("train", overrides)
     model = config.model
@@ -98,7 +104,7 @@ def test_every_group_file_loads_and_validates(file):
 
 def test_every_file_is_reached():
     roots = {file.name for file in CONF.glob("*.yaml")}
-    assert roots == {"train.yaml", "build.yaml"} and len(GROUP_FILES) >= 10
+    assert roots == {"train.yaml", "build.yaml", "config.yaml"} and len(GROUP_FILES) >= 10
     assert len(list(CONF.rglob("*"))) == len(roots) + len(GROUP_FILES) + len(list(CONF.glob("*/")))
 
 

@@ -1,0 +1,377 @@
+"""From the launcher's configuration to a list of stages: what each runs, on how much, and what it waits for.
+
+    import -> build_sft, build_po, build_heldout -> fusesft -> reference -> fusepo -> export -> evaluate
+
+Nothing is written or started here. Every stage that reads settings gets them as one frozen yaml file: composed as
+`fuserl train` and `fuserl build` would, over defaults that make a stage read what the ones before it write.
+"""
+
+import dataclasses
+import hashlib
+import re
+import shlex
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig, StageName
+from fuserl_megatron.config.load import compose_root, from_dict, load_config, to_yaml
+from fuserl_megatron.config.objective import uses_reference
+from fuserl_megatron.config.schema import BuildConfig, Config, UserError
+from fuserl_megatron.config.validate import validate, validate_build
+from fuserl_megatron.config.words import nearest, show
+
+ORDER: tuple[str, ...] = typing.get_args(StageName)
+BUILDS, TRAININGS = ORDER[1:4], ("fusesft", "reference", "fusepo", "evaluate")
+SECTIONS = ("train", *BUILDS, *TRAININGS)
+"""Sections whose keys are those of `fuserl build` or `fuserl train`."""
+READS = {
+    "build_sft": ("import",),
+    "build_po": ("import",),
+    "build_heldout": ("import",),
+    "fusesft": ("import", "build_sft"),
+    "reference": ("import", "build_po", "fusesft"),
+    "fusepo": ("import", "build_po", "fusesft", "reference"),
+    "export": ("fusesft", "fusepo"),
+    "evaluate": ("import", "build_heldout", "fusesft", "fusepo", "export"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One job of the chain."""
+
+    name: str
+    command: tuple[str, ...]
+    """Program and words, the same on every rank; the first is `fuserl`, or the user's own program."""
+    depends_on: tuple[str, ...] = ()
+    """Stages of this chain that must have succeeded."""
+    cluster: ClusterConfig
+    """Resources and environment of this stage."""
+    trains: bool = False
+    """Whether it runs ranks of the trainer; the others are one process, without a GPU unless their own section asks."""
+    config: str = ""
+    """Text of the frozen settings, to be written to config_path before the stage starts."""
+    config_path: str = ""
+    results_dir: str
+    """Where it writes; a stage that trains leaves its requeue marker there."""
+    hash: str
+    """Of command, settings and those of every stage it depends on: a stage finished under the same hash is done."""
+
+    @property
+    def nodes(self) -> int:
+        """Nodes to ask for."""
+        return self.cluster.nodes
+
+    @property
+    def gpus_per_node(self) -> int:
+        """GPUs to ask for on each node."""
+        return self.cluster.gpus_per_node or 0
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes on each node."""
+        return self.cluster.ntasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes over all nodes."""
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def time(self) -> str | None:
+        """Wall-clock limit."""
+        return self.cluster.time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """A whole chain, resolved."""
+
+    config: LaunchConfig
+    stages: tuple[Stage, ...]
+    """In an order in which each stands after those it depends on."""
+    notes: tuple[str, ...] = ()
+    """Which of the stages asked for have nothing to do, and why."""
+
+    @property
+    def root(self) -> Path:
+        """run.results_dir, absolute."""
+        return Path(self.config.run.results_dir)
+
+    @property
+    def folder(self) -> Path:
+        """Frozen settings, job scripts, logs, markers."""
+        return self.root / "launch"
+
+
+def load_pipeline(
+    overrides: Sequence[str] = (), config_dir: str | Path | None = None, config_name: str | None = None
+) -> Pipeline:
+    """Compose conf/config.yaml, the user's own directory and the command line into a chain of stages.
+
+    Args:
+        overrides: hydra overrides of the launcher (`cluster.nodes=2`), or with a stage's name in front of its command
+            (`fusesft.optim.lr=1e-6`, `fusepo.recipe=...`, `build_sft.inputs=[a.jsonl]`, `fusesft.cluster.nodes=4`).
+        config_dir: the user's own directory of yaml files, searched before the shipped tree.
+        config_name: root file (without .yaml) in config_dir or the shipped tree, or the path of a yaml file.
+
+    Raises:
+        UserError: what `fuserl train` or `fuserl build` would refuse in a stage, or stages that do not fit together.
+    """
+    own, words = _by_section(overrides)
+    values = compose_root(LaunchConfig, config_name or "config", own, config_dir)
+    from_yaml = {name: values.pop(name, None) or {} for name in (*SECTIONS, "import")}
+    if isinstance(values.get("export"), dict):
+        from_yaml["export"] = {"cluster": values["export"].pop("cluster", {})}
+    _refuse_keys(from_yaml["import"], "import", ["cluster"])
+    known = [field.name for field in dataclasses.fields(LaunchConfig)]
+    _refuse_keys(values, "", [*known, *SECTIONS, "import"])
+    config = from_dict(LaunchConfig, values)
+    root = str(Path(config.run.results_dir).resolve())
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, results_dir=root))
+    for name, section in from_yaml.items():
+        if not isinstance(section, dict):
+            raise UserError(f"{name}={show(section)}: is a section; write {name}.KEY=value.")
+        words[name] = {key: _override(key, value) for key, value in _flat(section)} | words.get(name, {})
+    return _Chain(config, words, config_dir).pipeline()
+
+
+class _Chain:
+    """The stages so far, with the settings that later ones read."""
+
+    def __init__(self, config: LaunchConfig, sections: Mapping[str, dict[str, str]], config_dir: str | Path | None):
+        self.config, self.sections, self.config_dir = config, sections, config_dir
+        self.root = Path(config.run.results_dir)
+        if len(set(config.stages)) != len(config.stages):
+            raise UserError(f"stages={show(config.stages)}: a stage is named twice; name each once.")
+        self.wanted, self.notes, self.stages = set(config.stages), [], {}
+        self.target, self.trained = config.target, {}
+        if not self.wanted:
+            raise UserError("stages=[]: nothing to run; stages=[fusesft,fusepo] would work.")
+        if not (Path(config.target) / "config.json").is_file() and "import" not in self.wanted:
+            raise UserError(
+                f"target={config.target}: holds no config.json, so it is no Hugging Face model directory; a Megatron "
+                "checkpoint needs the stage import before the others."
+            )
+
+    def pipeline(self) -> Pipeline:
+        for name in ORDER:
+            if name in self.wanted:
+                try:
+                    getattr(self, f"_{name.partition('_')[0]}")(name)
+                except UserError as error:
+                    raise UserError(f"{name}: {error}") from None
+        return Pipeline(config=self.config, stages=tuple(self.stages.values()), notes=tuple(self.notes))
+
+    def _import(self, name: str) -> None:
+        if not Path(self.config.target).exists():
+            raise UserError(f"target={self.config.target}: no such directory; give a model or a Megatron checkpoint.")
+        if (Path(self.config.target) / "config.json").is_file():
+            self.notes.append(f"import: nothing to do, training opens {self.config.target} as it is")
+            return
+        self.target = str(self.root / name)
+        self._add(name, ("fuserl", "convert", "megatron-to-hf", self.config.target, self.target, "--force"))
+
+    def _build(self, name: str) -> None:
+        output = str(self.root / name)
+        defaults = dict(output=output, tokenizer=self.target, force=True)
+        words = self._words(defaults, name)
+        if "output" in self.sections.get(name, {}) and "force" not in self.sections[name]:
+            words.pop("force")  # a directory of the user's own is not replaced unasked
+        config = load_config("build", list(words.values()), self.config_dir)
+        validate_build(config)
+        self._add(name, ("fuserl", "build"), config, config.output)
+
+    def _fusesft(self, name: str) -> None:
+        self._train(name, self._words(self._data("build_sft") | {"model.path": self.target}, "train", name))
+
+    def _reference(self, name: str) -> None:
+        if "fusepo" not in self.wanted:
+            raise UserError("scores for the stage fusepo, which is not among the stages; leave it out.")
+        config = self._compose("fusepo", self._words(self._po_defaults(), "train", "fusepo", name))
+        if not uses_reference(config.objective) or config.objective.reference_mode not in (None, "cache"):
+            self.notes.append("reference: nothing to do, fusepo reads no stored reference")
+            return
+        self._add(name, ("fuserl", "train", "--reference-only"), config, config.run.results_dir)
+
+    def _fusepo(self, name: str) -> None:
+        self._train(name, self._words(self._po_defaults(), "train", name))
+
+    def _export(self, name: str) -> None:
+        last = self._last("there is no checkpoint to export")
+        if last.exp_manager.checkpoint_callback_params.monitor is not None:
+            raise UserError(
+                "takes the newest checkpoint, and exp_manager.checkpoint_callback_params.monitor chooses the best: "
+                "leave export out of stages, training then writes the best to hf/ itself."
+            )
+        to, options = str(self.root / name), self.config.export
+        words = ("--force", "--max-shard-size", options.max_shard_size)
+        words += ("--dtype", options.dtype) if options.dtype else ()
+        self._add(name, ("fuserl", "convert", "megatron-to-hf", last.run.results_dir, to, *words))
+
+    def _evaluate(self, name: str) -> None:
+        settings = self._words({}, name)
+        last = self._last("there is no trained model to evaluate") if self.trained else None
+        model = str(self.root / "export") if "export" in self.stages else f"{last.run.results_dir}/hf" if last else None
+        if command := settings.pop("command", None):
+            words = shlex.split(_value(command))
+            self._add(name, tuple(word.replace("{model}", model or self.target) for word in words))
+            return
+        before = "fusepo" if "fusepo" in self.trained else "fusesft"
+        words = self._words({}, "train", before) if last else self._words({}, "train")
+        held_out = self._data("build_heldout") or ({"data.path": last.data.validation_path} if last else {})
+        defaults = {"run.results_dir": str(self.root / name), "model.path": model or self.target} | held_out
+        if last and uses_reference(last.objective):
+            defaults["objective.reference"] = last.objective.reference or last.model.path
+        words |= {key: _override(key, value) for key, value in defaults.items() if value is not None} | settings
+        config = self._compose(name, words)
+        self._add(name, ("fuserl", "evaluate"), config, config.run.results_dir)
+
+    def _po_defaults(self) -> dict[str, Any]:
+        sft = self.trained.get("fusesft")
+        defaults = self._data("build_po") | {"model.path": f"{sft.run.results_dir}/hf" if sft else self.target}
+        return defaults | {"run.results_dir": str(self.root / "fusepo"), "run.export": "export" not in self.wanted}
+
+    def _data(self, build: str) -> dict[str, Any]:
+        return {"data.path": self.stages[build].results_dir} if build in self.stages else {}
+
+    def _last(self, problem: str) -> Config:
+        last = self.trained.get("fusepo") or self.trained.get("fusesft")
+        if last is None:
+            raise UserError(f"{problem}: there is neither fusesft nor fusepo among the stages; name one.")
+        return last
+
+    def _words(self, defaults: Mapping[str, Any], *sections: str) -> dict[str, str]:
+        """Overrides by key, later sections over earlier ones over the defaults; resources left out."""
+        words = {key: _override(key, value) for key, value in defaults.items()}
+        for section in sections:
+            words |= self.sections.get(section, {})
+        return {key: word for key, word in words.items() if key.partition(".")[0] != "cluster"}
+
+    def _compose(self, name: str, words: Mapping[str, str]) -> Config:
+        words = {"run.results_dir": _override("run.results_dir", str(self.root / name))} | dict(words)
+        words = {"run.name": _override("run.name", f"{self.config.run.name}-{name}")} | words
+        config = load_config("train", list(words.values()), self.config_dir)
+        cluster = self._cluster(name, trains=True)
+        validate(config, cluster.nodes * (cluster.ntasks_per_node or cluster.gpus_per_node or 1))
+        return config
+
+    def _train(self, name: str, words: Mapping[str, str]) -> None:
+        config = self._compose(name, words)
+        if config.objective.stage != name:
+            works = "fusesft.objective=fusesft" if name == "fusesft" else "fusepo.objective=fusepo_ln_dpo"
+            raise UserError(f"objective.stage={config.objective.stage}: this stage is {name}; {works} would work.")
+        if name == "fusesft" and "fusepo" in self.wanted and not config.run.export:
+            raise UserError("run.export=false: fusepo starts from its export; run.export=true would work.")
+        self.trained[name] = config
+        self._add(name, ("fuserl", "train"), config, config.run.results_dir)
+
+    def _cluster(self, name: str, trains: bool) -> ClusterConfig:
+        """The chain's resources, or one process of them, with the stage's own over them."""
+        words = [word for key, word in self.sections.get(name, {}).items() if key.startswith("cluster.")]
+        values = compose_root(LaunchConfig, "config", words)["cluster"] if words else {}
+        alone = {} if trains else dict(nodes=1, ntasks_per_node=1, gpus_per_node=None)
+        changed = {key: values[key] for key in (_key(word).partition(".")[2] for word in words)}
+        merged = dataclasses.asdict(self.config.cluster) | alone | changed
+        cluster = from_dict(LaunchConfig, {"target": "-", "cluster": merged}).cluster
+        if cluster.type != self.config.cluster.type:
+            raise UserError(f"cluster.type={cluster.type}: is the same for all stages; write cluster={cluster.type}.")
+        _check_cluster(cluster)
+        return cluster
+
+    def _add(
+        self, name: str, command: tuple[str, ...], config: Config | BuildConfig | None = None, results_dir: str = ""
+    ) -> None:
+        text, path = (to_yaml(config), str(self.root / "launch" / f"{name}.yaml")) if config is not None else ("", "")
+        if path:
+            command += ("--config-name", path)
+        trains = isinstance(config, Config)
+        depends_on = tuple(other for other in READS.get(name, ()) if other in self.stages)
+        digest = hashlib.sha256("\0".join([*command, text, *(self.stages[d].hash for d in depends_on)]).encode())
+        self.stages[name] = Stage(
+            name=name,
+            command=command,
+            depends_on=depends_on,
+            cluster=self._cluster(name, trains),
+            trains=trains,
+            config=text,
+            config_path=path,
+            results_dir=str(Path(results_dir).resolve()) if results_dir else str(self.root / name),
+            hash=digest.hexdigest()[:16],
+        )
+
+
+def _check_cluster(cluster: ClusterConfig) -> None:
+    for name in ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "signal_seconds"):
+        if (value := getattr(cluster, name)) is not None and value < 1:
+            raise UserError(f"cluster.{name}={value}: must be at least 1; cluster.{name}=1 would work.")
+    if cluster.type == "local" and cluster.nodes > 1:
+        raise UserError(f"cluster.nodes={cluster.nodes}: cluster=local is one machine; cluster.nodes=1 would work.")
+    for pair in cluster.env:
+        if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL):
+            raise UserError(f"cluster.env=[{pair}]: is no NAME=value; cluster.env=[NCCL_DEBUG=WARN] would work.")
+
+
+def _by_section(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """The launcher's own overrides, and those of each section by key, the section's name taken off."""
+    own, words = [], {}
+    known = [*SECTIONS, *ORDER, *(field.name for field in dataclasses.fields(LaunchConfig))]
+    for text in overrides:
+        key = _key(text)
+        section, _, rest = key.partition(".")
+        if section not in known:
+            raise UserError(f"{key}: no such key.{nearest(section, known)}")
+        if section in SECTIONS or (rest.startswith("cluster.") and section in ORDER) or section == "import":
+            if section == "import":
+                _refuse_keys({rest.partition(".")[0]: None}, section, ["cluster"])
+            if not rest:
+                raise UserError(f"'{text}': {section} is a section; write {section}.KEY=value.")
+            words.setdefault(section, {})[rest] = text.lstrip("+").removeprefix(f"{section}.")
+        else:
+            own.append(text)
+    return own, words
+
+
+def _key(text: str) -> str:
+    return text.lstrip("+").partition("=")[0]
+
+
+def _refuse_keys(values: Mapping[str, Any] | None, section: str, known: Iterable[str]) -> None:
+    for key in values or {}:
+        if key not in known:
+            full = f"{section}.{key}" if section else key
+            raise UserError(f"{full}: no such key.{nearest(key, known)}")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    """The leaves of nested dictionaries with their dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _override(key: str, value: Any) -> str:
+    """key=value in hydra's grammar, so that it reads back as the same value."""
+    return f"{key}={_grammar(value)}"
+
+
+def _grammar(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(_grammar(item) for item in value) + "]"
+    if not isinstance(value, str):
+        return show(value)
+    plain = re.fullmatch(r"[A-Za-z_./~][\w./~@%+-]*", value) and value.lower() not in ("null", "true", "false", "nan")
+    if plain and value.lower() not in ("inf", "on", "off", "yes", "no"):
+        return value
+    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', value) + '"'
+
+
+def _value(word: str) -> str:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return str(OverridesParser.create().parse_override(word).value())
