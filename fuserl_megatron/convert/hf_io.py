@@ -16,7 +16,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,51 +79,24 @@ def config_with_dtype(config_dict: dict[str, Any], dtype: torch.dtype) -> dict[s
     return config_dict | dict.fromkeys(keys, text)
 
 
-def export_directory(
-    destination: str | Path,
-    *,
-    config_dict: dict[str, Any],
-    tensors: Iterable[tuple[str, torch.Tensor]],
-    source_dir: str | Path | None,
-    lineage: dict[str, Any],
-    dtype: torch.dtype,
-    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
-    force: bool = False,
-    require_tokenizer: bool = True,
-) -> Path:
-    """Write a complete Hugging Face directory from a stream of tensors.
+@contextmanager
+def export_directory(destination: str | Path, *, lineage: dict[str, Any], **begin: Any) -> Iterator[ShardWriter]:
+    """A complete Hugging Face directory by one process: the body writes every tensor into the writer it is given.
 
     Args:
         destination: where the model shall be; replaced at the end when it is not empty and `force` is given.
-        config_dict: the config to write (`ModelShape.raw`); only its dtype is changed.
-        tensors: (hf name, tensor) in any order; each is written and dropped before the next is asked for.
-        source_dir: the model whose tokenizer, template, generation config and licence files are copied; None for none.
         lineage: where the weights come from, JSON-able; written into the model card.
-        dtype: of the weights written.
-        max_shard_bytes: tensor bytes per weight file.
-        force: replace a non-empty destination.
-        require_tokenizer: refuse a source without a tokenizer.
-
-    Returns:
-        The destination.
+        **begin: as `begin_export`.
 
     Raises:
         UserError: one line; nothing is left behind, and an older destination is untouched.
     """
-    partial = begin_export(
-        destination,
-        config_dict=config_dict,
-        source_dir=source_dir,
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
-        force=force,
-        require_tokenizer=require_tokenizer,
-    )
+    partial = begin_export(destination, **begin)
+    size = begin.get("max_shard_bytes", DEFAULT_SHARD_BYTES)
     try:
-        with ShardWriter(partial, hf_shapes(read_config(config_dict)), dtype, max_shard_bytes, create=False) as writer:
-            for name, tensor in tensors:
-                writer.write(name, tensor)
-        return finish_export(partial, destination, written=writer.written, lineage=lineage)
+        with ShardWriter(partial, hf_shapes(read_config(partial)), begin["dtype"], size, create=False) as writer:
+            yield writer
+        finish_export(partial, destination, written=writer.written, lineage=lineage)
     except BaseException:  # also Ctrl-C: nothing that looks like a model may stay
         abort_export(partial)
         raise
@@ -140,11 +114,20 @@ def begin_export(
 ) -> Path:
     """Check destination, source and disk space, then lay out everything but the numbers.
 
+    Args:
+        destination: where the model shall be.
+        config_dict: the config to write (`ModelShape.raw`); only its dtype is changed.
+        source_dir: the model whose tokenizer, template, generation config and licence files are copied; None for none.
+        dtype: of the weights written.
+        max_shard_bytes: tensor bytes per weight file.
+        force: replace a non-empty destination.
+        require_tokenizer: refuse a source without a tokenizer.
+
     Returns:
         The hidden directory to open `ShardWriter(..., create=False)` on.
 
     Raises:
-        UserError: as `export_directory`.
+        UserError: one line; nothing is left behind.
     """
     target = Path(os.path.realpath(destination))
     config_dict = config_with_dtype(config_dict, dtype)
@@ -166,7 +149,7 @@ def begin_export(
     return partial
 
 
-def finish_export(partial: Path, destination: str | Path, *, written: Iterable[str], lineage: dict[str, Any]) -> Path:
+def finish_export(partial: Path, destination: str | Path, *, written: Iterable[str], lineage: dict[str, Any]) -> None:
     """Check that the export is complete, write its model card, make it durable and rename it into place.
 
     Args:
@@ -179,7 +162,10 @@ def finish_export(partial: Path, destination: str | Path, *, written: Iterable[s
         UserError: a tensor is missing or unknown, or the files do not read back. The caller then calls `abort_export`.
     """
     shape = read_config(partial)
+    written = list(written)
     names, expected = set(written), set(hf_shapes(shape))
+    for twice in sorted(name for name in names if len(written) > len(names) and written.count(name) > 1):
+        raise UserError(f"{destination}: {twice} was written by two processes; not exported")
     for missing in sorted(expected - names):
         raise UserError(f"{destination}: {missing} was never written ({len(expected - names)} missing); not exported")
     for unknown in sorted(names - expected):
@@ -192,7 +178,6 @@ def finish_export(partial: Path, destination: str | Path, *, written: Iterable[s
     except OSError as error:
         raise cannot_write(target, error) from error
     publish(partial, target)
-    return Path(destination)
 
 
 def abort_export(partial: Path) -> None:

@@ -210,22 +210,17 @@ def megatron_to_hf(
     shape = read_config(found.config_dir)
     with DistReader(found.folder) as reader:
         stored = check_checkpoint(reader, shape)
-        number = _dtype(dtype) or stored
-        partial = hf_io.begin_export(
+        with hf_io.export_directory(
             destination,
             config_dict=shape.raw,
             source_dir=found.tokenizer_dir,
-            dtype=number,
+            lineage=found.lineage,
+            dtype=_dtype(dtype) or stored,
             max_shard_bytes=max_shard_bytes,
             force=force,
-        )
-        try:
-            with ShardWriter(partial, hf_shapes(shape), number, max_shard_bytes, create=False) as writer:
-                _write_hf(writer, reader, shape)
-            return hf_io.finish_export(partial, destination, written=writer.written, lineage=found.lineage)
-        except BaseException:  # also Ctrl-C: nothing that looks like a model may stay
-            hf_io.abort_export(partial)
-            raise
+        ) as writer:
+            _write_hf(writer, reader, shape)
+    return Path(destination)
 
 
 def _write_hf(writer: ShardWriter, reader: DistReader, shape: ModelShape) -> None:

@@ -1,5 +1,5 @@
-"""Weights into and out of the model-parallel ranks: every rank reads only its own slices; export gathers one tensor
-at a time."""
+"""Weights into and out of the model-parallel ranks: every rank reads only its own slices, and every rank writes its
+share of an export, one tensor at a time."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +10,11 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.convert.hf_io import export_directory
+from fuserl_megatron.convert.hf_io import abort_export, begin_export, finish_export
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron, unshard
-from fuserl_megatron.convert.names import find_rule, local_name, megatron_names
-from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
+from fuserl_megatron.convert.names import find_rule, hf_shapes, local_name, megatron_names
+from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
+from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.parallel import Layout, from_main_rank
 
@@ -89,17 +90,20 @@ def gather_hf_tensors(
         full = None
         if parameter is not None:
             full = _gather_over_tp(name, value(parameter), tp_group, layout)
-        full = _to_rank_zero(full if layout.tp_rank == 0 else None, layout)
+        full = _to_rank_zero(full, layout)
         if layout.is_main:
             yield from hf_tensors_from_megatron(name, full, target.shape)
 
 
-def _gather_over_tp(name: str, part: torch.Tensor, group: dist.ProcessGroup, layout: Layout) -> torch.Tensor | None:
+def _gather_over_tp(
+    name: str, part: torch.Tensor, group: dist.ProcessGroup, layout: Layout, holder: int = 0
+) -> torch.Tensor | None:
+    """The whole parameter on one tensor-parallel rank, the holder; None on the others."""
     if layout.tp_size == 1 or find_rule(name)[0].split == "none":
-        return part
-    parts = [torch.empty_like(part) for _ in range(layout.tp_size)]
-    dist.all_gather(parts, part.contiguous(), group=group)
-    return unshard(parts, name) if layout.tp_rank == 0 else None
+        return part if layout.tp_rank == holder else None
+    parts = [torch.empty_like(part) for _ in range(layout.tp_size)] if layout.tp_rank == holder else None
+    dist.gather(part.contiguous(), parts, dst=dist.get_global_rank(group, holder), group=group)
+    return None if parts is None else unshard(parts, name)
 
 
 def _to_rank_zero(full: torch.Tensor | None, layout: Layout) -> torch.Tensor | None:
@@ -123,30 +127,83 @@ def _to_rank_zero(full: torch.Tensor | None, layout: Layout) -> torch.Tensor | N
     return received.cpu()
 
 
-def export_hf(target: TargetModel, layout: Layout, destination: str, *, source_dir: str, lineage: dict) -> None:
+def export_hf(
+    target: TargetModel,
+    layout: Layout,
+    destination: str | Path,
+    *,
+    source_dir: str | Path,
+    lineage: dict,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+) -> None:
     """Write the trained weights as a Hugging Face directory, in the number format they were trained in. All ranks
-    call it.
+    call it and all write: the parameters of a pipeline stage go round its tensor- and data-parallel ranks, and who
+    writes one gathers it. Memory: one parameter and its parts.
 
     Raises:
-        UserError: on every rank, when rank 0 could not write; nothing half-written is left.
+        UserError: on every rank, when one of them could not write; nothing half-written is left, and an older
+            destination is untouched.
     """
-    tensors = gather_hf_tensors(target, layout)
-    problem = None
+    shape, dtype = target.shape, target.config.params_dtype
+    partial, problem = None, None
     if layout.is_main:
         try:
-            export_directory(
+            partial = begin_export(
                 destination,
-                config_dict=target.shape.raw,
-                tensors=tensors,
+                config_dict=shape.raw,
                 source_dir=source_dir,
-                lineage=lineage,
-                dtype=target.config.params_dtype,
+                dtype=dtype,
+                max_shard_bytes=max_shard_bytes,
                 force=True,
             )
         except (UserError, OSError) as error:
             problem = str(error)
-    for _ in tensors:  # the other ranks, and rank 0 after a failure, take part in every gather to the end
-        pass
-    problem = from_main_rank(problem, layout.device)
+    partial, problem = from_main_rank((partial, problem), layout.device)
     if problem:
         raise UserError(problem)
+    try:
+        outcome = _write_own_part(target, layout, partial, max_shard_bytes)
+        outcomes = [None] * layout.world_size if layout.is_main else None
+        dist.gather_object(outcome, outcomes, dst=0)
+        if layout.is_main:
+            problem = next((problem for _, problem in outcomes if problem), None)
+            if problem is None:
+                try:
+                    names = [name for written, _ in outcomes for name in written]
+                    finish_export(partial, destination, written=names, lineage=lineage)
+                except (UserError, OSError) as error:
+                    problem = str(error)
+        problem = from_main_rank(problem, layout.device)
+        if problem:
+            raise UserError(problem)
+    except BaseException:  # also a rank that died, and Ctrl-C
+        if layout.is_main:
+            abort_export(partial)
+        raise
+
+
+@torch.no_grad()
+def _write_own_part(
+    target: TargetModel, layout: Layout, partial: Path, max_shard_bytes: int
+) -> tuple[list[str], str | None]:
+    """The Hugging Face tensors this rank wrote, and what went wrong here. After a failure the rank goes on taking part
+    in the gathers of its neighbours."""
+    problem, tp_group = None, ps.get_tensor_model_parallel_group()
+    replicas, replica = layout.dp_size * layout.cp_size, layout.dp_rank * layout.cp_size + layout.cp_rank
+    writer = ShardWriter(partial, hf_shapes(target.shape), target.config.params_dtype, max_shard_bytes, create=False)
+    try:
+        with writer:
+            for i, (name, parameter) in enumerate(named_parameters(target)):
+                if i % replicas != replica:
+                    continue
+                full = _gather_over_tp(name, parameter.detach(), tp_group, layout, i // replicas % layout.tp_size)
+                if full is None or problem:
+                    continue
+                try:
+                    for hf, tensor in hf_tensors_from_megatron(name, full, target.shape):
+                        writer.write(hf, tensor)
+                except (UserError, OSError) as error:
+                    problem = str(error)
+    except (UserError, OSError) as error:  # the last flush to the device
+        problem = problem or str(error)
+    return sorted(writer.written), problem

@@ -38,7 +38,9 @@ def through_megatron(directory):
 def export(source, destination, tensors=None, **options):
     options = {"dtype": torch.float32, "lineage": LINEAGE, "source_dir": source} | options
     tensors = through_megatron(source) if tensors is None else tensors
-    return export_directory(destination, config_dict=read_config(source).raw, tensors=tensors, **options)
+    with export_directory(destination, config_dict=read_config(source).raw, **options) as writer:
+        for name, tensor in tensors:
+            writer.write(name, tensor)
 
 
 def left_over(directory):
