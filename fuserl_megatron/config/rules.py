@@ -77,6 +77,11 @@ def check_trainer(config: Config, device: str | None) -> None:
         refuse(config, "model.transformer_impl", "Transformer Engine needs CUDA, and this run is on the CPU", "local")
     if model.recompute_num_layers != 1 and model.recompute_granularity != "full":
         refuse(config, "model.recompute_num_layers", "is used with model.recompute_granularity=full only", 1)
+    steps = config.exp_manager.profile_steps
+    if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1]):
+        refuse(config, "exp_manager.profile_steps", "must be a first and a last step, counted from 1", [10, 12])
+    if not steps and config.exp_manager.profile_dir is not None:
+        refuse(config, "exp_manager.profile_dir", "is used with exp_manager.profile_steps only", None)
     if packing.share_prefix == "on" and not packing.enabled:
         refuse(config, "data.packing.share_prefix", "data.packing.enabled=false shares no row with anything", "auto")
 

@@ -81,6 +81,11 @@ class ExpManagerConfig:
     """Continue from the newest checkpoint of results_dir. false refuses to start over existing checkpoints."""
     create_tensorboard_logger: bool = True
     """Write TensorBoard events to results_dir/tensorboard."""
+    profile_steps: tuple[int, ...] = ()
+    """First and last optimizer step (from 1) that torch's profiler traces on every rank, such as [10,12]; [] for none.
+    A traced step is slower than others."""
+    profile_dir: str | None = None
+    """Where the traces go, a rankR.json each (chrome://tracing, Perfetto); null takes results_dir/profile."""
     checkpoint_callback_params: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When checkpoints are written and which are kept."""
     early_stopping_callback_params: EarlyStoppingConfig = field(default_factory=EarlyStoppingConfig)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
-from fuserl_megatron.data.packing import Placement, group_chunks
+from fuserl_megatron.data.packing import Placement, attended_keys, group_chunks
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.objectives.loss_table import Unit as LossUnit
 
@@ -48,6 +48,12 @@ def chunks_of(prepared: PreparedSet, unit: Unit, share_prefix: bool) -> list[int
     """Chunk lengths of a unit (see packing.py)."""
     lengths = [int(prepared.lengths[n]) for n in unit.sequences]
     return group_chunks(int(prepared.dataset.prompt_lengths[prepared.group_ids[unit.prompt]]), lengths, share_prefix)
+
+
+def attended_keys_of(prepared: PreparedSet, unit: Unit, share_prefix: bool) -> int:
+    """Keys that the unit's positions see in all (see packing.py)."""
+    prompt = int(prepared.dataset.prompt_lengths[prepared.group_ids[unit.prompt]])
+    return attended_keys(prompt, prepared.lengths[list(unit.sequences)], share_prefix)
 
 
 def assemble(

@@ -40,6 +40,17 @@ def group_chunks(prompt_length: int, response_lengths: Sequence[int], share_pref
     return [prompt_length + r - 1 for r in response_lengths]
 
 
+def attended_keys(prompt_length: int, response_lengths: Sequence[int] | np.ndarray, share_prefix: bool) -> int:
+    """Sum over one group's positions of the keys each sees: itself and what lies before it of its own sequence.
+
+    Without sharing a chunk of T positions sees T (T + 1) / 2; with it the prefix of p = P - 1 positions is gone through
+    once, p (p + 1) / 2, and a response of R positions sees p R + R (R + 1) / 2.
+    """
+    prefix, lengths = prompt_length - 1, np.asarray(response_lengths, np.int64)
+    own = int((lengths * (lengths + 1) // 2 + prefix * lengths).sum())
+    return own + prefix * (prefix + 1) // 2 * (1 if share_prefix else len(lengths))
+
+
 def pack(
     units: Sequence[Sequence[int]], seq_length: int, num_rows: int, one_chunk_per_row: bool = False
 ) -> list[Placement]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from fuserl_megatron.config.schema import DataConfig, UserError
-from fuserl_megatron.data.assemble import Unit, assemble, chunks_of, units_of
+from fuserl_megatron.data.assemble import Unit, assemble, attended_keys_of, chunks_of, units_of
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.packing import Placement, fits, measure_sharing, pack
 from fuserl_megatron.data.prepared import PreparedSet
@@ -47,6 +47,8 @@ class StepPlan:
     """Response tokens with a label."""
     real_tokens: int
     """Positions that are not padding."""
+    attended_keys: int
+    """Sum over these positions of the keys each of them sees."""
     sum_weighted_tokens: float
     """sum_i w_i * T_i over the global batch: the normaliser of weighted_token_mean (0 for FusePO)."""
     num_microbatches: int
@@ -163,6 +165,7 @@ class GlobalBatchSampler:
             num_pairs=sum(len(u.pairs) for u in units),
             scored_tokens=int(prepared.lengths[sequences].sum()),
             real_tokens=real,
+            attended_keys=sum(attended_keys_of(prepared, u, self.share_prefix) for u in units),
             sum_weighted_tokens=float((prepared.weights[sequences] * prepared.lengths[sequences]).sum()),
             num_microbatches=per_rank,
             padding_share=1.0 - real / (per_rank * self.dp_size * data.micro_batch_size * data.seq_length),

@@ -160,9 +160,7 @@ def load(engine: Engine, root: str | Path, iteration: int) -> None:
     """
     directory = iteration_directory(root, iteration)
     try:
-        state = dist_checkpointing.load(
-            _state(engine, is_loading=True) | {"iteration": 0}, str(directory)
-        )
+        state = dist_checkpointing.load(_state(engine, is_loading=True) | {"iteration": 0}, str(directory))
     except FAILURES as error:  # damaged files surface as many kinds of errors
         raise UserError(
             f"{directory}: cannot be loaded ({_first_line(error)}): "

@@ -43,6 +43,11 @@ class Layout:
         """The one rank that speaks and writes shared files."""
         return self.rank == 0
 
+    @property
+    def device_name(self) -> str | None:
+        """The GPU's name as its driver gives it; None on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+
     def describe(self) -> str:
         """The layout as a product equal to the world size."""
         return (

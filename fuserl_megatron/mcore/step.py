@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.mcore.attention import visibility_mask
+from fuserl_megatron.mcore.clock import Clock
 from fuserl_megatron.mcore.logprob import vocab_parallel_logps
 from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
@@ -51,6 +52,7 @@ class Engine:
     logprob_chunk_size: int
     wrapped: list = field(default_factory=list)
     optimizer: object = None
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def callables(self) -> list:
@@ -224,16 +226,19 @@ def train_step(
         NonFiniteError: loss or gradient not finite; the weights are those from before the step (also when `check`,
             which is given the loss, raises).
     """
-    loss, metrics = forward_backward(engine, batches, normalizer, values)
+    with engine.clock.part("forward_backward"):
+        loss, metrics = forward_backward(engine, batches, normalizer, values)
     check(loss)
-    norm = gradient_norm(engine.optimizer)
+    with engine.clock.part("optimizer"):
+        norm = gradient_norm(engine.optimizer)
     if any_rank(not (norm < float("inf")), engine.layout.device):
         prompts = sorted({p for b in batches for p in b.prompt_ids_N.tolist()})
         raise NonFiniteError(
             f"the gradient is not finite (norm {norm}); rank {engine.layout.rank} had prompts {prompts}"
         )
-    set_learning_rate(engine.optimizer, lr, weight_decay)
-    clip_and_update(engine.optimizer, norm, max_norm)
+    with engine.clock.part("optimizer"):
+        set_learning_rate(engine.optimizer, lr, weight_decay)
+        clip_and_update(engine.optimizer, norm, max_norm)
     return StepResult(loss=loss, grad_norm=norm, metrics=metrics)
 
 

@@ -61,13 +61,10 @@ class RunLog:
             self._bar.start()
 
     def step(self, record: dict) -> None:
-        """Log one step. The record has step (from 1), loss, grad_norm, lr, seconds, tokens, metrics and more."""
+        """Log one step. The record has step (from 1), loss, grad_norm, lr, seconds, rates, metrics and more."""
         if not self.active:
             return
-        record = record | {
-            "memory_gb": round(peak_memory_gb(), 3),
-            "tokens_per_second": record["real_tokens"] / record["seconds"],
-        }
+        record = record | {"memory_gb": round(peak_memory_gb(), 3)}
         finite = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
@@ -106,6 +103,8 @@ class RunLog:
             f"lr {record['lr']:.2e}",
             *shown,
             f"{record['tokens_per_second']:7.0f} tok/s",
+            f"{record['groups_per_second']:6.1f} groups/s",
+            *([f"MFU {record['mfu']:5.1%}"] if "mfu" in record else []),
             f"{record['memory_gb']:5.2f} GB",
             f"{record['seconds']:6.2f} s",
             f"eta {duration(eta)}",

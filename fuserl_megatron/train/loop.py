@@ -16,6 +16,8 @@ from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
 from fuserl_megatron.train.checks import InvariantError, check_batches, check_prepared, first_step_check
 from fuserl_megatron.train.feed import Feed, make_feed, step_values, with_references
 from fuserl_megatron.train.logging import RunLog, say
+from fuserl_megatron.train.meters import peak_tflops, rates, step_flops, time_split
+from fuserl_megatron.train.profiling import StepProfiler
 from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
 from fuserl_megatron.train.summary import describe_start
@@ -102,6 +104,9 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
     engine = dataclasses.replace(
         engine, wrapped=wrapped, optimizer=build_optimizer(wrapped, config.optim, config.trainer, dtype)
     )
+    target.config.finalize_model_grads_func = engine.clock.around(
+        "gradient_sync", target.config.finalize_model_grads_func
+    )
     if done:
         checkpoint.load(engine, checkpoints, done)
     if layout.is_main:
@@ -110,13 +115,15 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
     log = RunLog(config, directory, total, done, layout.is_main)
     history = History(config, directory, done, layout.is_main)
     every = config.exp_manager.checkpoint_callback_params.every_n_train_steps
+    profiler = StepProfiler(config.exp_manager, directory, layout.rank)
     step = done
     try:
         if validation and done == 0:
             _validate(config, engine, validation[0], history, log, 0, total)
         _, stop, kept = _decide(history, layout, done)
         while step < total and not stop:
-            _one_step(config, engine, training, log, step, total)
+            with profiler.around(step + 1):
+                _one_step(config, engine, training, log, step, total)
             step += 1
             is_best = False
             if validation and is_due(config, step, total):
@@ -132,6 +139,7 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
             say(f"weights are those of step {step}; lower optim.lr or look at the responses named, then run again")
         return 1
     finally:
+        profiler.close()
         log.close()
     if stop and layout.is_main:
         say(f"stopped after step {step}: no better {history.monitor} for {history.stopping.patience} validations")
@@ -144,9 +152,11 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
 def _one_step(config: Config, engine: Engine, feed: Feed, log: RunLog, step: int, total: int) -> None:
     """Lay out one global batch, run it, log it."""
     started = time.monotonic()
-    plan = feed.sampler.step(step)
-    batches = feed.batches(plan, engine.layout.dp_rank)
-    check_batches(config, feed.prepared.unit, batches, engine.layout)
+    engine.clock.read()  # what came between two steps is nobody's
+    with engine.clock.part("data"):
+        plan = feed.sampler.step(step)
+        batches = feed.batches(plan, engine.layout.dp_rank)
+        check_batches(config, feed.prepared.unit, batches, engine.layout)
     values = step_values(config, engine, feed, plan, step, total)
     weighted = config.objective.nll_reduction == "weighted_token_mean"
     lr = lr_at(step, total, config.optim)
@@ -173,9 +183,12 @@ def _one_step(config: Config, engine: Engine, feed: Feed, log: RunLog, step: int
         scored_tokens=plan.scored_tokens,
         padding_share=plan.padding_share,
         micro_batches=plan.num_microbatches,
-        seconds=time.monotonic() - started,
     )
-    log.step(record)
+    parts, seconds = engine.clock.read(), time.monotonic() - started
+    flops = step_flops(engine.target.shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens)
+    peak = peak_tflops(engine.layout.device_name, config.trainer.precision)
+    record |= rates(seconds, flops, plan.num_prompts, plan.real_tokens, engine.layout.world_size, peak)
+    log.step(record | dict(seconds=seconds) | time_split(seconds, parts))
 
 
 def _validate(config: Config, engine: Engine, feed: Feed, history: History, log: RunLog, step: int, total: int) -> None:

@@ -14,6 +14,7 @@ from fuserl_megatron.data.pairs import PreparedSet
 from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.train.logging import say
+from fuserl_megatron.train.meters import describe_peak, step_flops
 
 
 def num_parameters(shape: ModelShape) -> int:
@@ -61,6 +62,11 @@ def describe_start(
         f"batch      {data.global_batch_size} prompts a step = {plan.num_microbatches} micro-batches x "
         f"{data.micro_batch_size} rows x {data.seq_length} tokens x DP {layout.dp_size}; "
         f"padding {plan.padding_share:.1%} (first step)"
+    )
+    flops = step_flops(shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens)
+    say(
+        f"work       {flops / 1e12:,.3g} TFLOP a step, {flops / max(plan.real_tokens, 1) / 1e6:,.4g} MFLOP a token; "
+        + describe_peak(layout.device_name, config.trainer.precision)
     )
     say(f"prefix     sharing {'on' if sampler.share_prefix else 'off'} ({sampler.sharing_reason})")
     say(f"steps      {total} ({sampler.steps_per_epoch} an epoch)" + (f", resuming after step {done}" if done else ""))

@@ -27,6 +27,17 @@ def losses(directory):
     return {r["step"]: (r["loss"], r["grad_norm"]) for r in rows}
 
 
+def check_meters(directory):
+    """Every step says what it did and where its time went, in parts that add up."""
+    for line in (Path(directory) / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        parts = {name: value for name, value in row.items() if name.startswith("seconds_")}
+        assert sum(parts.values()) == pytest.approx(row["seconds"])
+        assert all(parts[f"seconds_{name}"] > 0 for name in ("data", "forward_backward", "gradient_sync", "optimizer"))
+        assert row["groups_per_second"] * row["real_tokens"] == pytest.approx(row["tokens_per_second"] * row["prompts"])
+        assert row["model_tflops_per_device"] > 0 and "mfu" not in row  # a CPU has no peak in the table
+
+
 def four_steps(ranks, case, directory, world, objective=SFT, **layout):
     config = make_config(
         case, objective, global_batch_size=3, max_steps=4, every=2, results_dir=str(directory), **layout
@@ -62,6 +73,7 @@ def test_two_plus_two_is_four_bit_for_bit(ranks, case, tmp_path, layout):
     four_steps(ranks, case, tmp_path / "resumed", 2, **layout)
     whole, resumed = losses(tmp_path / "whole"), losses(tmp_path / "resumed")
     assert sorted(resumed) == [3, 4]
+    check_meters(tmp_path / "whole")
     assert all(resumed[s] == whole[s] for s in resumed)
     expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "resumed")
     assert all(torch.equal(actual[n], expected[n]) for n in expected)
