@@ -37,8 +37,6 @@ def check_layout(config: Config, world_size: int) -> int:
             "(2 pipeline ranks without overlapped communication; core 0.16 on gloo)"
         )
         refuse(config, "model.virtual_pipeline_model_parallel_size", rule, None)
-    if cp > 1:
-        refuse(config, "model.context_parallel_size", "context parallelism is not offered yet", 1)
     unit = tp * pp * cp
     if world_size % unit:
         below = world_size // unit * unit
@@ -49,9 +47,13 @@ def check_layout(config: Config, world_size: int) -> int:
         )
     if model.sequence_parallel and tp == 1:
         refuse(config, "model.sequence_parallel", "needs model.tensor_model_parallel_size > 1", False)
-    if model.sequence_parallel and length % tp:
-        rule = f"model.sequence_parallel splits a row over {tp} ranks, which does not divide it"
-        refuse(config, "data.seq_length", rule, length // tp * tp or tp)
+    # two chunks for every context rank, and what a context rank holds over the tensor ranks
+    multiple = cp * math.lcm(2 if cp > 1 else 1, tp if model.sequence_parallel else 1)
+    if length % multiple:
+        splits = [f"model.context_parallel_size={cp} cuts a row into {2 * cp} chunks"] if cp > 1 else []
+        splits += [f"model.sequence_parallel splits it over {tp} ranks"] if model.sequence_parallel else []
+        rule = f"{' and '.join(splits)}, so that it must be a multiple of {multiple}"
+        refuse(config, "data.seq_length", rule, -(-length // multiple) * multiple)
     return world_size // unit
 
 

@@ -1,23 +1,34 @@
 """The core attention of every layer: one mask for packing and prefix sharing, in the layer spec's `core_attention`
 slot.
 
-Shapes: B rows, S tokens per row, Q query heads of this rank, G key/value groups of this rank, D head dimension.
+Shapes: B rows, S tokens per row, L of them on this context-parallel rank (all, without), Q query heads of this rank, G
+key/value groups of this rank, D head dimension.
 """
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state as ps
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
+from fuserl_megatron.mcore.context import gathered_columns
 
-def visibility_mask(segment_ids_BS: torch.Tensor, parent_ids_BS: torch.Tensor) -> torch.Tensor:
+
+def visibility_mask(
+    segment_ids_BS: torch.Tensor, parent_ids_BS: torch.Tensor, cp_size: int = 1, cp_rank: int = 0
+) -> torch.Tensor:
     """Who may look at whom: own segment and own segment's parent, never later in the row. Padding sees padding only.
 
     Returns:
-        bool [B, 1, S, S], True where the query (third dimension) sees the key (fourth).
+        bool [B, 1, L, S], True where the query (third dimension) sees the key (fourth); with context parallelism the
+        queries are this rank's and the keys in gathered order (context.py).
     """
-    same = segment_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
-    parent = parent_ids_BS[:, :, None] == segment_ids_BS[:, None, :]
-    return (same | parent).tril().unsqueeze(1)
+    keys_S = gathered_columns(segment_ids_BS.shape[1], cp_size).to(segment_ids_BS.device)
+    queries_L = keys_S.chunk(cp_size)[cp_rank]
+    seen_BS = segment_ids_BS[:, keys_S][:, None, :]
+    same = segment_ids_BS[:, queries_L, None] == seen_BS
+    parent = parent_ids_BS[:, queries_L, None] == seen_BS
+    return ((same | parent) & (keys_S <= queries_L[:, None])).unsqueeze(1)
 
 
 class SegmentAttention(MegatronModule):
@@ -31,7 +42,13 @@ class SegmentAttention(MegatronModule):
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
 
     def forward(self, query, key, value, attention_mask, **_kwargs):
-        """Query [S, B, Q, D], key and value [S, B, G, D], mask [B, 1, S, S] -> [S, B, Q*D]."""
+        """Query [L, B, Q, D], key and value [L, B, G, D], mask [B, 1, L, S] -> [L, B, Q*D]."""
+        if self.config.context_parallel_size > 1:
+            # one collective for both; backward sums the ranks' gradients of each key and gives every rank its own
+            both = gather_from_sequence_parallel_region(
+                torch.cat((key, value), dim=-1).contiguous(), True, ps.get_context_parallel_group()
+            )
+            key, value = both.chunk(2, dim=-1)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         shared = q.shape[1] != k.shape[1]
         if shared and q.is_cuda:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from fuserl_megatron.config.schema import ModelConfig, TrainerConfig, UserError
 from fuserl_megatron.mcore import cpu
+from fuserl_megatron.mcore.context import check_sum_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +144,8 @@ def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
         context_parallel_size=cp,
         distributed_timeout_minutes=max(1, int(trainer.distributed_timeout_minutes)),
     )
+    if cp > 1:
+        check_sum_rule(ps.get_context_parallel_group(), device)
     # nothing in training is random: the tracker that does nothing spares the CUDA generator (and dropout is always 0)
     tensor_parallel.model_parallel_cuda_manual_seed(1, inference_rng_tracker=True)
     return Layout(

@@ -7,7 +7,8 @@ an integer
 zero, so core adds no scaling of its own, and gradients add up over micro-batches and data-parallel ranks. Nothing is
 ever divided by a local count, so the layout cannot change the result.
 
-Shapes: B rows, S tokens per row, T scored tokens, N sequences, P pairs, H hidden, M metrics.
+Shapes: B rows, S tokens per row (of this rank, with context parallelism), T scored tokens, N sequences, P pairs,
+H hidden, M metrics.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.mcore.attention import visibility_mask
 from fuserl_megatron.mcore.clock import Clock
+from fuserl_megatron.mcore.context import context_part, sum_over_context
 from fuserl_megatron.mcore.logprob import vocab_parallel_logps
 from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
@@ -94,21 +96,25 @@ def _hidden_to_token_logps(engine: Engine, hidden_BSH: torch.Tensor, batch: Pack
 
 
 def batch_logps(engine: Engine, output: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """Summed log-probability [N] of each sequence of the batch, float64."""
+    """Summed log-probability [N] of each sequence of the batch, float64, over all context-parallel ranks."""
     token_logps_T = _hidden_to_token_logps(engine, output, batch)
     sequence_ids_T = batch.sequence_ids_BS[batch.labels_BS != IGNORE_INDEX]
-    return sequence_logps(token_logps_T, sequence_ids_T, batch.num_sequences)
+    logps_N = sequence_logps(token_logps_T, sequence_ids_T, batch.num_sequences)
+    if engine.layout.cp_size > 1:
+        logps_N = sum_over_context(logps_N, ps.get_context_parallel_group())
+    return logps_N
 
 
 def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, forward_only: bool) -> list:
     """Core's schedule over this rank's micro-batches; on_output(output, batch) runs on the last stage."""
-    device = engine.layout.device
+    device, cp_size, cp_rank = engine.layout.device, engine.layout.cp_size, engine.layout.cp_rank
 
     def forward_step(iterator, model):
         batch = next(iterator).to(device)
+        mask = visibility_mask(batch.segment_ids_BS, batch.parent_ids_BS, cp_size, cp_rank)
+        batch = context_part(batch, cp_size, cp_rank) if cp_size > 1 else batch
         core_model = model.module if engine.wrapped else model
         core_model.rotary_pos_emb.positions_BS = batch.positions_BS
-        mask = visibility_mask(batch.segment_ids_BS, batch.parent_ids_BS)
         output = model(batch.tokens_BS, batch.positions_BS, mask)
         return output, partial(on_output, batch=batch)
 

@@ -62,6 +62,9 @@ VARIANTS = {
     "distributed optimizer": (dict(distopt=True, tp=1), 2),
     "full recompute, tp2 sp": (dict(recompute="full", tp=2, sp=True), 2),
     "selective recompute": (dict(recompute="selective"), 1),
+    "cp2 dp2, distributed optimizer": (dict(cp=2, distopt=True, overlap=True), 4),
+    "cp2 tp2 sp, prefix shared, full recompute": (dict(cp=2, tp=2, sp=True, share="on", recompute="full"), 4),
+    "cp3, unpacked, selective recompute": (dict(cp=3, packing=False, seq_length=96, recompute="selective"), 3),
 }
 
 
@@ -122,7 +125,7 @@ def planted(fault, config, reference_dir):
         "ignore_segments": mock.patch.object(
             step,
             "visibility_mask",
-            lambda s, p: torch.ones(s.shape[0], 1, s.shape[1], s.shape[1], dtype=torch.bool).tril(),
+            lambda s, *_: torch.ones(s.shape[0], 1, s.shape[1], s.shape[1], dtype=torch.bool).tril(),
         ),
         "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
     }

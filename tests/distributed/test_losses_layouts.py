@@ -10,7 +10,7 @@ from test_layouts import BOUND, check, planted
 
 MAIN = ["simpo", "rloo", "wrpo", "kto"]
 LAYOUTS = {
-    "tp2 sp": (dict(tp=2, sp=True), 2),
+    "cp2": (dict(cp=2), 2),
     "pp2": (dict(pp=2), 2),
     "tp2 pp2 sp": (dict(tp=2, pp=2, sp=True), 4),
     "dp2, a prompt's sources spread over ranks": (dict(packing=False, rows=3, seq_length=96), 2),

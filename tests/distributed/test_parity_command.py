@@ -36,7 +36,7 @@ def parity_of(config, fault=None, **options):
         total, metrics = original_loss(objective, logps_N, batch, sources, values)
         return total / max(len(set(batch.prompt_ids_N.tolist())), 1), metrics
 
-    def causal_alone(segments_BS, parents_BS):
+    def causal_alone(segments_BS, *_):
         rows, tokens = segments_BS.shape
         return torch.ones(rows, 1, tokens, tokens, dtype=torch.bool).tril()
 
@@ -60,6 +60,7 @@ RIGHT = {
     "fusesft, tp2 sp, prefix shared": (SFT, dict(tp=2, sp=True, share="on", seq_length=240)),
     "fusesft, pp2, weighted tokens": (SFT | {"nll_reduction": "weighted_token_mean"}, dict(pp=2)),
     "dpo, pp2, full recompute": (DPO, dict(pp=2, recompute="full")),
+    "dpo, cp2, prefix shared": (DPO, dict(cp=2, share="on", seq_length=240)),
     "kto, dp2, distributed optimizer": (LOSSES["kto"], dict(distopt=True)),
     "wrpo, tp2": (LOSSES["wrpo"], dict(tp=2, seq_length=200)),
 }

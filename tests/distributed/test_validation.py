@@ -54,17 +54,19 @@ def saved(directory):
 @pytest.mark.parametrize("objective", [SFT, LOSSES["kto"]], ids=["fusesft", "kto"])
 def test_validation_is_the_same_under_every_layout_and_changes_nothing(ranks, case, held_out, tmp_path, objective):
     found = {}
-    for name, world, layout in (("one", 1, {}), ("dp2", 2, dict(packing=False, rows=3, seq_length=96))):
+    layouts = {"one": (1, {}), "dp2": (2, dict(packing=False, rows=3, seq_length=96)), "cp2": (2, dict(cp=2))}
+    for name, (world, layout) in layouts.items():
         config = make_config(
             case, objective, max_steps=3, global_batch_size=3, results_dir=str(tmp_path / name), **layout
         )
         assert ranks.run(run, world, with_validation(config, held_out)) == [0] * world
         found[name] = lines(tmp_path / name, "validation.jsonl")
     assert [r["step"] for r in found["one"]] == [0, 2, 3] and found["one"][0]["val_prompts"] == 5
-    for one, two in zip(found["one"], found["dp2"], strict=True):
-        assert {k: v for k, v in one.items() if v is not None} == pytest.approx(
-            {k: v for k, v in two.items() if v is not None}, rel=1e-4, abs=1e-5
-        )
+    for other in ("dp2", "cp2"):
+        for one, two in zip(found["one"], found[other], strict=True):
+            assert {k: v for k, v in one.items() if v is not None} == pytest.approx(
+                {k: v for k, v in two.items() if v is not None}, rel=1e-4, abs=1e-5
+            )
     plain = make_config(case, objective, max_steps=3, global_batch_size=3, results_dir=str(tmp_path / "plain"))
     assert ranks.run(run, 1, plain) == [0]
     assert [r["loss"] for r in lines(tmp_path / "plain", "metrics.jsonl")] == [
