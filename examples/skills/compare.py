@@ -10,12 +10,16 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
+from evaluate import HELDOUT, evaluate_model, read_jsonl  # noqa: E402
+
+ONE_AT_A_TIME = threading.Lock()  # transformers must not load two models in two threads: one loses its tied weights
 TEMPERATURE = 0.1
 STUDENT_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # two-sided 95 % quantile for that many runs
 
@@ -66,7 +70,6 @@ def own_samples(model: Path, output: Path, seed: int, num_samples: int = 4) -> P
     if output.exists():
         return output
     import torch
-    from evaluate import read_jsonl
     from skills import reward
     from training import sample
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,7 +77,8 @@ def own_samples(model: Path, output: Path, seed: int, num_samples: int = 4) -> P
     torch.manual_seed(seed)
     files = sorted((HERE / "data").glob("train_po.*.jsonl"))
     prompts = list(dict.fromkeys(r["prompt"] for f in files for r in read_jsonl(f)))
-    network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with ONE_AT_A_TIME:
+        network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
     with open(output, "w", encoding="utf-8") as out:
         for _ in range(num_samples):
@@ -86,30 +90,47 @@ def own_samples(model: Path, output: Path, seed: int, num_samples: int = 4) -> P
     return output
 
 
+def own_data(place: Path, model: Path, seed: int) -> Path:
+    """The FusePO data set with the model's own samples as one more source."""
+    own = own_samples(model, place / "own.jsonl", seed)
+    return build(place / "own", [f"{HERE}/data/train_po.*.jsonl", str(own)])
+
+
+def train_and_score(
+    place: Path,
+    name: str,
+    recipe: str,
+    start: Path,
+    data: Path,
+    seed: int,
+    settings: list[str],
+    prompts: Path = HELDOUT,
+) -> tuple[Path, dict]:
+    """Train one model and score its greedy answers to `prompts`, unless that is done; the model and its score."""
+    directory = place / "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+    if not (directory / "score.json").exists():
+        place.mkdir(parents=True, exist_ok=True)
+        call(
+            place / "train.log", "train", f"--config-dir={HERE / 'conf'}", f"--config-name={recipe}",
+            "model.tensor_model_parallel_size=1", f"run.results_dir={directory}", f"run.seed={seed}",
+            f"model.path={start}", f"data.path={data}",
+            "exp_manager.checkpoint_callback_params.every_n_train_steps=null", *settings,
+        )  # fmt: skip
+        with ONE_AT_A_TIME:
+            score = evaluate_model(directory / "hf", prompts)
+        (directory / "score.json").write_text(json.dumps(score))
+    return directory / "hf", json.loads((directory / "score.json").read_text())
+
+
 def one_seed(root: Path, seed: int, data: dict[str, Path], sft_epochs: int) -> dict[str, dict]:
     """Train and evaluate every method with one seed; returns the scores."""
-    from evaluate import evaluate_model
-
     place, models, scores = root / f"seed{seed}", {"target": HERE / "target"}, {}
-    place.mkdir(parents=True, exist_ok=True)
     for name, (start, recipe, which, settings) in METHODS.items():
-        directory = place / "".join(c if c.isalnum() else "_" for c in name)
-        if which == "own":
-            own = own_samples(models[start], place / "own.jsonl", seed)
-            chosen = build(place / "own", [f"{HERE}/data/train_po.*.jsonl", str(own)])
-        else:
-            chosen = data[which]
-        models[name] = directory / "hf"
-        if not (directory / "score.json").exists():
-            call(
-                place / "train.log", "train", f"--config-dir={HERE / 'conf'}", f"--config-name={recipe}",
-                "model.tensor_model_parallel_size=1", f"run.results_dir={directory}", f"run.seed={seed}",
-                f"model.path={models[start]}", f"data.path={chosen}",
-                "exp_manager.checkpoint_callback_params.every_n_train_steps=null", *settings,
-                *([f"trainer.max_epochs={sft_epochs}"] if recipe == "sft" else []),
-            )  # fmt: skip
-            (directory / "score.json").write_text(json.dumps(evaluate_model(models[name])))
-        scores[name] = json.loads((directory / "score.json").read_text())
+        chosen = own_data(place, models[start], seed) if which == "own" else data[which]
+        epochs = [f"trainer.max_epochs={sft_epochs}"] if recipe == "sft" else []
+        models[name], scores[name] = train_and_score(
+            place, name, recipe, models[start], chosen, seed, [*settings, *epochs]
+        )
         print(f"seed {seed}: {name:28s} {100 * scores[name]['mean']:.1f}", flush=True)
     return scores
 
@@ -141,8 +162,6 @@ def main() -> int:
     parser.add_argument("--sft-epochs", default=2, type=int, help="passes of the first stage (default: 2, the demo's)")
     options = parser.parse_args()
     root = options.dir.resolve()
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  its lazy import is not made for threads
-
     data = {stage: build(root / stage, [f"{HERE}/data/train_{stage}.*.jsonl"]) for stage in ("sft", "po")}
     with ThreadPoolExecutor(2) as pool:
         scores = list(pool.map(lambda seed: one_seed(root, seed, data, options.sft_epochs), options.seeds))

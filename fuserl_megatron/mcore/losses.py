@@ -16,24 +16,12 @@ from fuserl_megatron.config.objective import loss_options, uses_reference
 from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.objectives import reduce
-from fuserl_megatron.objectives.dispatch import PreferenceInputs, preference_losses
+from fuserl_megatron.objectives.dispatch import PreferenceInputs, metrics_of, preference_losses
 from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit
 from fuserl_megatron.objectives.sft import sft_losses
 
-PER_SOURCE = {
-    "fusesft": ("nll_per_token", "weight_share"),
-    Unit.PAIRS: ("preference_loss", "accuracy", "margin", "weight_share"),
-    Unit.TRIPLES: ("preference_loss", "accuracy", "margin", "weight_share"),
-    Unit.ALL_RESPONSES: ("preference_loss", "weight_share"),
-    Unit.SINGLE_RESPONSES: ("preference_loss", "weight_share"),
-}
-OF_UNIT = {
-    Unit.PAIRS: ("accuracy", "margin", "chosen_implicit_reward", "rejected_implicit_reward", "sft_nll"),
-    Unit.TRIPLES: ("accuracy", "margin", "chosen_implicit_reward", "rejected_implicit_reward", "sft_nll"),
-    Unit.ALL_RESPONSES: ("sft_nll",),
-    Unit.SINGLE_RESPONSES: ("chosen_implicit_reward", "rejected_implicit_reward", "sft_nll"),
-}
-"""What `preference_losses` measures for each unit."""
+PER_SOURCE = ("nll_per_token", "preference_loss", "accuracy", "margin", "weight_share")
+"""Metrics that are also taken source by source, where a run has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +37,12 @@ class StepValues:
 def metric_names(objective: ObjectiveConfig, sources: Sequence[str]) -> list[str]:
     """The fixed metric names of a run, so that every rank and micro-batch reduces one tensor of one shape."""
     if objective.stage == "fusesft":
-        names, per_source = ["nll_per_token", "response_length"], PER_SOURCE["fusesft"]
+        names = ["nll_per_token", "response_length"]
     else:
-        unit = LOSSES[PreferenceLoss(objective.loss)].unit
-        names, per_source = ["preference_loss", *OF_UNIT[unit], "response_length"], PER_SOURCE[unit]
-        if unit in (Unit.PAIRS, Unit.TRIPLES):
-            names += ["chosen_length", "rejected_length"]
+        names = ["preference_loss", *metrics_of(PreferenceLoss(objective.loss)), "response_length"]
         if uses_reference(objective):
             names.append("kl_to_reference")
-    return names + [f"{name}/{s}" for name in per_source for s in sources]
+    return names + [f"{n}/{s}" for n in PER_SOURCE if n in (*names, "weight_share") for s in sources]
 
 
 def batch_loss(
@@ -91,16 +76,14 @@ def batch_loss(
     weights_I = batch.pair_weights_P if of_pairs else batch.weights_N
     sources_I = batch.pair_source_ids_P if of_pairs else batch.source_ids_N
     items = {"preference_loss": (terms.losses_I, None), **terms.metrics}
-    metrics = {name: reduce.sum_count(*items[name]) for name in ("preference_loss", *OF_UNIT[unit]) if name in items}
-    for name in PER_SOURCE[unit]:
-        if name == "weight_share":
-            shares_I = _per_prompt(weights_I, batch) if unit is Unit.ALL_RESPONSES else weights_I
-            metrics |= _weight_shares(shares_I, sources_I, sources)
-        else:
-            metrics |= _by_source(name, reduce.sum_count_per_source(items[name][0], sources_I, len(sources)), sources)
-    if of_pairs:
-        for name, index_P in (("chosen_length", batch.chosen_index_P), ("rejected_length", batch.rejected_index_P)):
-            lengths[name] = reduce.sum_count(batch.lengths_N[index_P])
+    metrics = {name: reduce.sum_count(*item) for name, item in items.items()}
+    for name in PER_SOURCE:
+        if name in items:
+            values_I, mask_I = items[name]
+            found = reduce.sum_count_per_source(values_I, sources_I, len(sources), mask_I)
+            metrics |= _by_source(name, found, sources)
+    shares_I = _per_prompt(weights_I, batch) if unit is Unit.ALL_RESPONSES else weights_I
+    metrics |= _weight_shares(shares_I, sources_I, sources)
     if inputs.reference_logps_N is not None:
         metrics["kl_to_reference"] = reduce.sum_count(logps_N - inputs.reference_logps_N)
     return (weights_I.to(terms.losses_I.dtype) * terms.losses_I).sum(), metrics | lengths

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fuserl_megatron.objectives import group_losses, infifpo, preference
@@ -47,7 +48,7 @@ class PreferenceInputs:
     advantages_N: Tensor | None = None
     """RLOO: leave-one-out advantages."""
     best_N: Tensor | None = None
-    """RLOO with rpo_alpha: bool, the best response of each group, the one the SFT term learns."""
+    """RLOO: bool, the best response of each group, the one an SFT term learns and the metrics call chosen."""
     desirable_N: Tensor | None = None
     """KTO: bool; also the responses the SFT term learns."""
     kl: Tensor | float | None = None
@@ -63,8 +64,15 @@ class PreferenceTerms(NamedTuple):
     """Name -> (values_I, mask_I of the items that have a value, None for all); see `reduce.sum_count`."""
 
 
-METRIC_NAMES = ("chosen_implicit_reward", "rejected_implicit_reward", "margin", "accuracy", "log_ratio", "sft_nll")
-"""Every metric name any loss gives: the fixed order for `reduce.stack`."""
+def metrics_of(loss: PreferenceLoss) -> tuple[str, ...]:
+    """Names of the metrics that `preference_losses` gives for a loss.
+
+    accuracy and margin compare the responses that the loss compares: chosen and rejected, RLOO's best and worst of a
+    group (its implicit rewards are h, log pi without a reference), WRPO's y_wt and y_l. KTO's responses are judged one
+    by one: its margin is a difference of means, and there is no accuracy.
+    """
+    names = ("accuracy", "margin", "chosen_implicit_reward", "rejected_implicit_reward", "sft_nll")
+    return (names[1:] if loss is PreferenceLoss.KTO else names) + ("chosen_length", "rejected_length")
 
 
 def preference_losses(
@@ -137,10 +145,16 @@ def preference_losses(
                 beta=options["beta"],
                 alpha=need("alpha"),
             )
-    return _pair_terms(pairs, inputs.policy_logps_N[learned], inputs.lengths_N[learned], rpo_alpha)
+    return _pair_terms(pairs, inputs.policy_logps_N[learned], inputs.lengths_N[learned], lengths, rpo_alpha)
 
 
-def _pair_terms(pairs: PairLoss, learned_logps_P: Tensor, learned_lengths_P: Tensor, rpo_alpha: float):
+def _pair_terms(
+    pairs: PairLoss,
+    learned_logps_P: Tensor,
+    learned_lengths_P: Tensor,
+    lengths: tuple[Tensor, Tensor],
+    rpo_alpha: float,
+) -> PreferenceTerms:
     losses_P = pairs.losses_P
     if rpo_alpha > 0.0:
         losses_P = losses_P + sft_term(learned_logps_P, learned_lengths_P, rpo_alpha=rpo_alpha)
@@ -150,28 +164,40 @@ def _pair_terms(pairs: PairLoss, learned_logps_P: Tensor, learned_lengths_P: Ten
         "margin": (pairs.margins_P, None),
         "accuracy": (pairs.accuracies_P, None),
         "sft_nll": (sft_term(learned_logps_P.detach(), learned_lengths_P, rpo_alpha=1.0), None),
+        "chosen_length": (lengths[0], None),
+        "rejected_length": (lengths[1], None),
     }
     return PreferenceTerms(losses_P, metrics)
 
 
 def _rloo_terms(inputs: PreferenceInputs, rpo_alpha: float, kl_coef: float) -> PreferenceTerms:
-    loss = PreferenceLoss.RLOO
-    losses_N = group_losses.rloo(
-        inputs.policy_logps_N,
-        _need(loss, inputs, "advantages_N"),
-        _need(loss, inputs, "group_ids_N"),
-        _need(loss, inputs, "num_groups"),
-        reference_logps_N=inputs.reference_logps_N,
-        kl_coef=kl_coef,
+    advantages_N, group_ids_N, num_groups, best_N = (
+        _need(PreferenceLoss.RLOO, inputs, name) for name in ("advantages_N", "group_ids_N", "num_groups", "best_N")
     )
-    metrics = {}
-    if inputs.reference_logps_N is not None:
-        metrics["log_ratio"] = (inputs.policy_logps_N.detach() - inputs.reference_logps_N, None)
-    if rpo_alpha > 0.0 or inputs.best_N is not None:
-        best_N = _need(loss, inputs, "best_N")
-        nll_N = sft_term(inputs.policy_logps_N, inputs.lengths_N, rpo_alpha=1.0)
-        losses_N = losses_N + rpo_alpha * nll_N * best_N
-        metrics["sft_nll"] = (nll_N.detach(), best_N)
+    policy_logps_N, reference_logps_N = inputs.policy_logps_N, inputs.reference_logps_N
+    losses_N = group_losses.rloo(
+        policy_logps_N, advantages_N, group_ids_N, num_groups, reference_logps_N=reference_logps_N, kl_coef=kl_coef
+    )
+    nll_N = sft_term(policy_logps_N, inputs.lengths_N, rpo_alpha=1.0)
+    losses_N = losses_N + rpo_alpha * nll_N * best_N
+    rewards_N = policy_logps_N.detach() - (0.0 if reference_logps_N is None else reference_logps_N)
+    # each group's worst response (ties: the first), given to every response of the group
+    lowest_U = advantages_N.new_zeros(num_groups).scatter_reduce(0, group_ids_N, advantages_N, "amin")
+    index_N = torch.arange(advantages_N.numel(), device=group_ids_N.device)
+    candidates_N = torch.where(advantages_N == lowest_U[group_ids_N], index_N, advantages_N.numel())
+    first_U = index_N.new_full((num_groups,), advantages_N.numel()).scatter_reduce(0, group_ids_N, candidates_N, "amin")
+    worst_N = first_U[group_ids_N]
+    compared_N = best_N & (lowest_U[group_ids_N] < 0)  # a lone response, or equal rewards, compare with nothing
+    margins_N = rewards_N - rewards_N[worst_N]
+    metrics = {
+        "chosen_implicit_reward": (rewards_N, compared_N),
+        "rejected_implicit_reward": (rewards_N[worst_N], compared_N),
+        "margin": (margins_N, compared_N),
+        "accuracy": ((margins_N > 0).to(margins_N.dtype), compared_N),
+        "sft_nll": (nll_N.detach(), best_N),
+        "chosen_length": (inputs.lengths_N, compared_N),
+        "rejected_length": (inputs.lengths_N[worst_N], compared_N),
+    }
     return PreferenceTerms(losses_N, metrics)
 
 
@@ -184,12 +210,15 @@ def _kto_terms(inputs: PreferenceInputs, rpo_alpha: float, **options: float) -> 
     )
     nll_N = sft_term(inputs.policy_logps_N, inputs.lengths_N, rpo_alpha=1.0)
     losses_N = losses_N + rpo_alpha * nll_N * desirable_N
-    log_ratios_N = inputs.policy_logps_N.detach() - reference_logps_N
+    rewards_N = options["beta"] * (inputs.policy_logps_N.detach() - reference_logps_N)
     metrics = {
-        "chosen_implicit_reward": (options["beta"] * log_ratios_N, desirable_N),
-        "rejected_implicit_reward": (options["beta"] * log_ratios_N, ~desirable_N),
-        "log_ratio": (log_ratios_N, None),
+        "chosen_implicit_reward": (rewards_N, desirable_N),
+        "rejected_implicit_reward": (rewards_N, ~desirable_N),
+        # there are as many desirable as undesirable ones: the mean of these is the difference of their two means
+        "margin": (2.0 * torch.where(desirable_N, rewards_N, -rewards_N), None),
         "sft_nll": (nll_N.detach(), desirable_N),
+        "chosen_length": (inputs.lengths_N, desirable_N),
+        "rejected_length": (inputs.lengths_N, ~desirable_N),
     }
     return PreferenceTerms(losses_N, metrics)
 

@@ -31,6 +31,14 @@ LOSSES = {
     "orpo": dict(stage="fusepo", loss="orpo", beta=0.5),
     "mappo": dict(stage="fusepo", loss="mappo", beta=0.1, rpo_alpha=0.2),
     "infifpo": dict(stage="fusepo", loss="infifpo", beta=2.0),
+    "dpo with an sft term": dict(stage="fusepo", loss="dpo", beta=0.3, rpo_alpha=0.7),
+    "ln_dpo": dict(stage="fusepo", loss="ln_dpo", beta=5.0),
+    "cdpo": dict(stage="fusepo", loss="cdpo", beta=0.2, label_smoothing=0.1),
+    "robust": dict(stage="fusepo", loss="robust", beta=0.2, label_smoothing=0.2),
+    "hinge": dict(stage="fusepo", loss="hinge", beta=0.2),
+    "ipo per token": dict(stage="fusepo", loss="ipo", beta=0.4, length_normalized=True),
+    "ipo summed": dict(stage="fusepo", loss="ipo", beta=0.1, length_normalized=False),
+    "cpo": dict(stage="fusepo", loss="cpo", beta=0.1, cpo_alpha=0.6),
 }
 STEP, TOTAL = 1, 2
 """WRPO's alpha is taken as in the second of two steps: half of alpha_end."""
@@ -187,6 +195,17 @@ def loss_and_gradients(config, reference_dir, sampler_step=0):
     return loss, metrics, gradient_norm(engine.optimizer), grads, plan.num_microbatches, plan.num_prompts
 
 
+def several(configs, reference_dir):
+    """`loss_and_gradients` of each config, in one job of the ranks."""
+    from megatron.core import parallel_state as ps
+
+    found = []
+    for config in configs:
+        found.append(loss_and_gradients(config, reference_dir))
+        ps.destroy_model_parallel()
+    return found
+
+
 # --- the twin: one sequence at a time through transformers in float64, the formulas of METHOD word for word
 # ---------------------
 def _sequence_nll(model, prompt, response):
@@ -227,9 +246,24 @@ def preference_loss(objective, answers, kl):
     """l_PO(x, Y_k) of one source's answers."""
     beta, best, worst = objective.get("beta"), max(answers), min(answers)
     log_s, log = torch.nn.functional.logsigmoid, torch.log
+    d, e = best.h - worst.h, objective.get("label_smoothing")
     match objective["loss"]:
         case "dpo":
-            return -log_s(beta * (best.h - worst.h))
+            return -log_s(beta * d) - objective.get("rpo_alpha", 0) * best.mean
+        case "ln_dpo":
+            return -log_s(beta * (best.h / best.length - worst.h / worst.length))
+        case "cdpo":
+            return -(1 - e) * log_s(beta * d) - e * log_s(-beta * d)
+        case "robust":
+            return (-(1 - e) * log_s(beta * d) + e * log_s(-beta * d)) / (1 - 2 * e)
+        case "hinge":
+            return torch.clamp(1 - beta * d, min=0)
+        case "ipo":
+            if objective["length_normalized"]:
+                d = best.h / best.length - worst.h / worst.length
+            return (d - 1 / (2 * beta)) ** 2
+        case "cpo":
+            return -log_s(beta * (best.logp - worst.logp)) - objective["cpo_alpha"] * best.mean
         case "simpo":
             return -log_s(beta * best.mean - beta * worst.mean - beta * objective["gamma_beta_ratio"])
         case "orpo":

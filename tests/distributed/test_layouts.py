@@ -1,7 +1,7 @@
 """Loss and gradients are the same numbers under every layout, and those of a plain float64 twin (<= 1e-5 relative)."""
 
 import pytest
-from fusion_case import DPO, SFT, loss_and_gradients, make_case, make_config, twin, worst_relative_error
+from fusion_case import DPO, SFT, loss_and_gradients, make_case, make_config, several, twin, worst_relative_error
 
 BOUND = 1e-5
 # tp, pp, dp, sequence parallel
@@ -28,7 +28,11 @@ def expected(case):
 
 
 def check(ranks, expected, config, world, reference_dir):
-    results = ranks.run(loss_and_gradients, world, config, str(reference_dir))
+    return compare(ranks.run(loss_and_gradients, world, config, str(reference_dir)), expected)
+
+
+def compare(results, expected):
+    """The ranks' losses, gradient norms and (rank 0) gradients with the twin's."""
     loss, grads = expected
     norm = sum(g.square().sum() for g in grads.values()).sqrt().item()
     for actual_loss, _, actual_norm, *_ in results:
@@ -95,11 +99,11 @@ def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, faul
         "norm_not_marked": ("fusesft", dict(tp=2, sp=True), 2),
     }[fault]
     config = make_config(case, SFT if stage == "fusesft" else DPO, **changes)
-    _, _, _, grads, *_ = ranks.run(planted, world, fault, config, str(tmp_path / "reference"))[0]
+    grads = ranks.run(planted, world, fault, [config], str(tmp_path / "reference"))[0][0][3]
     assert worst_relative_error(grads, expected[stage][1]) > 100 * BOUND
 
 
-def planted(fault, config, reference_dir):
+def planted(fault, configs, reference_dir):
     """The worker with one mistake in it."""
     from unittest import mock
 
@@ -130,4 +134,4 @@ def planted(fault, config, reference_dir):
         "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
     }
     with patches[fault]:
-        return loss_and_gradients(config, reference_dir)
+        return several(configs, reference_dir)

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 
 import pytest
-from fusion_case import DPO, LOSSES, loss_and_gradients, make_case, twin, worst_relative_error
+from fusion_case import DPO, LOSSES, loss_and_gradients, make_case, several, twin, worst_relative_error
 from fusion_case import make_config as make_any_config
-from test_layouts import BOUND, check, planted
+from test_layouts import BOUND, check, compare, planted
 
 MAIN = ["simpo", "rloo", "wrpo", "kto"]
 LAYOUTS = {
@@ -43,9 +43,15 @@ def test_layout_parity(ranks, case, expected, tmp_path, name, layout):
         assert result[0] != pytest.approx(0.5 * (1 + 1.5) / 2, abs=1e-3)  # kl and beta are such that something is seen
 
 
-@pytest.mark.parametrize("name", ["orpo", "mappo", "infifpo"])
-def test_the_other_losses(ranks, case, expected, tmp_path, name):
-    check(ranks, expected(name), make_config(case, LOSSES[name], tp=2, sp=True), 2, tmp_path / "reference")
+@pytest.mark.parametrize("layout", ["tp2 sp", "pp2", "dp2, a prompt's sources spread over ranks"])
+def test_the_other_losses(ranks, case, expected, tmp_path, layout):
+    """All in one job: only the loss differs."""
+    changes, world = LAYOUTS[layout]
+    names = [name for name in LOSSES if name not in MAIN]
+    configs = [make_config(case, LOSSES[name], **changes) for name in names]
+    by_rank = ranks.run(several, world, configs, str(tmp_path / "reference"))
+    for name, *results in zip(names, *by_rank, strict=True):
+        compare(results, expected(name))
 
 
 @pytest.mark.parametrize("name", ["simpo", "rloo"])
@@ -60,14 +66,13 @@ def test_a_ragged_last_batch_is_divided_by_its_own_prompts(ranks, case, expected
     assert worst_relative_error(whole, grads) <= BOUND
 
 
-@pytest.mark.parametrize(
-    "name, fault, world",
-    [("simpo", "divide_by_rows", 1), ("rloo", "divide_by_rows", 1), ("kto", "divide_by_local_count", 2)],
-)
-def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, name, fault, world):
-    config = make_config(case, LOSSES[name])
-    grads = ranks.run(planted, world, fault, config, str(tmp_path / "reference"))[0][3]
-    assert worst_relative_error(grads, expected(name)[1]) > 100 * BOUND
+@pytest.mark.parametrize("fault, world", [("divide_by_rows", 1), ("divide_by_local_count", 2)])
+def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, fault, world):
+    configs = [make_config(case, LOSSES[name]) for name in MAIN]
+    found = ranks.run(planted, world, fault, configs, str(tmp_path / "reference"))[0]
+    errors = {n: worst_relative_error(f[3], expected(n)[1]) for n, f in zip(MAIN, found, strict=True)}
+    print(fault, errors)
+    assert min(errors.values()) > 1000 * BOUND
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto"])
@@ -100,3 +105,8 @@ def test_metrics_are_the_same_under_every_layout(ranks, case, tmp_path):
         assert runs[0] == pytest.approx(runs[1], rel=1e-4, abs=1e-5, nan_ok=True)
         shares = [v for k, v in runs[0].items() if k.startswith("weight_share/")]
         assert sum(shares) == pytest.approx(1.0) and len(shares) == 3
+        assert ("accuracy" in runs[0]) == (name != "kto")
+        for metric in ("preference_loss", "margin") + (("accuracy",) if name != "kto" else ()):
+            assert all(f"{metric}/{source}" in runs[0] for source in ("alpha", "beta", "gamma"))
+        difference = runs[0]["chosen_implicit_reward"] - runs[0]["rejected_implicit_reward"]
+        assert runs[0]["margin"] == pytest.approx(difference)

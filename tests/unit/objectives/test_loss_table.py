@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fuserl_megatron.objectives import group_losses, preference
-from fuserl_megatron.objectives.dispatch import METRIC_NAMES, PreferenceInputs, preference_losses
+from fuserl_megatron.objectives.dispatch import PreferenceInputs, metrics_of, preference_losses
 from fuserl_megatron.objectives.loss_table import (
     LOSS_OPTIONS,
     LOSSES,
@@ -153,10 +153,39 @@ def test_metrics_are_detached_named_and_one_per_item(loss):
     inputs = full_inputs(full_inputs().policy_logps_N.requires_grad_())
     result = terms(loss, inputs)
     assert result.losses_I.requires_grad
-    assert set(result.metrics) <= set(METRIC_NAMES)
+    assert set(result.metrics) == set(metrics_of(loss))
     for values_I, mask_I in result.metrics.values():
         assert values_I.shape == result.losses_I.shape and not values_I.requires_grad
         assert mask_I is None or mask_I.shape == values_I.shape
+
+
+def test_rloo_compares_the_best_with_the_worst_of_each_group_and_kto_two_means():
+    """Two groups interleaved, the second with equal rewards: nothing to compare there."""
+    inputs = replace(
+        full_inputs(),
+        policy_logps_N=torch.tensor([-5.0, -1.0, -2.0, -7.0, -3.0]).double(),
+        lengths_N=torch.tensor([4, 2, 3, 9, 5]),
+        reference_logps_N=torch.tensor([-4.0, -1.0, -2.5, -7.0, -1.0]).double(),
+        group_ids_N=torch.tensor([1, 0, 1, 0, 1]),
+        num_groups=2,
+        advantages_N=torch.tensor([0.5, 0.0, -0.1, 0.0, -0.4]).double(),
+        best_N=torch.tensor([True, True, False, False, False]),
+        desirable_N=torch.tensor([True, False, True, False, False]),
+    )
+
+    def means(loss, given):
+        found = terms(loss, given).metrics.items()
+        return {k: (v if m is None else v[m]).double().mean().item() for k, (v, m) in found}
+
+    rloo = dict(sft_nll=(5 / 4 + 1 / 2) / 2, chosen_length=4, rejected_length=5)
+    free = dict(chosen_implicit_reward=-5, rejected_implicit_reward=-3, margin=-2, accuracy=0)
+    with_reference = dict(chosen_implicit_reward=-1, rejected_implicit_reward=-2, margin=1, accuracy=1)
+    assert means("rloo", replace(inputs, reference_logps_N=None)) == pytest.approx(rloo | free)
+    assert means("rloo", inputs) == pytest.approx(rloo | with_reference)
+    even = {k: getattr(inputs, k)[:4] for k in ("policy_logps_N", "lengths_N", "reference_logps_N", "desirable_N")}
+    kto = means("kto", replace(inputs, **even))
+    assert kto["margin"] == pytest.approx(kto["chosen_implicit_reward"] - kto["rejected_implicit_reward"])
+    assert kto["margin"] == pytest.approx(0.1 * ((-1 + 0.5) / 2 - 0)) and kto["chosen_length"] == 3.5
 
 
 @pytest.mark.parametrize("loss", [*PreferenceLoss])
