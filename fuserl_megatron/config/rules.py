@@ -43,6 +43,7 @@ def check_numbers(config: Config) -> None:
     }
     positive = {
         "trainer.distributed_timeout_minutes": 30.0,
+        f"{checkpoint}.train_time_interval": 60.0,
         "optim.lr": 5e-6,
         "optim.eps": 1e-8,
         "objective.beta": 0.1,
@@ -54,6 +55,7 @@ def check_numbers(config: Config) -> None:
         "optim.sched.min_lr": 0.0,
         "optim.sched.warmup_steps": 0,
         f"{checkpoint}.every_n_train_steps": 500,
+        f"{checkpoint}.save_retries": 2,
         "exp_manager.early_stopping_callback_params.min_delta": 0.0,
         "objective.min_reward_gap": 0.01,
         "objective.max_reward_gap": 0.1,
@@ -97,7 +99,8 @@ def check_validation(config: Config) -> None:
                 refuse(config, field, "needs data.validation_path, a data set of held-out prompts", works)
     if monitor is not None and not monitor.startswith("val_"):
         refuse(config, f"{path}.monitor", "must be a validation metric", "val_loss")
-    if monitor is not None and manager.checkpoint_callback_params.every_n_train_steps is None:
+    saving = manager.checkpoint_callback_params
+    if monitor is not None and saving.every_n_train_steps is None and saving.train_time_interval is None:
         refuse(config, f"{path}.monitor", "needs checkpoints (every_n_train_steps is null)", None)
     if monitor is None and manager.checkpoint_callback_params.mode != "min":
         refuse(config, f"{path}.mode", f"is used with {path}.monitor only", "min")

@@ -53,8 +53,15 @@ class CheckpointConfig:
     """NeMo's exp_manager.checkpoint_callback_params."""
 
     every_n_train_steps: int | None = 500
-    """Steps between checkpoints, and one at the end. 0: only at the end; null: none at all (the export is then all
-    there is)."""
+    """Steps between checkpoints, and one at the end. 0: only at the end; null, with train_time_interval null as well:
+    none at all (the export is then all there is)."""
+    train_time_interval: float | None = None
+    """Minutes between checkpoints, taken at the first step boundary after them, and one at the end; may stand beside
+    every_n_train_steps."""
+    async_save: bool = False
+    """Copy the state into the host's memory and write it while training goes on; it gets its name at a later step."""
+    save_retries: int = 2
+    """How often a checkpoint that could not be written is tried again before the run goes on without it."""
     save_top_k: int = 2
     """How many checkpoints are kept, the newest, or with monitor the best (and the newest besides); -1 keeps all."""
     monitor: str | None = None

@@ -1,32 +1,26 @@
-"""Layout-independent checkpoints through core's dist_checkpointing: saved at one TP/PP/DP, loadable at any other.
+"""Layout-independent checkpoints: what belongs into one (core says), and filling a model from one of any layout.
 
-    checkpoints/iter_0000010/                     core's torch_dist format, stock GPTModel key names
-    checkpoints/latest_checkpointed_iteration.txt the pointer, written last, by rename, after everything is on the disk
-
-A checkpoint under way lives in a hidden sibling directory and gets its name only when complete, so what has a name
-is whole.
+Writing is in saving.py, the files' format in dist_format.py, their checksums in manifest.py.
 """
 
 import json
-import os
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore.dist_format import POINTER, iteration_directory, saved_iterations
-from fuserl_megatron.mcore.dist_format import newest_iteration as newest_iteration
+from fuserl_megatron.mcore.dist_format import iteration_directory
+from fuserl_megatron.mcore.manifest import find_damage
 from fuserl_megatron.mcore.model import gather_parameters
-from fuserl_megatron.mcore.parallel import any_rank
+from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.saving import PROGRESS, Saving, first_line
 from fuserl_megatron.mcore.step import Engine
 
-PROGRESS = "progress.json"
 FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 
 
@@ -52,88 +46,19 @@ def _state(engine: Engine, *, is_loading: bool) -> dict:
     return state
 
 
-def save(engine: Engine, root: str | Path, iteration: int, progress: dict, keep: int, kept: Sequence[int] = ()) -> Path:
-    """Write one checkpoint, move the pointer, remove old ones. All ranks call it; all or none return.
-
-    Args:
-        engine: model and optimizer.
-        root: the run's checkpoints folder.
-        iteration: steps done.
-        progress: JSON-able values that travel along, for `read_progress`.
-        keep: how many of the newest to keep; -1 keeps all.
-        kept: iterations that are never removed (the best ones).
-
-    Raises:
-        OSError: the disk refused (full, read-only); nothing half-written is left and older checkpoints are untouched.
-    """
-    root, final = Path(root), iteration_directory(root, iteration)
-    partial = root / f".{final.name}.partial"
-    problem = None
-    if engine.layout.is_main:
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        except OSError as error:
-            problem = error
-    if any_rank(problem is not None, engine.layout.device):
-        raise problem or OSError(f"{root}: the main rank could not create {partial.name}")
+def begin_save(engine: Engine, root: str | Path, iteration: int, progress: dict, background: bool = False) -> Saving:
+    """Take weights and optimizer state of this step and start writing them; `Saving.publish` ends it. Every rank calls
+    it; arguments as of `Saving`."""
     gather_parameters(engine.wrapped)
-    state = _state(engine, is_loading=False) | {"iteration": iteration}
-    try:
-        dist_checkpointing.save(state, str(partial))
-    except FAILURES as error:  # core wraps a full disk in exceptions of its own
-        problem = error
-    if any_rank(problem is not None, engine.layout.device):
-        if engine.layout.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        why = _first_line(problem) if problem else "another rank failed"
-        raise OSError(
-            f"{final}: the checkpoint could not be written ({why}); is the disk full? The last good one is untouched"
-        ) from problem
-    if engine.layout.is_main:
-        try:
-            _publish(root, partial, final, iteration, progress, keep, kept)
-        except OSError as error:
-            problem = error
-    if any_rank(problem is not None, engine.layout.device):
-        raise problem or OSError(f"{final}: the main rank could not publish the checkpoint")
-    return final
+    return Saving(engine.layout, _state(engine, is_loading=False), root, iteration, progress, background)
 
 
-def _publish(
-    root: Path, partial: Path, final: Path, iteration: int, progress: dict, keep: int, kept: Sequence[int]
-) -> None:
-    (partial / PROGRESS).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
-    for file in [*partial.iterdir(), partial]:
-        _sync(file)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    pointer = root / f".{POINTER}.tmp"
-    pointer.write_text(f"{iteration}\n")
-    _sync(pointer)
-    pointer.rename(root / POINTER)
-    _sync(root)
-    # by age of the run, not by number alone: after going back to an older step, later ones do not count
-    past = [i for i in saved_iterations(root) if i <= iteration]
-    for old in past[:-keep] if keep > 0 else []:
-        if old not in kept:
-            shutil.rmtree(iteration_directory(root, old), ignore_errors=True)
-
-
-def _first_line(error: BaseException) -> str:
-    failures = getattr(error, "failures", None)  # a CheckpointException names the ranks; the cause is in here
-    if failures:
-        error = next(iter(failures.values()))[0]
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def damage_of(root: str | Path, iteration: int, layout: Layout) -> str | None:
+    """What is wrong with a checkpoint, None where it is whole: every rank verifies a share of it, all learn."""
+    found: list[str | None] = [None] * layout.world_size
+    mine = find_damage(iteration_directory(root, iteration), iteration, layout.rank, layout.world_size)
+    dist.all_gather_object(found, mine)
+    return next((damage for damage in found if damage), None)
 
 
 def read_progress(root: str | Path, iteration: int) -> dict:
@@ -147,8 +72,7 @@ def read_progress(root: str | Path, iteration: int) -> dict:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file}: not readable ({_first_line(error)}): write an older iteration into {POINTER} beside it, "
-            "or start in another run.results_dir."
+            f"{file}: not readable ({first_line(error)}): remove that checkpoint to use the one before it."
         ) from None
 
 
@@ -163,8 +87,8 @@ def load(engine: Engine, root: str | Path, iteration: int) -> None:
         state = dist_checkpointing.load(_state(engine, is_loading=True) | {"iteration": 0}, str(directory))
     except FAILURES as error:  # damaged files surface as many kinds of errors
         raise UserError(
-            f"{directory}: cannot be loaded ({_first_line(error)}): "
-            f"write an older iteration into {POINTER} there, or start in another run.results_dir."
+            f"{directory}: cannot be loaded ({first_line(error)}): remove that folder to use the checkpoint before it, "
+            "or start in another run.results_dir."
         ) from error
     chunks = engine.target.chunks
     for i, chunk in enumerate(chunks):

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -63,23 +64,47 @@ def newest_iteration(root: str | Path) -> int | None:
     return int(text)
 
 
-class DistWriter:
-    """Writes one iteration's folder. A chunk's place is reserved first; its numbers come in any order."""
+def candidates(root: str | Path) -> tuple[list[int], str | None]:
+    """Which checkpoints to try for a continuation, in this order, and what is wrong with the pointer.
 
-    def __init__(self, directory: Path):
-        self.directory = directory
-        directory.mkdir(parents=True)
+    First the one that the pointer names, then older ones, the newest of them first, then newer ones: who wrote a
+    smaller number into the pointer wants to go back.
+    """
+    have, pointer = saved_iterations(root), Path(root) / POINTER
+    try:
+        text = pointer.read_text(errors="replace").strip()
+    except FileNotFoundError:
+        return have[::-1], f"{pointer} is missing" if have else None
+    except OSError as error:
+        return have[::-1], f"{pointer} cannot be read ({error.strerror})"
+    if not (text.isascii() and text.isdigit()):
+        return have[::-1], f"{pointer} says {text[:40]!r}, which is no number"
+    at = int(text)
+    order = sorted(have, key=lambda i: (i > at, -i))
+    return order, None if at in have else f"{pointer} says {at}, but {iteration_directory(root, at).name} is not there"
+
+
+class DistWriter:
+    """Writes one iteration's folder. A chunk's place is reserved first; its numbers come in any order.
+
+    Several ranks may write into one folder, each its own files; the one that calls `finish` is handed the others'
+    `index`.
+    """
+
+    def __init__(self, directory: Path, rank: int = 0):
+        self.directory, self._rank = directory, rank
+        directory.mkdir(parents=True, exist_ok=True)
         self._entries: dict[str, Any] = {}
         self._places: dict[dcp.MetadataIndex, _StorageInfo] = {}
-        self._files = 0
+        self.files: list[Path] = []
         self._file: BinaryIO | None = None
 
     def _stream(self) -> BinaryIO:
         if self._file is not None and self._file.tell() >= MAX_FILE_BYTES:
             self.close()
         if self._file is None:
-            self._file = open(self.directory / f"__0_{self._files}.distcp", "xb")
-            self._files += 1
+            self.files.append(self.directory / f"__{self._rank}_{len(self.files)}.distcp")
+            self._file = open(self.files[-1], "xb")
         return self._file
 
     def _append(self, value: Any, index: dcp.MetadataIndex) -> tuple[BinaryIO, int]:
@@ -119,14 +144,31 @@ class DistWriter:
         assert self._file is not None, "reserve comes first"
         write_at(self._file.fileno(), place, rows)
 
-    def empty_object(self, key: str) -> None:
-        """Append what core saves for a module's extra state when there is none."""
+    def object(self, key: str, values: list) -> None:
+        """Append what is no tensor; [None] is what core saves for a module's extra state when there is none."""
         self._entries[key] = dcp.BytesStorageMetadata()
-        self._append([None], dcp.MetadataIndex(key))
+        self._append(values, dcp.MetadataIndex(key))
 
-    def finish(self, common: dict[str, Any]) -> None:
-        """Write the plain values and the index, in the form that core 0.16 wrote and 0.19 still reads."""
+    @property
+    def index(self) -> tuple[dict[str, Any], dict[dcp.MetadataIndex, _StorageInfo]]:
+        """What was written here, and where."""
+        return self._entries, self._places
+
+    def finish(self, common: dict[str, Any], others: Iterable[tuple[dict, dict]] = ()) -> None:
+        """Write the plain values and the index, in the form that core 0.16 wrote and 0.19 still reads.
+
+        Args:
+            common: the plain values.
+            others: `index` of the other ranks.
+        """
         self.close()
+        for entries, places in others:
+            for key, entry in entries.items():
+                if key in self._entries and isinstance(entry, dcp.TensorStorageMetadata):
+                    self._entries[key].chunks.extend(entry.chunks)
+                else:
+                    self._entries[key] = entry
+            self._places |= places
         torch.save(common, self.directory / COMMON)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         config |= {"common_backend": "torch", "common_backend_version": 1}

@@ -105,7 +105,7 @@ def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype
                 _write_chunk(writer, reader, shape, name, runs, total, total, dtype)
         for layer in range(shape.num_layers):
             for module in _WITH_EXTRA_STATE:
-                writer.empty_object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}")
+                writer.object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}", [None])
         writer.finish({"iteration": 0, "checkpoint_version": 3.0, "args": _megatron_arguments(shape, dtype, padded)})
 
 

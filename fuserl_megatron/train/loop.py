@@ -19,6 +19,7 @@ from fuserl_megatron.train.logging import RunLog, say
 from fuserl_megatron.train.meters import peak_tflops, rates, step_flops, time_split
 from fuserl_megatron.train.profiling import StepProfiler
 from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
+from fuserl_megatron.train.saver import Saver
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
 from fuserl_megatron.train.summary import describe_start
 from fuserl_megatron.train.validation import History, check_monitor, is_due, validate
@@ -28,7 +29,8 @@ def train(config: Config) -> int:
     """Run one stage on the ranks that were started. Every rank calls it.
 
     Returns:
-        0 when the run is complete, 1 when it stopped on a loss or gradient that is not finite.
+        0 when the run is complete, 1 when it stopped on a loss or gradient that is not finite, or when its last
+        checkpoint could not be written.
 
     Raises:
         UserError: something the user can put right; nothing was started or half-written.
@@ -81,7 +83,7 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
     prepared, sampler = feeds[0][0].prepared, feeds[0][0].sampler
     total = total_steps(config.trainer, sampler.steps_per_epoch)
     identity = run_identity(config, dataset, prepared.reward_temperature, total)
-    done = steps_to_resume(config, checkpoints, identity, layout)
+    done, damaged, saved = steps_to_resume(config, checkpoints, identity, layout)
 
     started = time.monotonic()
     dtype = DTYPES[config.trainer.precision]
@@ -113,8 +115,8 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
         say(f"ready after {time.monotonic() - started:.1f} s; {warmup_steps(config.optim, total)} warm-up steps\n")
 
     log = RunLog(config, directory, total, done, layout.is_main)
-    history = History(config, directory, done, layout.is_main)
-    every = config.exp_manager.checkpoint_callback_params.every_n_train_steps
+    history = History(config, directory, saved.get("validations", []), layout.is_main)
+    saver = Saver(config, engine, checkpoints, done, damaged)
     profiler = StepProfiler(config.exp_manager, directory, layout.rank)
     step = done
     try:
@@ -129,11 +131,12 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
             if validation and is_due(config, step, total):
                 _validate(config, engine, validation[0], history, log, step, total)
                 is_best, stop, kept = _decide(history, layout, step)
-            if every is not None and (step == total or stop or is_best or (every and step % every == 0)):
-                top_k = config.exp_manager.checkpoint_callback_params.save_top_k
-                keep = 1 if history.monitor is not None and top_k > 0 else top_k
-                checkpoint.save(engine, checkpoints, step, identity, keep, kept)
+            saver.poll()
+            if saver.is_due(step) or step == total or stop or is_best:
+                saver.save(step, identity | {"validations": history.records}, kept)
+        saver.wait()
     except (NonFiniteError, InvariantError) as error:
+        saver.wait()
         if layout.is_main:
             say(f"stopped before step {step + 1}: {error}")
             say(f"weights are those of step {step}; lower optim.lr or look at the responses named, then run again")
@@ -143,10 +146,19 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
         log.close()
     if stop and layout.is_main:
         say(f"stopped after step {step}: no better {history.monitor} for {history.stopping.patience} validations")
+    failure = saver.failure()
+    if failure and layout.is_main:
+        say(failure)
     if config.run.export:
-        step = _load_best(engine, checkpoints, history, step)
-        _export(config, engine, dataset, directory / "hf", step)
-    return 0
+        try:
+            step = _load_best(engine, checkpoints, history, step)
+            _export(config, engine, dataset, directory / "hf", step)
+        except (UserError, OSError) as error:
+            if not failure:
+                raise
+            if layout.is_main:
+                say(f"nor could the model be exported: {error}")
+    return 1 if failure else 0
 
 
 def _one_step(config: Config, engine: Engine, feed: Feed, log: RunLog, step: int, total: int) -> None:
@@ -206,12 +218,19 @@ def _decide(history: History, layout: parallel.Layout, step: int) -> tuple[bool,
 
 def _load_best(engine: Engine, checkpoints: Path, history: History, step: int) -> int:
     """The step to export: the best checkpoint, loaded, where a metric is monitored; the last step otherwise."""
-    best = next(iter(parallel.from_main_rank(history.kept_steps(), engine.layout.device)), step)
-    if best != step:
-        checkpoint.load(engine, checkpoints, best)
-        if engine.layout.is_main:
+    for best in parallel.from_main_rank(history.kept_steps(), engine.layout.device):
+        if best == step:
+            return step
+        damage = checkpoint.damage_of(checkpoints, best, engine.layout)
+        if damage is None:
+            checkpoint.load(engine, checkpoints, best)
+        if engine.layout.is_main and damage is None:
             say(f"best {history.monitor}: step {best}, whose weights are exported")
-    return best
+        elif engine.layout.is_main:
+            say(f"WARNING: best {history.monitor}: step {best}, whose checkpoint is damaged ({damage}): the next best")
+        if damage is None:
+            return best
+    return step
 
 
 def _export(config: Config, engine: Engine, dataset: FusedDataset, destination: Path, total: int) -> None:

@@ -10,7 +10,8 @@ from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel
-from fuserl_megatron.mcore.dist_format import newest_iteration
+from fuserl_megatron.mcore.dist_format import candidates, iteration_directory
+from fuserl_megatron.train.logging import say
 
 PROBE_BYTES = 1 << 20
 
@@ -56,41 +57,60 @@ def fingerprint(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def steps_to_resume(config: Config, checkpoints: Path, identity: dict, layout: parallel.Layout) -> int:
-    """The iteration to resume from, 0 for a fresh start; rank 0 looks.
+def steps_to_resume(
+    config: Config, checkpoints: Path, identity: dict, layout: parallel.Layout
+) -> tuple[int, list[int], dict]:
+    """Where to go on: the newest checkpoint that verifies. Every rank calls it.
+
+    Returns:
+        The iteration (0 for a fresh start), those found damaged before it, and what was saved along with it.
 
     Raises:
-        UserError: on every rank; the checkpoints are damaged, belong to another run, or must not be resumed.
+        UserError: on every rank; no checkpoint is whole, they belong to another run, or must not be resumed.
     """
-    found, problem = 0, None
-    if layout.is_main:
-        try:
-            found = _find(config, checkpoints, identity)
-        except UserError as error:
-            problem = str(error)
-    found, problem = parallel.from_main_rank((found, problem), layout.device)
-    if problem:
-        raise UserError(problem)
-    return found
-
-
-def _find(config: Config, checkpoints: Path, identity: dict) -> int:
-    found = newest_iteration(checkpoints) or 0
-    if not found:
-        return 0
-    if not config.exp_manager.resume_if_exists:
+    order, pointer_problem = parallel.from_main_rank(candidates(checkpoints), layout.device)
+    if order and not config.exp_manager.resume_if_exists:
         raise UserError(
-            f"{checkpoints} holds a checkpoint of step {found} and exp_manager.resume_if_exists=false: "
+            f"{checkpoints} holds a checkpoint of step {order[0]} and exp_manager.resume_if_exists=false: "
             "set it to true to continue, or choose another run.results_dir."
         )
-    saved, now = _flat(checkpoint.read_progress(checkpoints, found)), _flat(identity)
+    found, damaged = 0, {}
+    for iteration in order:
+        damage = checkpoint.damage_of(checkpoints, iteration, layout)
+        if damage is None:
+            found = iteration
+            break
+        damaged[iteration] = f"{iteration_directory(checkpoints, iteration).name}: {damage}"
+    problems = [*filter(None, [pointer_problem]), *damaged.values()]
+    if not found and problems:
+        raise UserError(
+            f"{checkpoints} holds no whole checkpoint ({'; '.join(problems)}): put one back from a copy, "
+            f"or, to start anew, choose another run.results_dir or remove {checkpoints}."
+        )
+    if layout.is_main:
+        for problem in problems:
+            say(f"WARNING: damaged checkpoint in {checkpoints}: {problem}. Step {found} is used instead")
+    saved, problem = {}, None
+    if layout.is_main and found:
+        try:
+            saved = checkpoint.read_progress(checkpoints, found)
+            _check_same_run(checkpoints, saved, identity)
+        except UserError as error:
+            problem = str(error)
+    saved, problem = parallel.from_main_rank((saved, problem), layout.device)
+    if problem:
+        raise UserError(problem)
+    return found, list(damaged), saved
+
+
+def _check_same_run(checkpoints: Path, saved: dict, identity: dict) -> None:
+    saved, now = _flat(saved), _flat(identity)
     for key in now:
         if saved.get(key) != now[key]:
             raise UserError(
                 f"{checkpoints} belongs to a run with {key}={saved.get(key)}, this one has {key}={now[key]}: "
                 "use the same value to continue, or another run.results_dir to start anew."
             )
-    return found
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -46,18 +46,15 @@ def validate(config: Config, engine: Engine, feed: Feed, step: int, total: int) 
 
 
 class History:
-    """The validations of a run so far, on every rank; rank 0 keeps them in validation.jsonl."""
+    """The validations of a run so far (rank 0). They travel in every checkpoint; validation.jsonl is for readers."""
 
-    def __init__(self, config: Config, directory: Path, done: int, is_main: bool):
-        """Read what a run that is being continued has; validations after step `done` are forgotten."""
-        self.path, self.is_main = directory / FILE, is_main
+    def __init__(self, config: Config, directory: Path, records: list[dict], is_main: bool):
+        """Go on from the validations in the checkpoint resumed from; later ones in validation.jsonl are dropped."""
+        self.path = directory / FILE
         params = config.exp_manager.checkpoint_callback_params
         self.monitor, self.mode, self.top_k = params.monitor, params.mode, params.save_top_k
         self.stopping = config.exp_manager.early_stopping_callback_params
-        self.records: list[dict] = []
-        if is_main and done and self.path.is_file():
-            lines = (json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line.strip())
-            self.records = list({r["step"]: r for r in lines if r["step"] <= done}.values())
+        self.records = list(records)
         if is_main:
             directory.mkdir(parents=True, exist_ok=True)
             self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")

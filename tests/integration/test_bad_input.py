@@ -143,16 +143,25 @@ def test_full_disk_while_building(workplace, small_disk):
     assert list(small_disk.iterdir()) == []
 
 
-def test_full_disk_while_saving_keeps_the_run_clean(workplace, small_disk):
+def test_full_disk_while_saving_ends_with_code_1_and_leaves_nothing_half_written(workplace, small_disk):
     done = fuserl(
         "train",
         *TRAIN,
-        "trainer.max_steps=1",
+        "trainer.max_steps=2",
         f"run.results_dir={small_disk / 'run'}",
         "exp_manager.create_tensorboard_logger=false",
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
+        "exp_manager.checkpoint_callback_params.save_retries=1",
         cwd=workplace,
     )
-    refused(done, "checkpoint")
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    for step in (1, 2):  # training goes on after the first one failed
+        failed = [line for line in lines if f"iter_000000{step}: not written" in line]
+        assert [line.rsplit("; ", 1)[1] for line in failed] == ["try 1 of 2", "try 2 of 2"]
+        assert any(f"no checkpoint of step {step}: 2 tries failed" in line for line in lines)
+        assert any(line.startswith(f"step {step}/2") for line in lines)
+    assert any("the last checkpoint, of step 2, could not be written" in line for line in lines)
     assert not list((small_disk / "run" / "checkpoints").glob("*iter*"))
     assert not (small_disk / "run" / "hf").exists()
 

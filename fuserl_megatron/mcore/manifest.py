@@ -1,0 +1,97 @@
+"""What a checkpoint's folder must hold: size and sha256 of every file, in manifest.json, which covers itself too.
+
+Pure file code. A file is hashed by the rank that wrote it, as it comes back from the file system; on start the ranks
+share the files between them.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from fuserl_megatron.data.files import file_sha256
+
+MANIFEST = "manifest.json"
+THREADS = 4
+"""Files hashed at a time by one process: hashing leaves Python's lock alone."""
+
+
+def sync(path: Path) -> None:
+    """Bring a file or a directory to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(files: Iterable[Path]) -> dict[str, dict]:
+    """Bring the files to the disk; their entries of the manifest by name."""
+
+    def entry(file: Path) -> dict:
+        sync(file)
+        return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+
+    files = list(files)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return {file.name: found for file, found in zip(files, pool.map(entry, files), strict=True)}
+
+
+def write_manifest(directory: Path, iteration: int, files: dict[str, dict]) -> None:
+    """Write manifest.json and bring it and the directory to the disk."""
+    content = {"format": 1, "iteration": iteration, "files": files}
+    text = json.dumps(content | {"sha256": _own_hash(content)}, indent=1, sort_keys=True)
+    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    sync(directory / MANIFEST)
+    sync(directory)
+
+
+def _own_hash(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def find_damage(directory: Path, iteration: int, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint: file and fault, None where it is whole.
+
+    Args:
+        directory: the checkpoint's folder.
+        iteration: the one that the folder's name promises.
+        part: which share of the files is looked at, from 0.
+        parts: how many such shares make the whole.
+    """
+    try:
+        content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        own, files = content.pop("sha256"), content["files"]
+        if own != _own_hash(content):
+            return f"{MANIFEST} does not match its own checksum"
+        if content["iteration"] != iteration:
+            return f"{MANIFEST} is of step {content['iteration']}"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is not readable JSON of a manifest"
+    # the largest first, in turn: equal shares
+    names = sorted(files, key=lambda name: (-files[name]["bytes"], name))[part::parts]
+    return _first(names, lambda name: _fault_of(directory / name, files[name]))
+
+
+def _first(names: Sequence[str], fault_of) -> str | None:
+    with ThreadPoolExecutor(THREADS) as pool:
+        return next((fault for fault in pool.map(fault_of, names) if fault), None)
+
+
+def _fault_of(file: Path, entry: dict) -> str | None:
+    try:
+        if (size := file.stat().st_size) != entry["bytes"]:
+            return f"{file.name} has {size} bytes instead of {entry['bytes']}"
+        if file_sha256(file) != entry["sha256"]:
+            return f"{file.name} has another checksum than when it was written"
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} cannot be read ({error.strerror})"
+    return None

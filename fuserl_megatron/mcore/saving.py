@@ -1,0 +1,190 @@
+"""One checkpoint on its way to the disk: collected at a step, written at once or in the background, then published.
+
+    checkpoints/iter_0000010/                     torch_dist, stock GPTModel key names (dist_format.py), and beside it
+    checkpoints/iter_0000010/progress.json        what the run needs to go on
+    checkpoints/iter_0000010/manifest.json        size and checksum of every file
+    checkpoints/latest_checkpointed_iteration.txt the pointer, moved last, by rename
+
+A checkpoint under way lives in a hidden sibling directory and gets its name only when it is whole and on the disk.
+Core says what belongs into it and which rank writes which part; the files are written here (0.16's own writer forks the
+training process, and either core's starts a process that outlives a killed rank). In the background it is a thread that
+writes: it dies with its rank, so that nothing writes into the folders of the run that comes after.
+"""
+
+import copy
+import json
+import secrets
+import shutil
+import threading
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+
+from fuserl_megatron.mcore.dist_format import (
+    COMMON,
+    CONFIG,
+    INDEX,
+    POINTER,
+    DistWriter,
+    iteration_directory,
+    saved_iterations,
+)
+from fuserl_megatron.mcore.manifest import describe, sync, write_manifest
+from fuserl_megatron.mcore.parallel import Layout, any_rank, from_main_rank
+
+PROGRESS = "progress.json"
+
+
+class Saving:
+    """Every rank makes one at the same step, and calls its methods at the same time as the others."""
+
+    def __init__(self, layout: Layout, state: dict, root: str | Path, iteration: int, progress: dict, background: bool):
+        """Take the state and start writing it.
+
+        Args:
+            layout: of the ranks.
+            state: core's sharded state dict, weights current.
+            root: the run's checkpoints folder.
+            iteration: steps done.
+            progress: JSON-able values that travel along, for `checkpoint.read_progress`.
+            background: copy the state into memory of the host and return while it is written; otherwise it is written
+                when this returns.
+        """
+        self.layout, self.root, self.iteration, self.background = layout, Path(root), iteration, background
+        sharded, common = save_preprocess(state | {"iteration": iteration})
+        # plain values are small, and an optimizer changes them in place: always a copy
+        self._common, self._progress = copy.deepcopy(common), copy.deepcopy(progress)
+        self._tensors: list[tuple[str, tuple, tuple, tuple, torch.Tensor]] = []
+        self._objects: dict[str, list] = defaultdict(list)
+        for part in nested_values(sharded):
+            if not is_main_replica(part.replica_id):
+                continue
+            if isinstance(part, ShardedObject):
+                self._objects[part.unique_key].append(copy.deepcopy(part.data))
+                continue
+            sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+            data = torch.empty_like(part.data, device="cpu").copy_(part.data) if background else part.data.detach()
+            self._tensors.append((part.key, tuple(part.global_shape), tuple(part.global_offset), sizes, data))
+        self.start()
+
+    def start(self) -> None:
+        """Write what was taken, from the beginning: also after a failure."""
+        self._problem, self._written = None, None
+        partial, problem = None, None
+        if self.layout.is_main:
+            name = iteration_directory(self.root, self.iteration).name
+            try:
+                for left in self.root.glob(".iter_*.partial"):
+                    shutil.rmtree(left, ignore_errors=True)
+                # a name of its own: nothing left over from a killed run can write into it
+                partial = self.root / f".{name}.{secrets.token_hex(4)}.partial"
+                partial.mkdir(parents=True)
+            except OSError as error:
+                problem = first_line(error)
+        self._partial, problem = from_main_rank((partial, problem), self.layout.device)
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        if problem:
+            self._problem = OSError(problem)
+        elif self.background:
+            self._thread.start()
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        """This rank's part, no word to other ranks."""
+        try:
+            with DistWriter(self._partial, self.layout.rank) as writer:
+                for key, size, offsets, sizes, data in self._tensors:
+                    place = writer.reserve(key, size, offsets, sizes, data.dtype)
+                    writer.write(place, data.cpu().contiguous())
+                for key, values in self._objects.items():
+                    writer.object(key, values)
+            self._written = writer, describe(writer.files)
+        except Exception as error:
+            self._problem = error
+
+    def is_written(self) -> bool:
+        """Whether every rank has written its part, or failed to: then `publish` does not wait."""
+        return not any_rank(self._thread.is_alive(), self.layout.device)
+
+    def publish(self, keep: int, kept: Sequence[int] = (), damaged: Sequence[int] = ()) -> Path:
+        """Wait for every rank, give the checkpoint its name, move the pointer, remove old ones.
+
+        Args:
+            keep: how many of the newest to keep; -1 keeps all.
+            kept: iterations that are never removed (the best ones).
+            damaged: iterations that do not count.
+
+        Raises:
+            OSError: on every rank: the disk refused; nothing half-written is left and older checkpoints are untouched.
+        """
+        if self._thread.is_alive():
+            self._thread.join()
+        self._all_or_none()
+        writer, files = self._written
+        parts: list[Any] = [None] * self.layout.world_size
+        dist.gather_object((writer.index, files), parts if self.layout.is_main else None, dst=0)
+        final = iteration_directory(self.root, self.iteration)
+        if self.layout.is_main:
+            try:
+                writer.finish(self._common, [index for index, _ in parts[1:]])
+                text = json.dumps(self._progress, indent=2) + "\n"
+                (self._partial / PROGRESS).write_text(text, encoding="utf-8")
+                files = describe(self._partial / name for name in (COMMON, CONFIG, INDEX, PROGRESS))
+                for _, written in parts:
+                    files |= written
+                write_manifest(self._partial, self.iteration, files)
+                _rename(self.root, self._partial, final, self.iteration)
+                # by age of the run, not by number alone: after going back to an older step, later ones do not count
+                past = [i for i in saved_iterations(self.root) if i <= self.iteration and i not in damaged]
+                for old in past[:-keep] if keep > 0 else []:
+                    if old not in kept:
+                        _remove(iteration_directory(self.root, old))
+            except Exception as error:
+                self._problem = error
+        self._all_or_none()
+        return final
+
+    def _all_or_none(self) -> None:
+        problems: list[str | None] = [None] * self.layout.world_size
+        dist.all_gather_object(problems, self._problem and first_line(self._problem))
+        failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+        if failed:
+            if self.layout.is_main and self._partial:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise OSError(f"{iteration_directory(self.root, self.iteration)}: not written ({failed[0]})")
+
+
+def _rename(root: Path, partial: Path, final: Path, iteration: int) -> None:
+    _remove(final)
+    partial.rename(final)
+    sync(root)
+    pointer = root / f".{POINTER}.tmp"
+    pointer.write_text(f"{iteration}\n")
+    sync(pointer)
+    pointer.rename(root / POINTER)
+    sync(root)
+
+
+def _remove(directory: Path) -> None:
+    """Take the name away first: whoever is killed in the middle leaves no checkpoint that looks whole."""
+    if directory.exists():
+        hidden = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}.partial")
+        directory.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def first_line(error: BaseException) -> str:
+    """Class and message of an error on one line."""
+    failures = getattr(error, "failures", None)  # a CheckpointException names the ranks; the cause is in here
+    if failures:
+        error = next(iter(failures.values()))[0]
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
