@@ -31,11 +31,8 @@ def check_layout(config: Config, world_size: int) -> int:
     """What the parallel sizes ask of each other and of the ranks; returns the data-parallel size."""
     model, length = config.model, config.data.seq_length
     tp, pp, cp = model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size
-    if model.virtual_pipeline_model_parallel_size is not None:
-        rule = (
-            "refused, because core's interleaved schedule gives wrong gradients in silence in some layouts "
-            "(2 pipeline ranks without overlapped communication; core 0.16 on gloo)"
-        )
+    if model.virtual_pipeline_model_parallel_size is not None and pp == 1:
+        rule = "virtual stages interleave pipeline stages, and model.pipeline_model_parallel_size is 1"
         refuse(config, "model.virtual_pipeline_model_parallel_size", rule, None)
     unit = tp * pp * cp
     if world_size % unit:
@@ -72,6 +69,11 @@ def check_model(config: Config, shape: ModelShape, data_set: DataSet | None) -> 
     if shape.num_layers % pp:
         rule = f"does not divide the model's {shape.num_layers} layers"
         refuse(config, "model.pipeline_model_parallel_size", rule, _largest_divisor(shape.num_layers, pp))
+    stages = config.model.virtual_pipeline_model_parallel_size
+    if stages is not None and shape.num_layers // pp % stages:
+        rule = f"does not divide the {shape.num_layers // pp} layers of a pipeline stage"
+        works = _largest_divisor(shape.num_layers // pp, stages)
+        refuse(config, "model.virtual_pipeline_model_parallel_size", rule, works if works > 1 else None)
     # a packed row may be longer than any position: what counts is the longest prompt + response
     longest = int(data_set.tokens["total_max"]) if data_set is not None else 0
     limit = shape.max_position_embeddings

@@ -61,6 +61,7 @@ def check_numbers(config: Config) -> None:
         "objective.max_reward_gap": 0.1,
     }
     check(lambda value: value >= 1, "must be at least 1", at_least_one)
+    check(lambda value: value >= 2, "must be at least 2, or null", {"model.virtual_pipeline_model_parallel_size": None})
     check(lambda value: value > 0 and math.isfinite(value), "must be a positive number", positive)
     check(lambda value: value >= 0 and math.isfinite(value), "must not be negative or infinite", not_negative)
     check(lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for all", {f"{checkpoint}.save_top_k": 2})

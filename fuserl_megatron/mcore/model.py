@@ -136,10 +136,10 @@ def transformer_config(
         persist_layer_norm=False,
         batch_p2p_comm=layout.vpp_size is None,
         batch_p2p_sync=False,
-        # with PP 2 and virtual stages both neighbours are the same rank: only the overlapped schedule is right
-        # (docs/parallelism.md)
+        # with PP 2 and virtual stages both neighbours are the same rank: only the overlapped schedule is right, and in
+        # core 0.16 only while nothing is freed that is still being sent (docs/parallelism.md)
         overlap_p2p_comm=layout.vpp_size is not None,
-        deallocate_pipeline_outputs=on_gpu and use_te,
+        deallocate_pipeline_outputs=on_gpu and use_te and layout.vpp_size is None,
     )
 
 

@@ -66,8 +66,12 @@ VARIANTS = {
     "distributed optimizer": (dict(distopt=True, tp=1), 2),
     "full recompute, tp2 sp": (dict(recompute="full", tp=2, sp=True), 2),
     "selective recompute": (dict(recompute="selective"), 1),
+    "pp2 vpp2 dp2, distributed optimizer": (dict(pp=2, vpp=2, distopt=True, overlap=True), 4),
+    "tp2 pp2 vpp2 sp, prefix shared, full recompute": (
+        dict(tp=2, pp=2, vpp=2, sp=True, share="on", recompute="full"),
+        4,
+    ),
     "cp2 dp2, distributed optimizer": (dict(cp=2, distopt=True, overlap=True), 4),
-    "cp2 tp2 sp, prefix shared, full recompute": (dict(cp=2, tp=2, sp=True, share="on", recompute="full"), 4),
     "cp3, unpacked, selective recompute": (dict(cp=3, packing=False, seq_length=96, recompute="selective"), 3),
 }
 
@@ -89,15 +93,19 @@ def check_count(ranks, case, changes, world, tmp_path):
     return ranks.run(loss_and_gradients, world, make_config(case, SFT, **changes), str(tmp_path))[0][4]
 
 
-@pytest.mark.parametrize("fault", ["divide_by_local_count", "divide_by_rows", "ignore_segments", "norm_not_marked"])
+FAULTS = {
+    "divide_by_local_count": ("fusesft", dict(tp=1), 2),
+    "divide_by_rows": ("fusepo", dict(rows=2), 1),
+    "ignore_segments": ("fusesft", dict(rows=2), 1),
+    "norm_not_marked": ("fusesft", dict(tp=2, sp=True), 2),
+    "no_overlap": ("fusesft", dict(pp=2, vpp=2), 2),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, fault):
     """Each planted mistake is one that real trainers have shipped; the comparison above must see it."""
-    stage, changes, world = {
-        "divide_by_local_count": ("fusesft", dict(tp=1), 2),
-        "divide_by_rows": ("fusepo", dict(rows=2), 1),
-        "ignore_segments": ("fusesft", dict(rows=2), 1),
-        "norm_not_marked": ("fusesft", dict(tp=2, sp=True), 2),
-    }[fault]
+    stage, changes, world = FAULTS[fault]
     config = make_config(case, SFT if stage == "fusesft" else DPO, **changes)
     grads = ranks.run(planted, world, fault, [config], str(tmp_path / "reference"))[0][0][3]
     assert worst_relative_error(grads, expected[stage][1]) > 100 * BOUND
@@ -118,6 +126,11 @@ def planted(fault, configs, reference_dir):
         local = len(set(batch.prompt_ids_N.tolist())) if fault == "divide_by_local_count" else batch.num_sequences
         return total * 7 / max(local, 1) / 2, metrics  # 7 prompts, 2 ranks or pairs
 
+    core_config = model.TransformerConfig
+
+    def without_overlap(**fields):
+        return core_config(**fields | dict(overlap_p2p_comm=False, batch_p2p_comm=True))
+
     class Unmarked(model.RMSNorm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -132,6 +145,7 @@ def planted(fault, configs, reference_dir):
             lambda s, *_: torch.ones(s.shape[0], 1, s.shape[1], s.shape[1], dtype=torch.bool).tril(),
         ),
         "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
+        "no_overlap": mock.patch.object(model, "TransformerConfig", without_overlap),
     }
     with patches[fault]:
         return several(configs, reference_dir)

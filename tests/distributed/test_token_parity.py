@@ -125,6 +125,7 @@ LAYOUTS = {
     "cp2, full recompute": (dict(cp=2, recompute="full"), 2),
     "tp2 cp2 sp, selective recompute": (dict(tp=2, cp=2, sp=True, recompute="selective"), 4),
     "pp2 cp2": (dict(pp=2, cp=2), 4),
+    "pp2 vpp2": (dict(pp=2, vpp=2), 2),
 }
 
 
