@@ -29,7 +29,15 @@ def build(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """`fuserl train`: check everything once, then be a rank, or start the ranks."""
+    from fuserl_megatron.train import stopping
+
+    with stopping.held():
+        return _train(options)
+
+
+def _train(options: argparse.Namespace) -> int:
     from fuserl_megatron.config.load import load_config, to_yaml
+    from fuserl_megatron.train import stopping
 
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
     num_ranks = _num_ranks(options, config)
@@ -40,10 +48,13 @@ def train(options: argparse.Namespace) -> int:
         filled = dataclasses.replace(config, objective=with_defaults(config.objective))  # as the run writes it down
         print(to_yaml(filled), *facts, sep="\n")
         return 0
+    stopping.remove_marker(Path(config.run.results_dir))
     if _becomes_rank(config, num_ranks):
+        stopping.listen() if config.exp_manager.create_preemption_callback else stopping.release()
         from fuserl_megatron.train.loop import train as run
 
         return run(config)
+    os.environ.setdefault("FUSERL_COMMAND", stopping.own_command())
     return _start_ranks(options, num_ranks, "train")
 
 

@@ -86,6 +86,9 @@ class ExpManagerConfig:
 
     resume_if_exists: bool = True
     """Continue from the newest checkpoint of results_dir. false refuses to start over existing checkpoints."""
+    create_preemption_callback: bool = True
+    """On SIGUSR1 or SIGTERM save, write the file REQUEUE, and end with exit code 0 (docs/durability.md). false: the
+    signals kill the run."""
     create_tensorboard_logger: bool = True
     """Write TensorBoard events to results_dir/tensorboard."""
     profile_steps: tuple[int, ...] = ()

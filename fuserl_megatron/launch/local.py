@@ -5,6 +5,7 @@ runs under torchrun and srun. torchrun itself is not used here: its agent import
 memory), answers every failure with exit code 1, and prints a traceback of its own over a one-line user error.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,8 +19,6 @@ from collections.abc import Mapping, Sequence
 USER_ERROR = 2
 OTHERS_MAY_REPORT_S = 2.0
 """After the first rank failed, seconds for the others to end by themselves: most user errors are met by all ranks."""
-TERM_TO_KILL_S = 10.0
-"""Seconds between SIGTERM and SIGKILL."""
 HELD_LINES, HELD_S = 500, 30.0
 """A traceback is held back until the rank has ended, or goes on for this many lines or seconds: it is no last word."""
 POLL_S = 0.05
@@ -67,7 +66,8 @@ def run_ranks(command: Sequence[str], num_ranks: int, environ: Mapping[str, str]
     """Run one process per rank until all have ended.
 
     Rank 0 has this terminal. What the other ranks print goes to standard error, marked with the rank; a user error that
-    rank 0 reports as well is not repeated. When a rank fails, all are ended. SIGTERM and SIGUSR1 are passed on.
+    rank 0 reports as well is not repeated. When a rank fails, all are killed. SIGTERM and SIGUSR1 are passed on, and it
+    is the ranks' affair what they do then and how long it takes: saving a checkpoint, in training.
 
     Args:
         command: the program and its arguments, the same for every rank.
@@ -83,8 +83,12 @@ def run_ranks(command: Sequence[str], num_ranks: int, environ: Mapping[str, str]
     try:
         for rank in range(num_ranks):
             group.start(rank, command, rank_environment(rank, num_ranks, port, environ))
+        # ranks inherit a block of the caller's, and lift it when they can listen: what came meanwhile reaches them, too
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, forwarded)
         return group.watch()
     except KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt):  # a second Ctrl-C: no more waiting
+            group.wait(OTHERS_MAY_REPORT_S)  # the terminal has told the ranks as well
         return 130
     finally:
         group.end()
@@ -143,7 +147,7 @@ class _Group:
                 self._print_last_words()
                 return 0
             time.sleep(POLL_S)
-        self._wait(OTHERS_MAY_REPORT_S)
+        self.wait(OTHERS_MAY_REPORT_S)
         # a rank that meets a user error leaves the others with broken connections, and they may be gone before it is
         refused = [rank for rank, process in enumerate(self.ranks) if process.poll() == USER_ERROR]
         first = refused[0] if refused else failed[0]
@@ -165,21 +169,14 @@ class _Group:
             for line in lines:
                 print(f"[rank {rank}] {line}", file=sys.stderr)
 
-    def _wait(self, seconds: float) -> None:
+    def wait(self, seconds: float) -> None:
+        """Until all ranks have ended, but not longer than so many seconds."""
         deadline = time.monotonic() + seconds
         while any(process.poll() is None for process in self.ranks) and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
     def end(self) -> None:
-        """End what still runs: SIGTERM, then SIGKILL. Nothing to do when all ranks have ended."""
-        alive = [process for process in self.ranks if process.poll() is None]
-        for process in alive:
-            process.terminate()
-        try:
-            if alive:
-                self._wait(TERM_TO_KILL_S)
-        except KeyboardInterrupt:
-            pass  # a second Ctrl-C: no more waiting
+        """Kill what still runs: asked to stop in order it would wait for ranks that are gone."""
         for process in self.ranks:
             if process.poll() is None:
                 process.kill()
@@ -196,6 +193,6 @@ def _cause(code: int) -> str:
 
 
 def _die_with_parent() -> None:
-    """In the child, before it becomes the rank: ask Linux for SIGTERM when the launcher is killed."""
+    """In the child, before it becomes the rank: ask Linux to kill it when the launcher is killed."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

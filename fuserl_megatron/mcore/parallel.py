@@ -7,6 +7,7 @@ import datetime
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -166,9 +167,14 @@ def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any rank: decisions to stop are taken by all ranks or none. Also a barrier."""
-    value = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value)
+    return on_any_rank([flag], device)[0]
+
+
+def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """`any_rank` of several flags in one reduction."""
+    values = torch.tensor([int(flag) for flag in flags], device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in values.tolist()]
 
 
 def from_main_rank(value, device: torch.device):

@@ -33,7 +33,7 @@ from fuserl_megatron.mcore.logprob import vocab_parallel_logps
 from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
-from fuserl_megatron.mcore.parallel import Layout, any_rank
+from fuserl_megatron.mcore.parallel import Layout, any_rank, on_any_rank
 from fuserl_megatron.objectives import reduce
 from fuserl_megatron.objectives.logps import sequence_logps
 
@@ -69,6 +69,8 @@ class StepResult:
     loss: float
     grad_norm: float
     metrics: dict[str, float]
+    stop: bool
+    """Whether `stop_wanted` was true on any rank."""
 
 
 def _hidden_to_token_logps(engine: Engine, hidden_BSH: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -225,6 +227,7 @@ def train_step(
     weight_decay: float,
     max_norm: float,
     check: Callable[[float], None] = lambda loss: None,
+    stop_wanted: Callable[[], bool] = lambda: False,
 ) -> StepResult:
     """One optimizer step over a global batch. All ranks call it with their own micro-batches.
 
@@ -237,7 +240,8 @@ def train_step(
     check(loss)
     with engine.clock.part("optimizer"):
         norm = gradient_norm(engine.optimizer)
-    if any_rank(not (norm < float("inf")), engine.layout.device):
+    infinite, stop = on_any_rank([not (norm < float("inf")), stop_wanted()], engine.layout.device)
+    if infinite:
         prompts = sorted({p for b in batches for p in b.prompt_ids_N.tolist()})
         raise NonFiniteError(
             f"the gradient is not finite (norm {norm}); rank {engine.layout.rank} had prompts {prompts}"
@@ -245,7 +249,7 @@ def train_step(
     with engine.clock.part("optimizer"):
         set_learning_rate(engine.optimizer, lr, weight_decay)
         clip_and_update(engine.optimizer, norm, max_norm)
-    return StepResult(loss=loss, grad_norm=norm, metrics=metrics)
+    return StepResult(loss=loss, grad_norm=norm, metrics=metrics, stop=stop)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ the mean over the whole global batch. It is computed before the step by a forwar
 (and reference scores of them): one forward pass more, about a third of a step's time, the same number in every layout.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,7 +58,12 @@ def make_feed(config: Config, dataset: FusedDataset, dp_size: int, pp_multiple: 
     return Feed(prepared=prepared, sampler=sampler, mismatched=other)
 
 
-def with_references(config: Config, engine: Engine, feeds: Sequence[tuple[Feed, Path]]) -> list[Feed]:
+def with_references(
+    config: Config,
+    engine: Engine,
+    feeds: Sequence[tuple[Feed, Path]],
+    between_batches: Callable[[], None] = lambda: None,
+) -> list[Feed]:
     """The feeds with reference log-probabilities (each with the directory its stored ones lie in).
 
     The engine's own weights are overwritten in modes cache and swap: load the policy's afterwards.
@@ -74,7 +79,7 @@ def with_references(config: Config, engine: Engine, feeds: Sequence[tuple[Feed, 
         for feed, directory in feeds
         if feed.mismatched
     ]
-    stored = stored_references(config, engine, jobs)
+    stored = stored_references(config, engine, jobs, between_batches)
     others = iter(stored[len(feeds) :])
     return [_filled(feed, own, next(others) if feed.mismatched else None) for (feed, _), own in zip(feeds, stored)]  # noqa: B905
 

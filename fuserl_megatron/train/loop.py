@@ -21,6 +21,7 @@ from fuserl_megatron.train.profiling import StepProfiler
 from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
 from fuserl_megatron.train.saver import Saver
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
+from fuserl_megatron.train.stopping import Stopped, Stopping, leave_marker, resume_command
 from fuserl_megatron.train.summary import describe_start
 from fuserl_megatron.train.validation import History, check_monitor, is_due, validate
 
@@ -29,8 +30,8 @@ def train(config: Config) -> int:
     """Run one stage on the ranks that were started. Every rank calls it.
 
     Returns:
-        0 when the run is complete, 1 when it stopped on a loss or gradient that is not finite, or when its last
-        checkpoint could not be written.
+        0 when the run is complete, or was asked to stop and can be resumed (train/stopping.py); 1 when it stopped on a
+        loss or gradient that is not finite, or when its last checkpoint could not be written.
 
     Raises:
         UserError: something the user can put right; nothing was started or half-written.
@@ -44,8 +45,15 @@ def train(config: Config) -> int:
     held_out = _open(config, config.data.validation_path, shape) if config.data.validation_path else None
     check_monitor(config, held_out.sources if held_out else [])
     layout = parallel.initialize(config.model, config.trainer)
+    stopping = Stopping(layout.device)
     try:
-        return _run(config, layout, shape, dataset, held_out)
+        return _run(config, layout, shape, dataset, held_out, stopping)
+    except Stopped as stopped:
+        why = f"stopped by {stopping.reason()} {str(stopped) or 'before the first step'}"
+        if layout.is_main:
+            leave_marker(Path(config.run.results_dir), why)
+            say(f"{why}; continue with: {resume_command()}")
+        return 0
     finally:
         parallel.shutdown()
 
@@ -69,7 +77,14 @@ def with_loss_defaults(config: Config) -> Config:
     return dataclasses.replace(config, objective=with_defaults(config.objective))
 
 
-def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, held_out: FusedDataset | None) -> int:
+def _run(
+    config: Config,
+    layout: parallel.Layout,
+    shape,
+    dataset: FusedDataset,
+    held_out: FusedDataset | None,
+    stopping: Stopping,
+) -> int:
     directory = Path(config.run.results_dir)
     checkpoints = directory / "checkpoints"
     multiple = layout.pp_size if layout.vpp_size else 1
@@ -99,7 +114,7 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
         write_config(config, directory)
         describe_start(config, layout, shape, prepared, sampler, total, done)
 
-    training, *validation = with_references(config, engine, feeds)
+    training, *validation = with_references(config, engine, feeds, stopping.check)
     if done == 0:
         weights.load_hf_weights(target, config.model.path, layout)
     wrapped = wrap_for_training(target, config.optim)
@@ -118,23 +133,34 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
     history = History(config, directory, saved.get("validations", []), layout.is_main)
     saver = Saver(config, engine, checkpoints, done, damaged)
     profiler = StepProfiler(config.exp_manager, directory, layout.rank)
-    step = done
+    step, kept = done, []
     try:
-        if validation and done == 0:
-            _validate(config, engine, validation[0], history, log, 0, total)
+        stopping.check()
+        if validation and is_due(config, done, total) and parallel.from_main_rank(history.lacks(done), layout.device):
+            _validate(config, engine, validation[0], history, log, done, total, stopping)
         _, stop, kept = _decide(history, layout, done)
         while step < total and not stop:
             with profiler.around(step + 1):
-                _one_step(config, engine, training, log, step, total)
+                asked = _one_step(config, engine, training, log, step, total, stopping)
             step += 1
             is_best = False
+            if asked:
+                raise Stopped
             if validation and is_due(config, step, total):
-                _validate(config, engine, validation[0], history, log, step, total)
+                _validate(config, engine, validation[0], history, log, step, total, stopping)
                 is_best, stop, kept = _decide(history, layout, step)
             saver.poll()
             if saver.is_due(step) or step == total or stop or is_best:
                 saver.save(step, identity | {"validations": history.records}, kept)
         saver.wait()
+    except Stopped:
+        saver.save(step, identity | {"validations": history.records}, kept)
+        if saver.wait():
+            saved = f"saved at step {saver.saved}" if saver.saved else "nothing saved"
+            raise Stopped(f"after step {step} of {total}, {saved}" if step else "") from None
+        if layout.is_main:
+            say(saver.failure())
+        return 1
     except (NonFiniteError, InvariantError) as error:
         saver.wait()
         if layout.is_main:
@@ -161,8 +187,10 @@ def _run(config: Config, layout: parallel.Layout, shape, dataset: FusedDataset, 
     return 1 if failure else 0
 
 
-def _one_step(config: Config, engine: Engine, feed: Feed, log: RunLog, step: int, total: int) -> None:
-    """Lay out one global batch, run it, log it."""
+def _one_step(
+    config: Config, engine: Engine, feed: Feed, log: RunLog, step: int, total: int, stopping: Stopping
+) -> bool:
+    """Lay out one global batch, run it, log it. Returns whether any rank was asked to stop."""
     started = time.monotonic()
     engine.clock.read()  # what came between two steps is nobody's
     with engine.clock.part("data"):
@@ -181,6 +209,7 @@ def _one_step(config: Config, engine: Engine, feed: Feed, log: RunLog, step: int
         weight_decay=config.optim.weight_decay,
         max_norm=config.trainer.gradient_clip_val,
         check=first_step_check(config, step),
+        stop_wanted=stopping.wanted,
     )
     clip = config.trainer.gradient_clip_val
     record = dict(step=step + 1, epoch=plan.epoch, loss=result.loss, grad_norm=result.grad_norm, lr=lr)
@@ -201,10 +230,20 @@ def _one_step(config: Config, engine: Engine, feed: Feed, log: RunLog, step: int
     peak = peak_tflops(engine.layout.device_name, config.trainer.precision)
     record |= rates(seconds, flops, plan.num_prompts, plan.real_tokens, engine.layout.world_size, peak)
     log.step(record | dict(seconds=seconds) | time_split(seconds, parts))
+    return result.stop
 
 
-def _validate(config: Config, engine: Engine, feed: Feed, history: History, log: RunLog, step: int, total: int) -> None:
-    metrics = validate(config, engine, feed, step, total)
+def _validate(
+    config: Config,
+    engine: Engine,
+    feed: Feed,
+    history: History,
+    log: RunLog,
+    step: int,
+    total: int,
+    stopping: Stopping,
+) -> None:
+    metrics = validate(config, engine, feed, step, total, stopping.check)
     if engine.layout.is_main:
         history.add(step, metrics)
         log.validation(step, metrics)

@@ -96,11 +96,15 @@ def reference_path(config: Config) -> str:
 
 
 def stored_references(
-    config: Config, engine: Engine, jobs: Sequence[tuple[PreparedSet, GlobalBatchSampler, Path]]
+    config: Config,
+    engine: Engine,
+    jobs: Sequence[tuple[PreparedSet, GlobalBatchSampler, Path]],
+    between_batches: Callable[[], None],
 ) -> list[StoredReference]:
     """Caches of the sequences of each job (prepared set, sampler, directory); what is not there yet is scored now.
 
     The reference's weights are loaded into the engine's model, once and only if something has to be scored.
+    What `between_batches` raises loses nothing: what is scored is kept, and a resumed run scores the rest.
 
     Raises:
         UserError: on every rank, a cache of another model, data set, tokenizer, template or precision.
@@ -112,7 +116,7 @@ def stored_references(
             if not loaded:
                 weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
                 loaded = True
-            _score_missing(config, engine, prepared, sampler, cache, missing)
+            _score_missing(config, engine, prepared, sampler, cache, missing, between_batches)
         elif engine.layout.is_main:
             say(f"reference: log-probabilities of {reference_path(config)} found in {directory}")
         found.append(StoredReference(cache or ReferenceCache.open(directory, key, prepared.dataset.num_responses)))
@@ -156,9 +160,11 @@ def _score_missing(
     sampler: GlobalBatchSampler,
     cache: ReferenceCache | None,
     missing: np.ndarray,
+    between_batches: Callable[[], None],
 ) -> None:
     layout, started, num_scored, problem = engine.layout, time.monotonic(), 0, None
     for plan in sampler.scoring_plans(missing):
+        between_batches()
         ids, logps = score(engine, sampler.micro_batches(plan, layout.dp_rank))
         num_scored += plan.num_sequences
         if layout.is_main:

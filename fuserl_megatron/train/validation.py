@@ -7,6 +7,7 @@ decides, all ranks learn.
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +25,14 @@ def is_due(config: Config, step: int, total: int) -> bool:
     return step in (0, total) or bool(every and step % every == 0)
 
 
-def validate(config: Config, engine: Engine, feed: Feed, step: int, total: int) -> dict[str, float]:
+def validate(
+    config: Config, engine: Engine, feed: Feed, step: int, total: int, between_batches: Callable[[], None]
+) -> dict[str, float]:
     """Loss and metrics of the held-out prompts under the weights after `step` steps, equal on all ranks.
 
     Prompts come in the order of the data set, global_batch_size at a time (over which KTO's reference point is taken).
+
+    What `between_batches` raises leaves no trace: nothing is recorded, and a resumed run validates here first.
 
     Raises:
         NonFiniteError: a loss that is not finite.
@@ -35,6 +40,7 @@ def validate(config: Config, engine: Engine, feed: Feed, step: int, total: int) 
     engine = replace(engine, source_names=feed.prepared.dataset.sources)
     sums, normalizer, totals_M2 = 0, 0.0, None
     for plan in feed.sampler.scoring_plans(first_prompts=config.trainer.limit_val_prompts):
+        between_batches()
         values = step_values(config, engine, feed, plan, step, total)
         part_M2 = evaluate(engine, feed.batches(plan, engine.layout.dp_rank), values)
         totals_M2 = part_M2 if totals_M2 is None else totals_M2 + part_M2
@@ -65,6 +71,10 @@ class History:
         self.records.append(record)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+    def lacks(self, step: int) -> bool:
+        """Whether the validation after this step is not recorded: the run was stopped in the middle of it."""
+        return all(record["step"] != step for record in self.records)
 
     def best_steps(self, trained_only: bool = True) -> list[int]:
         """Steps by the monitored metric, best first (ties: the earlier one); step 0 has no checkpoint."""

@@ -123,8 +123,7 @@ def test_a_killed_rank_is_named(capfd):
     assert "rank 1 ended first, killed by SIGKILL (out of memory?)" in capfd.readouterr().err
 
 
-def test_a_rank_that_ignores_sigterm_is_killed(monkeypatch):
-    monkeypatch.setattr(local, "TERM_TO_KILL_S", 0.5)
+def test_a_rank_that_ignores_sigterm_is_killed():
     program = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank == 1: time.sleep(1); sys.exit(5)\ntime.sleep(60)"
     started = time.monotonic()
     assert run(program) == 5
@@ -161,6 +160,28 @@ def test_signals_are_passed_on_and_the_ranks_decide(tmp_path, name):
     launcher.send_signal(getattr(signal, name))
     assert launcher.wait(timeout=20) == 0
     assert all(gone(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
+def test_ranks_may_take_their_time_after_a_signal(tmp_path, monkeypatch, name):
+    """Held back from the first moment on, also while ranks are starting; nobody is ended for taking longer."""
+    body = (
+        "from fuserl_megatron.train import stopping\ntime.sleep(0.5)\n"
+        "with stopping.held():\n stopping.listen()\n"
+        " while not stopping._received: time.sleep(0.02)\n"
+        f" time.sleep(3.0 * int(rank)); open(rf'{tmp_path}/{{rank}}.saved', 'w').close()"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    program = f"import os, time\nrank = os.environ['RANK']\nopen(rf'{tmp_path}/{{rank}}.pid', 'w').close()\n{body}"
+    code = (
+        "import sys; from fuserl_megatron.launch import local; from fuserl_megatron.train import stopping\n"
+        f"with stopping.held(): sys.exit(local.run_ranks([sys.executable, '-c', {program!r}], 2))"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
+    wait_until(lambda: all((tmp_path / f"{rank}.pid").exists() for rank in range(2)))
+    os.killpg(launcher.pid, getattr(signal, name))  # the ranks hear it twice: from here and from the launcher
+    assert launcher.wait(timeout=20) == 0
+    assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
 
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path):

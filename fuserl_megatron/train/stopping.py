@@ -1,0 +1,130 @@
+"""Stopping in good order, to be continued: on SIGUSR1 or SIGTERM, or before the time that the run may take is up.
+
+Any rank may be told; all ranks agree at the end of a step (in a reduction that the step makes anyway) or between two
+batches of validation and reference scoring, save, and leave with exit code 0 and the file REQUEUE in results_dir, whose
+last line is the command that goes on. The next start removes it. A second signal ends the process at once.
+
+Signals are blocked in every thread but one that waits for them, so a process that hangs in a collective still obeys the
+second one, and processes started while saving inherit the block: a signal to the whole process group cannot break a
+checkpoint. Nothing heavy is imported here: signals are held from the first moment on.
+"""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+MARKER = "REQUEUE"
+SAME_SIGNAL_S = 2.0
+"""A launcher and the process group may both hand on one signal: what comes within this time is not a second one."""
+
+_received: list[signal.Signals] = []
+
+
+class Stopped(Exception):
+    """Raised by all ranks at the same place: leave, and be continued later."""
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """Keep signals waiting until `listen` (in a rank) or the launcher of ranks can deal with them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # an embedding program's affair
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def listen() -> None:
+    """From now on signals ask this process to stop. To be called inside `held`."""
+    threading.Thread(target=_listen, name="signals", daemon=True).start()
+
+
+def release() -> None:
+    """From now on signals kill this process, as they do any other. To be called inside `held`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _listen() -> None:
+    _received.append(signal.Signals(signal.sigwait(SIGNALS)))
+    since = time.monotonic()
+    while True:
+        again = signal.sigwait(SIGNALS)
+        if time.monotonic() - since > SAME_SIGNAL_S:
+            os.write(2, f"{again.name} again: ended at once, nothing saved\n".encode())
+            os._exit(128 + again)
+
+
+class Stopping:
+    """Whether a run is to stop now. Every rank has one; `check` is called by all of them at the same time."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def wanted(self) -> bool:
+        """Whether this rank was told to stop."""
+        return bool(_received)
+
+    def check(self) -> None:
+        """Between two batches, or before the first step (one small reduction).
+
+        Raises:
+            Stopped: on every rank, if any was told to stop.
+        """
+        from fuserl_megatron.mcore.parallel import any_rank
+
+        if any_rank(self.wanted(), self.device):
+            raise Stopped
+
+    def reason(self) -> str:
+        """Which rank was told what. All ranks call it."""
+        import torch.distributed as dist
+
+        heard = [None] * dist.get_world_size()
+        dist.all_gather_object(heard, _received[0].name if _received else None)
+        named = [f"{why} (rank {rank})" for rank, why in enumerate(heard) if why]
+        return named[0] if named else "request"
+
+
+def leave_marker(directory: Path, why: str) -> None:
+    """Write REQUEUE: what happened, and the command that goes on. By rename: it is whole or not there."""
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{MARKER}.partial"
+    partial.write_text(f"{why}\n{resume_command()}\n", encoding="utf-8")
+    partial.replace(directory / MARKER)
+
+
+def remove_marker(directory: Path, environ: Mapping[str, str] = os.environ) -> None:
+    """At a start, before anything can go wrong: a run that fails now must not look like one to be continued."""
+    if environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0":
+        with contextlib.suppress(FileNotFoundError):
+            (directory / MARKER).unlink()
+
+
+def resume_command(environ: Mapping[str, str] = os.environ) -> str:
+    """What to type, wherever one is, to continue this run: the command that started it, quoted for a shell.
+
+    FUSERL_COMMAND, which launchers set, has the last word; torchrun and srun are put in front as far as their variables
+    tell.
+    """
+    return f"cd {shlex.quote(os.getcwd())} && {environ.get('FUSERL_COMMAND') or own_command(environ)}"
+
+
+def own_command(environ: Mapping[str, str] = os.environ) -> str:
+    """This process's command line, with torchrun or srun in front where one of them started it."""
+    words = ["fuserl", *sys.argv[1:]]
+    if "TORCHELASTIC_RUN_ID" in environ:
+        nodes, each = environ.get("GROUP_WORLD_SIZE", "1"), environ.get("LOCAL_WORLD_SIZE", "1")
+        words[:1] = ["torchrun", f"--nnodes={nodes}", f"--nproc-per-node={each}", "-m", "fuserl_megatron.cli"]
+    elif int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        words[:0] = ["srun", f"--ntasks={environ['SLURM_STEP_NUM_TASKS']}"]
+    return shlex.join(words)

@@ -1,0 +1,156 @@
+"""USR1 and TERM at every stage of a run of two ranks: all ranks leave together, what is there is saved, and the same
+command goes on. The moments are made wide by slowing the product's own functions down, not by replacing them."""
+
+import os
+import shlex
+import signal
+import subprocess
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+from fleet import case_settings, records
+
+from fuserl_megatron.train import stopping
+
+TP2 = "model.tensor_model_parallel_size=2"
+SOON_S = 30.0
+
+
+def slow(module: str, function: str, flag: str, seconds: float, rank: int) -> None:
+    """In a rank: every call of module.function makes a file (see `all_there`) and takes `seconds` longer."""
+    import importlib
+
+    place = importlib.import_module(module)
+    original = getattr(place, function)
+
+    def slowed(*args, **kwargs):
+        Path(f"{flag}{rank}").touch()
+        time.sleep(seconds)
+        return original(*args, **kwargs)
+
+    setattr(place, function, slowed)
+
+
+def all_there(flag):
+    """Whether both ranks have called the function."""
+    return all(Path(f"{flag}{rank}").exists() for rank in range(2))
+
+
+def settings(case, directory, *more):
+    return case_settings(case, directory / "run", TP2, "trainer.max_steps=6", *more)
+
+
+def stop_at(fleet, case, directory, module, function, *more, number=signal.SIGTERM, rank=None):
+    """Start a run, send a signal when it is in module.function; its words and marker once all ranks have left."""
+    flag = directory / "there"
+    run = fleet.start(
+        settings(case, directory, *more), directory / "log", prelude=partial(slow, module, function, str(flag), 0.3)
+    )
+    run.until(partial(all_there, flag))
+    sent = time.monotonic()
+    run.send(number, rank)
+    assert run.wait(SOON_S) == [0, 0], run.text()
+    assert time.monotonic() - sent < SOON_S
+    marker = (directory / "run" / "REQUEUE").read_text().splitlines()
+    assert len(marker) == 2 and "Traceback" not in run.text()
+    assert f"{marker[0]}; continue with: {marker[1]}" in run.text().splitlines()
+    return marker
+
+
+def finish(fleet, case, directory, *more):
+    run = fleet.start(settings(case, directory, *more), directory / "log")
+    assert run.wait(120) == [0, 0], run.text()
+    assert not (directory / "run" / "REQUEUE").exists()
+    assert (directory / "run" / "hf" / "model.safetensors").exists()
+    return run
+
+
+@pytest.mark.parametrize(
+    "number, rank", [(signal.SIGUSR1, None), (signal.SIGTERM, 1)], ids=["USR1", "TERM to one rank"]
+)
+def test_a_signal_in_the_first_step_saves_after_it(fleet, case, tmp_path, number, rank):
+    marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.mcore.step", "forward_backward", number=number, rank=rank)
+    told = number.name
+    assert marker[0] == f"stopped by {told} (rank {rank or 0}) after step 1 of 6, saved at step 1"
+    # the command is the one that was typed, quoted for a shell
+    assert shlex.split(marker[1]) == ["cd", os.getcwd(), "&&", "fuserl", "train", *settings(case, tmp_path)]
+    assert "resuming after step 1" in finish(fleet, case, tmp_path).text()
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_before_anything_is_loaded(fleet, case, tmp_path):
+    marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.config.load", "load_config")
+    assert marker[0] == "stopped by SIGTERM (rank 0) before the first step"
+    assert not list((tmp_path / "run").glob("checkpoints/iter_*"))
+    finish(fleet, case, tmp_path)
+
+
+def test_a_signal_during_validation(fleet, case, tmp_path):
+    """It stops between two batches; the resumed run validates again and decides as if nothing had happened."""
+    more = (f"data.validation_path={case['data']}", "trainer.val_check_interval=1")
+    marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.train.validation", "evaluate", *more)
+    assert marker[0] == "stopped by SIGTERM (rank 0) before the first step"
+    finish(fleet, case, tmp_path, *more)
+    assert [r["step"] for r in records(tmp_path / "run", "validation.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_a_signal_during_the_reference_pass(fleet, case, tmp_path):
+    more = ("objective=fusepo_dpo", "objective.beta=0.3", f"objective.reference={case['reference']}")
+    marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.train.reference", "score", *more)
+    assert marker[0] == "stopped by SIGTERM (rank 0) before the first step"
+    finish(fleet, case, tmp_path, *more)
+
+
+def test_a_second_signal_ends_at_once(fleet, case, tmp_path):
+    """Also while the main thread sits in a call that does not return."""
+    flag = tmp_path / "there"
+    prelude = partial(slow, "fuserl_megatron.mcore.step", "forward_backward", str(flag), 60.0)
+    run = fleet.start(settings(case, tmp_path), tmp_path / "log", prelude=prelude)
+    run.until(partial(all_there, flag))
+    run.send(signal.SIGTERM)
+    run.send(signal.SIGTERM)  # the same one over two ways
+    time.sleep(stopping.SAME_SIGNAL_S + 0.3)
+    assert run.alive()
+    run.send(signal.SIGUSR1)
+    assert run.wait(5) == [128 + signal.SIGUSR1] * 2
+    assert not (tmp_path / "run" / "REQUEUE").exists()
+
+
+def test_without_the_callback_a_signal_kills(fleet, case, tmp_path):
+    flag = tmp_path / "there"
+    prelude = partial(slow, "fuserl_megatron.mcore.step", "forward_backward", str(flag), 0.3)
+    off = "exp_manager.create_preemption_callback=false"
+    run = fleet.start(settings(case, tmp_path, off), tmp_path / "log", prelude=prelude)
+    run.until(partial(all_there, flag))
+    run.send(signal.SIGTERM)
+    assert run.wait(10) == [-signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize(
+    "environ, front",
+    [
+        ({}, "fuserl"),
+        ({"FUSERL_COMMAND": "sbatch my.sh"}, None),
+        ({"SLURM_STEP_NUM_TASKS": "8"}, "srun --ntasks=8 fuserl"),
+        (
+            {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"},
+            "torchrun --nnodes=2 --nproc-per-node=4 -m fuserl_megatron.cli",
+        ),
+    ],
+)
+def test_the_resume_command_can_be_typed_as_it_is(tmp_path, monkeypatch, environ, front):
+    directory = tmp_path / "a place"
+    directory.mkdir()
+    monkeypatch.chdir(directory)
+    words = ["train", "run.name=it's", "data.path=a b"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/fuserl", *words])
+    command = stopping.resume_command(environ)
+    if front is None:
+        assert command.endswith(" && sbatch my.sh")
+        return
+    shown = subprocess.run(
+        ["bash", "-c", command.replace("&& ", '&& printf "%s\\n" "$PWD" ')], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines() == [str(directory), *front.split(), *words]
