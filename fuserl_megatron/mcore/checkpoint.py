@@ -18,6 +18,7 @@ from fuserl_megatron.mcore.dist_format import iteration_directory
 from fuserl_megatron.mcore.manifest import find_damage
 from fuserl_megatron.mcore.model import gather_parameters
 from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.safe_load import check_pickles
 from fuserl_megatron.mcore.saving import PROGRESS, Saving, first_line
 from fuserl_megatron.mcore.step import Engine
 
@@ -80,9 +81,10 @@ def load(engine: Engine, root: str | Path, iteration: int) -> None:
     """Fill model and optimizer from a checkpoint of any layout.
 
     Raises:
-        UserError: the checkpoint does not fit the model or cannot be read.
+        UserError: the checkpoint does not fit the model, cannot be read, or names anything foreign to run.
     """
     directory = iteration_directory(root, iteration)
+    check_pickles(directory)
     try:
         state = dist_checkpointing.load(_state(engine, is_loading=True) | {"iteration": 0}, str(directory))
     except FAILURES as error:  # damaged files surface as many kinds of errors

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # part of the format: the index consists of them
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.shard_writer import write_at
-from fuserl_megatron.mcore.saved_tensor import Window, describe_tensor
 
 POINTER = "latest_checkpointed_iteration.txt"
 MAX_FILE_BYTES = 5 * 10**9
@@ -62,6 +63,21 @@ def newest_iteration(root: str | Path) -> int | None:
             "write one of these numbers into the file, or remove it to start anew."
         )
     return int(text)
+
+
+def numbers_of(file: BinaryIO, start: int, length: int, numel: int) -> tuple[torch.dtype, int]:
+    """Dtype of the tensor that `torch.save` put into a stretch of a file, and where its numbers lie: they are stored
+    as they are in memory, and so can be read and written in pieces.
+
+    Raises:
+        ValueError: and what the loader raises, when it is not one contiguous tensor of `numel` numbers.
+    """
+    with FakeTensorMode():  # torch's weights-only loader, without touching the numbers
+        tensor = torch.load(_create_file_view(file, start, length), map_location="cpu", weights_only=True)
+    storage = tensor.untyped_storage()
+    if (tensor.numel(), storage.nbytes()) != (numel, numel * tensor.itemsize) or not tensor.is_contiguous():
+        raise ValueError(f"not one contiguous tensor of {numel} numbers")
+    return tensor.dtype, start + storage._checkpoint_offset
 
 
 def candidates(root: str | Path) -> tuple[list[int], str | None]:
@@ -136,8 +152,7 @@ class DistWriter:
         with torch.serialization.skip_data():  # the container around the numbers, without touching memory for them
             stream, start = self._append(torch.empty(sizes, dtype=dtype), dcp.MetadataIndex(key, torch.Size(offsets)))
         with open(stream.name, "rb", buffering=0) as written:
-            window = Window(written, start, stream.tell() - start)
-            return start + describe_tensor(window, math.prod(sizes))[1]
+            return numbers_of(written, start, stream.tell() - start, math.prod(sizes))[1]
 
     def write(self, place: int, rows: torch.Tensor) -> None:
         """Write contiguous numbers into the chunk reserved last, at a byte counted from the start of the file."""

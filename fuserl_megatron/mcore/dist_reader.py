@@ -1,27 +1,21 @@
 """Megatron's distributed checkpoint (`torch_dist`), read tensor by tensor by one process; format: dist_format.py.
 
-Nothing here unpickles foreign classes: of the two pickled parts (the index, and the few bytes that describe a chunk)
-only known plain types are built, everything else becomes an inert object. Numbers go straight to their place.
+Numbers go straight to their place; the index is read by safe_load.py, so nothing a checkpoint brings along is run.
 """
 
 import json
 import math
 import os
-import pickle
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as dcp
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore.dist_format import CONFIG, INDEX
-from fuserl_megatron.mcore.saved_tensor import Window, describe_tensor
-
-_AGAIN = "copy the checkpoint again, or name another iteration"
+from fuserl_megatron.mcore.dist_format import CONFIG, INDEX, numbers_of
+from fuserl_megatron.mcore.safe_load import AGAIN, read_index
 
 
 @dataclass(frozen=True)
@@ -42,31 +36,28 @@ class DistReader:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        config, index = self.directory / CONFIG, self.directory / INDEX
+        config, index = self.directory / CONFIG, read_index(directory)
         try:
             backend = json.loads(config.read_text())["sharded_backend"]
-            with open(index, "rb") as stream:
-                content = _PlainUnpickler(stream).load()
             self.keys = {
                 key: StoredKey(
                     entry.properties.dtype,
                     tuple(entry.size),
                     tuple((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks),
                 )
-                for key, entry in content.state_dict_metadata.items()
+                for key, entry in index.state_dict_metadata.items()
                 if isinstance(entry, dcp.TensorStorageMetadata)
             }
             self._places = {
-                (i.fqn, tuple(i.offset)): place for i, place in content.storage_data.items() if i.offset is not None
+                (i.fqn, tuple(i.offset)): place for i, place in index.storage_data.items() if i.offset is not None
             }
-        except FileNotFoundError as error:
-            missing = Path(error.filename).name
+        except FileNotFoundError:
             raise UserError(
-                f"{self.directory}: no {missing}, so not a complete distributed checkpoint; {_AGAIN}"
+                f"{self.directory}: no {CONFIG}, so not a complete distributed checkpoint; {AGAIN}"
             ) from None
-        except Exception as error:  # a damaged pickle raises anything
+        except Exception as error:  # damaged files lead to anything
             raise UserError(
-                f"{index}: not a readable checkpoint index ({type(error).__name__}: {error}); {_AGAIN}"
+                f"{self.directory}: {CONFIG} or {INDEX} is not readable ({type(error).__name__}: {error}); {AGAIN}"
             ) from None
         if backend != "torch_dist":
             raise UserError(
@@ -82,16 +73,16 @@ class DistReader:
         for place in self._places.values():
             if os.path.basename(place.relative_path) != place.relative_path:
                 raise UserError(
-                    f"{self.directory}: the index names {place.relative_path!r}, no file beside it; {_AGAIN}"
+                    f"{self.directory}: the index names {place.relative_path!r}, no file beside it; {AGAIN}"
                 )
             ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
         for name, end in ends.items():
             file = self.directory / name
             if not file.is_file():
-                raise UserError(f"{file}: no such file, but the checkpoint's index names it; {_AGAIN}")
+                raise UserError(f"{file}: no such file, but the checkpoint's index names it; {AGAIN}")
             if file.stat().st_size < end:
                 raise UserError(
-                    f"{file}: {file.stat().st_size} bytes, but the index promises {end} (truncated?); {_AGAIN}"
+                    f"{file}: {file.stat().st_size} bytes, but the index promises {end} (truncated?); {AGAIN}"
                 )
 
     def read(self, key: str, layer: int | None = None) -> torch.Tensor:
@@ -128,7 +119,7 @@ class DistReader:
             self._read_chunk(key, offsets, sizes, (skipped * length + begin - start) * math.prod(widths), part)
             filled += part.numel()
         if filled != out.numel():
-            raise UserError(f"{self.directory}: the chunks of {key} hold {filled} of {out.numel()} numbers; {_AGAIN}")
+            raise UserError(f"{self.directory}: the chunks of {key} hold {filled} of {out.numel()} numbers; {AGAIN}")
         return out
 
     def _chunks_of(self, key: str, layer: int | None) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -142,14 +133,14 @@ class DistReader:
         """Fill `out` with the chunk's numbers from number `first` on."""
         file, start, dtype = self._place_of(key, offsets, sizes)
         if dtype != out.dtype:
-            raise UserError(f"{file}: {key} is {dtype}, but {out.dtype} is called for; {_AGAIN}")
+            raise UserError(f"{file}: {key} is {dtype}, but {out.dtype} is called for; {AGAIN}")
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=dtype)
         view = memoryview(target.view(-1).view(torch.uint8).numpy())
         at, done = start + first * dtype.itemsize, 0
         while done < len(view):
             count = os.preadv(self._handles[file.name].fileno(), [view[done : done + 2**30]], at + done)
             if count == 0:
-                raise UserError(f"{file}: ends inside {key}; {_AGAIN}")
+                raise UserError(f"{file}: ends inside {key}; {AGAIN}")
             done += count
         if target is not out:
             out.copy_(target)
@@ -159,16 +150,16 @@ class DistReader:
         if (key, offsets) not in self._described:
             place = self._places.get((key, offsets))
             if place is None:
-                raise UserError(f"{self.directory}: the index does not say where {key} {list(offsets)} lies; {_AGAIN}")
+                raise UserError(f"{self.directory}: the index does not say where {key} {list(offsets)} lies; {AGAIN}")
             file = self.directory / place.relative_path
             if file.name not in self._handles:
                 self._handles[file.name] = open(file, "rb", buffering=0)
-            window = Window(self._handles[file.name], place.offset, place.length)
             try:
-                dtype, start = describe_tensor(window, math.prod(sizes))
+                dtype, start = numbers_of(self._handles[file.name], place.offset, place.length, math.prod(sizes))
             except Exception as error:  # zip and pickle raise anything on damaged bytes
-                raise UserError(f"{file}: {key} cannot be read ({type(error).__name__}: {error}); {_AGAIN}") from None
-            self._described[key, offsets] = (file, place.offset + start, dtype)
+                reason = (str(error).strip().splitlines() or [""])[0]
+                raise UserError(f"{file}: {key} cannot be read ({type(error).__name__}: {reason}); {AGAIN}") from None
+            self._described[key, offsets] = (file, start, dtype)
         return self._described[key, offsets]
 
     def __enter__(self) -> "DistReader":
@@ -178,28 +169,3 @@ class DistReader:
         for handle in self._handles.values():
             handle.close()
         self._handles.clear()
-
-
-class _Inert:
-    """Stands for every class that is not needed: takes anything, does nothing."""
-
-    def __new__(cls, *_args: Any, **_kwargs: Any):
-        return object.__new__(cls)
-
-    def __init__(self, *_args: Any, **_kwargs: Any):
-        pass
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """The index: torch's metadata classes, sizes, dtypes."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == dcp.__name__ and not name.startswith("__") and isinstance(getattr(dcp, name, None), type):
-            return getattr(dcp, name)
-        if (module, name) == (filesystem.__name__, "_StorageInfo"):
-            return filesystem._StorageInfo
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
-            return getattr(torch, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Inert

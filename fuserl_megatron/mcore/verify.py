@@ -186,8 +186,8 @@ def _tokens(sides: Sequence[Side], texts: Sequence[str], new_tokens: int) -> tup
 
 
 def _run(side: Side, tokens: list[Tokens], new_tokens: int) -> tuple[torch.Tensor, list[Tokens]]:
-    side.load()
     try:
+        side.load()
         logps_T = torch.cat([side.token_logps(row) for row in tokens])
         return logps_T, side.greedy(tokens, new_tokens) if new_tokens else []
     finally:

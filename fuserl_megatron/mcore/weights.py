@@ -17,6 +17,7 @@ from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.parallel import Layout, from_main_rank
+from fuserl_megatron.mcore.safe_load import check_pickles
 
 
 def named_parameters(target: TargetModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -55,8 +56,9 @@ def load_checkpoint_weights(target: TargetModel, folder: str | Path) -> None:
     """Fill this rank's parameters from the folder of one iteration of a Megatron checkpoint, whatever layout wrote it.
 
     Raises:
-        UserError: the checkpoint does not fit the model or cannot be read.
+        UserError: the checkpoint does not fit the model, cannot be read, or names anything foreign to run.
     """
+    check_pickles(folder)
     metadata = {"dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
     state = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(target.chunks)}
     try:

@@ -203,7 +203,7 @@ def test_verify_sees_planted_faults(model, tmp_path, fault):
 
 def change_checkpoint(checkpoint, key, change):
     """Change the numbers of one key in place, in the chunk's own bytes."""
-    from fuserl_megatron.mcore import dist_reader, saved_tensor
+    from fuserl_megatron.mcore import dist_format, dist_reader
 
     folder = checkpoint / "iter_0000000"
     with dist_reader.DistReader(folder) as reader:
@@ -211,10 +211,10 @@ def change_checkpoint(checkpoint, key, change):
         place = reader._places[key, offsets]
         numbers = torch.Size(sizes).numel()
         with open(folder / place.relative_path, "r+b", buffering=0) as file:
-            _, start = saved_tensor.describe_tensor(saved_tensor.Window(file, place.offset, place.length), numbers)
-            file.seek(place.offset + start)
+            _, start = dist_format.numbers_of(file, place.offset, place.length, numbers)
+            file.seek(start)
             values = torch.frombuffer(bytearray(file.read(4 * numbers)), dtype=torch.float32).view(sizes)
-            file.seek(place.offset + start)
+            file.seek(start)
             file.write(change(values).contiguous().numpy().tobytes())
 
 

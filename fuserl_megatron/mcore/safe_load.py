@@ -1,0 +1,134 @@
+"""Pickles from outside, read without running what they bring along.
+
+A distributed checkpoint holds three kinds: the index (`.metadata`), the plain values (`common.pt`) and, inside the
+files of numbers, a few bytes of extra state per module. Core reads the first and the last with plain pickle, which
+calls whatever they name. So `check_pickles` reads the same bytes first, knowing a short list of harmless names; any
+other name is refused and nothing is called. Numbers are only ever read by torch's weights-only loader.
+
+That somebody exchanges a file between the check and core's own reading is not guarded against: who may write into the
+folder while a run reads it can do worse things more simply.
+"""
+
+import io
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import filesystem, planner
+from torch.distributed.checkpoint import metadata as dcp
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.mcore.dist_format import COMMON, INDEX
+
+AGAIN = "copy the checkpoint again, or name another iteration"
+
+
+class _Inert:
+    """Stands for every class that is known but not needed: takes anything, does nothing."""
+
+    def __new__(cls, *_args: Any, **_kwargs: Any):
+        return object.__new__(cls)
+
+    def __init__(self, *_args: Any, **_kwargs: Any):
+        pass
+
+
+def _classes(module: Any) -> dict[tuple[str, str], type]:
+    own = (x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__)
+    return {(module.__name__, x.__qualname__): x for x in own}
+
+
+_INDEX_NAMES = (
+    _classes(dcp)
+    | dict.fromkeys(_classes(planner), _Inert)
+    | {("megatron.core.dist_checkpointing.strategies.torch", n): _Inert for n in ("MCoreMetadata", "MCoreSavePlan")}
+    | {("torch", str(x).removeprefix("torch.")): x for x in vars(torch).values() if isinstance(x, torch.dtype)}
+    | {("torch", "Size"): torch.Size, ("torch.serialization", "_get_layout"): torch.serialization._get_layout}
+    | {(filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo, ("collections", "OrderedDict"): OrderedDict}
+    | {("pathlib", "PosixPath"): _Inert, ("pathlib._local", "PosixPath"): _Inert}
+)
+"""What an index may name: torch's checkpoint metadata; what only describes the saving stays inert."""
+
+
+class _ForeignName(pickle.UnpicklingError):
+    """A name that no checkpoint needs."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _INDEX_NAMES:
+            raise _ForeignName(f"{module}.{name}")
+        return _INDEX_NAMES[module, name]
+
+
+def _refused(file: Path, name: str) -> UserError:
+    return UserError(
+        f"{file}: names {name}, which no checkpoint needs and which could run commands: not opened; "
+        "use a checkpoint whose origin you know"
+    )
+
+
+def read_index(folder: str | Path) -> dcp.Metadata:
+    """The index of one iteration's folder.
+
+    Raises:
+        UserError: it names something foreign, is damaged, or is not there.
+    """
+    file = Path(folder) / INDEX
+    try:
+        with open(file, "rb") as stream:
+            return _IndexUnpickler(stream).load()
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {INDEX}, so not a complete distributed checkpoint; {AGAIN}") from None
+    except _ForeignName as error:
+        raise _refused(file, str(error)) from None
+    except Exception as error:  # a damaged pickle raises anything
+        raise UserError(f"{file}: not a readable checkpoint index ({type(error).__name__}: {error}); {AGAIN}") from None
+
+
+def check_pickles(folder: str | Path) -> None:
+    """Refuse a checkpoint that would make core call anything foreign. Called before core opens the folder.
+
+    Raises:
+        UserError: one line with the file and the name in it; also for pickles that are damaged.
+    """
+    import megatron.core  # noqa: F401  (tells torch's loader the plain classes of its common.pt)
+
+    folder = Path(folder)
+    index = read_index(folder)
+    if (folder / COMMON).exists():  # core 0.19 keeps these values among the others
+        _load_plain(folder / COMMON, folder / COMMON)
+    try:
+        small = {key for key, entry in index.state_dict_metadata.items() if isinstance(entry, dcp.BytesStorageMetadata)}
+        places = [(key.fqn, place) for key, place in index.storage_data.items() if key.fqn in small]
+    except (AttributeError, TypeError):
+        raise UserError(f"{folder / INDEX}: not a checkpoint index; {AGAIN}") from None
+    for key, place in places:
+        file = folder / Path(place.relative_path).name
+        try:
+            with open(file, "rb") as stream:
+                stream.seek(place.offset)
+                content = stream.read(place.length)
+        except (OSError, TypeError, ValueError) as error:
+            raise UserError(f"{file}: {key} cannot be read ({error}); {AGAIN}") from None
+        for value in torch.utils._pytree.tree_leaves(_load_plain(io.BytesIO(content), file)):
+            raw = isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel()
+            if raw or (isinstance(value, io.BytesIO) and value.getbuffer().nbytes):
+                raise UserError(  # Transformer Engine would unpickle it
+                    f"{file}: {key} holds FP8 state as a pickle, which is not opened; save the checkpoint without FP8"
+                )
+
+
+def _load_plain(source: Path | io.BytesIO, file: Path) -> Any:
+    """Numbers, text and containers that `torch.save` wrote."""
+    try:
+        return torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # the loader raises many kinds
+        foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if foreign:
+            raise _refused(file, foreign[1]) from None
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{file}: not readable ({type(error).__name__}: {reason}); {AGAIN}") from None
