@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fuserl_megatron import commands
 from fuserl_megatron.arguments import build_parser as build_parser
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.config.secrets import redact
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +53,8 @@ def _terminated(_signal: int, _frame: object) -> None:
 def one_line(error: Exception) -> str:
     """The message without line breaks; for an OSError the path first and no errno."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+        return redact(f"{error.filename}: {error.strerror}")
+    return redact(" ".join(str(error).split())) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ it sees them, and then set whether or not a yaml file mentions them.
 """
 
 import dataclasses
-import os
 import re
 import shutil
 import tempfile
@@ -14,11 +13,11 @@ from typing import Any
 
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.secrets import refuse_secrets
 from fuserl_megatron.config.words import all_keys, nearest, plain, show
 
 LAUNCH_GROUPS = {"cluster"}
 """Groups of `fuserl launch`; the others belong to a training run."""
-SECRET_NAMES = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "ACCESS_KEY")
 
 
 def conf_dir() -> Path:
@@ -65,7 +64,7 @@ def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str 
         merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed), resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(_one_line(error)) from error
-    _refuse_secrets(merged)
+    refuse_secrets(merged)
     return merged
 
 
@@ -109,23 +108,6 @@ def _check_choice(group: str, value: Any, roots: list[Path]) -> None:
     if not isinstance(value, str) or value.removesuffix(".yaml") not in options:
         near = nearest(str(value), options) if isinstance(value, str) else ""
         raise UserError(f"{group}={show(value)}: no such choice.{near} There are: {', '.join(options)}.")
-
-
-def _refuse_secrets(values: Any, path: str = "") -> None:
-    """The resolved config is saved with the run, so an interpolated credential must not reach it."""
-    if isinstance(values, dict):
-        for key, value in values.items():
-            _refuse_secrets(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(values, list):
-        for value in values:
-            _refuse_secrets(value, path)
-    elif isinstance(values, str):
-        for name, secret in os.environ.items():
-            if len(secret) >= 8 and secret in values and any(part in name.upper() for part in SECRET_NAMES):
-                raise UserError(
-                    f"{path}: holds the value of ${name}, and the config is saved with the run; "
-                    "leave it in the environment."
-                )
 
 
 def _quoted(text: str) -> str:

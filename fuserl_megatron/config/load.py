@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fuserl_megatron.config.compose import compose_tree
+from fuserl_megatron.config.run_directory import fold
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
 from fuserl_megatron.config.words import all_keys, nearest, plain, show
 
@@ -46,7 +47,8 @@ def load_config(
         UserError: an unknown key, a value of the wrong type, a missing required value, a file that is not there.
     """
     schema = SCHEMAS[kind]
-    return from_dict(schema, compose_root(schema, config_name or kind, overrides, config_dir))
+    config = from_dict(schema, compose_root(schema, config_name or kind, overrides, config_dir))
+    return fold(config, overrides) if kind == "train" else config
 
 
 def compose_root(

@@ -1,5 +1,6 @@
 """Rules that a run's settings must keep, each with a value that would work: numbers, trainer, validation, optimizer."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from operator import attrgetter
@@ -114,6 +115,22 @@ def check_validation(config: Config) -> None:
     if config.objective.reference_mode == "swap" and config.optim.overlap_param_gather:
         rule = "optim.overlap_param_gather may still be writing weights while they are swapped"
         refuse(config, "objective.reference_mode", rule, "cache")
+
+
+def check_manager(config: Config) -> None:
+    """Resuming and loggers."""
+    manager = config.exp_manager
+    if not (manager.resume_if_exists or manager.resume_ignore_no_checkpoint):
+        rule = "exp_manager.resume_if_exists=false never resumes"
+        refuse(config, "exp_manager.resume_ignore_no_checkpoint", rule, True)
+    for logger, required in (("wandb", "project"), ("mlflow", None)):
+        section, created = f"exp_manager.{logger}_logger_kwargs", getattr(manager, f"create_{logger}_logger")
+        for field in dataclasses.fields(given := getattr(manager, f"{logger}_logger_kwargs")):
+            if not created and getattr(given, field.name) != field.default:
+                rule = f"is used with exp_manager.create_{logger}_logger=true only"
+                refuse(config, f"{section}.{field.name}", rule, field.default)
+        if created and required and not getattr(given, required):
+            refuse(config, f"{section}.{required}", f"exp_manager.create_{logger}_logger needs it", "fuserl")
 
 
 def check_optimizer(config: Config) -> None:

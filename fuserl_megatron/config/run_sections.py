@@ -81,16 +81,60 @@ class EarlyStoppingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpManagerConfig:
-    """NeMo's exp_manager section, as far as this trainer honours it."""
+class WandbConfig:
+    """NeMo's exp_manager.wandb_logger_kwargs. The key to the service is $WANDB_API_KEY alone."""
 
+    project: str | None = None
+    """Required with create_wandb_logger."""
+    name: str | None = None
+    """The run's name there; null takes run.name."""
+    entity: str | None = None
+    """User or team; null takes the account's default."""
+    group: str | None = None
+    """Runs that belong together."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by."""
+    offline: bool = False
+    """Write to results_dir/wandb only; `wandb sync` uploads later. $WANDB_MODE=offline does the same."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MlflowConfig:
+    """NeMo's exp_manager.mlflow_logger_kwargs. User and password are $MLFLOW_TRACKING_USERNAME and _PASSWORD alone."""
+
+    experiment_name: str | None = None
+    """The experiment that the run belongs to; null takes run.name."""
+    tracking_uri: str | None = None
+    """Server or database; null takes $MLFLOW_TRACKING_URI, and without it sqlite in results_dir/mlflow.db."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpManagerConfig:
+    """NeMo's exp_manager section, as far as this trainer honours it; docs/nemo.md says where it differs."""
+
+    explicit_log_dir: str | None = None
+    """The run's directory: replaces run.results_dir. It is folded into it when the configuration is read."""
+    name: str | None = None
+    """The run's name: replaces run.name, and without explicit_log_dir adds a folder to run.results_dir."""
+    version: str | None = None
+    """One more folder below that. Not with explicit_log_dir."""
     resume_if_exists: bool = True
     """Continue from the newest checkpoint of results_dir. false refuses to start over existing checkpoints."""
+    resume_ignore_no_checkpoint: bool = True
+    """Start from model.path where results_dir has no checkpoint. false refuses that: the run must be a continuation."""
     create_preemption_callback: bool = True
     """On SIGUSR1 or SIGTERM save, write the file REQUEUE, and end with exit code 0 (docs/durability.md). false: the
     signals kill the run."""
     create_tensorboard_logger: bool = True
     """Write TensorBoard events to results_dir/tensorboard."""
+    create_wandb_logger: bool = False
+    """Log to Weights & Biases (`pip install 'fuserl-megatron[track]'`)."""
+    wandb_logger_kwargs: WandbConfig = field(default_factory=WandbConfig)
+    """Where to, and under which name."""
+    create_mlflow_logger: bool = False
+    """Log to MLflow (`pip install 'fuserl-megatron[track]'`)."""
+    mlflow_logger_kwargs: MlflowConfig = field(default_factory=MlflowConfig)
+    """Where to, and under which name."""
     profile_steps: tuple[int, ...] = ()
     """First and last optimizer step (from 1) that torch's profiler traces on every rank, such as [10,12]; [] for none.
     A traced step is slower than others."""

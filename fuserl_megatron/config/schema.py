@@ -19,8 +19,10 @@ from fuserl_megatron.config.run_sections import Check as Check
 from fuserl_megatron.config.run_sections import CheckpointConfig as CheckpointConfig
 from fuserl_megatron.config.run_sections import EarlyStoppingConfig as EarlyStoppingConfig
 from fuserl_megatron.config.run_sections import ExpManagerConfig as ExpManagerConfig
+from fuserl_megatron.config.run_sections import MlflowConfig as MlflowConfig
 from fuserl_megatron.config.run_sections import RunConfig as RunConfig
 from fuserl_megatron.config.run_sections import TrainerConfig as TrainerConfig
+from fuserl_megatron.config.run_sections import WandbConfig as WandbConfig
 
 
 class UserError(ValueError):

@@ -7,7 +7,14 @@ comes back as plain lines, which `fuserl train` prints.
 from fuserl_megatron.config.facts import batch_fact, layout_fact, num_steps, num_warmup_steps, steps_fact
 from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_layout, check_model
 from fuserl_megatron.config.objective import check_objective
-from fuserl_megatron.config.rules import check_numbers, check_optimizer, check_trainer, check_validation, refuse
+from fuserl_megatron.config.rules import (
+    check_manager,
+    check_numbers,
+    check_optimizer,
+    check_trainer,
+    check_validation,
+    refuse,
+)
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
 from fuserl_megatron.config.words import show
 
@@ -41,6 +48,7 @@ def validate(
     check_trainer(config, device)
     check_objective(config.objective)
     check_validation(config)
+    check_manager(config)
     check_optimizer(config)
     data_parallel_size = check_layout(config, world_size)
     if model_shape is not None:

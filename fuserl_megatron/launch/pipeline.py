@@ -254,10 +254,17 @@ class _Chain:
     def _compose(self, name: str, words: Mapping[str, str]) -> Config:
         words = {"run.results_dir": _override("run.results_dir", str(self.root / name))} | dict(words)
         words = {"run.name": _override("run.name", f"{self.config.run.name}-{name}")} | words
+        for ours, nemo in (("results_dir", "explicit_log_dir"), ("name", "name")):
+            if f"exp_manager.{nemo}" in words and words[f"run.{ours}"] not in self._given(f"run.{ours}"):
+                del words[f"run.{ours}"]  # a default of the chain, no second opinion
         config = load_config("train", list(words.values()), self.config_dir)
         cluster = self._cluster(name, trains=True)
         validate(config, cluster.nodes * (cluster.ntasks_per_node or cluster.gpus_per_node or 1))
         return config
+
+    def _given(self, key: str) -> list[str]:
+        """What the user says for this key, in any section."""
+        return [section[key] for section in self.sections.values() if key in section]
 
     def _train(self, name: str, words: Mapping[str, str]) -> None:
         config = self._compose(name, words)

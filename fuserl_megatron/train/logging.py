@@ -1,5 +1,5 @@
-"""What a run says: one line a step, metrics.jsonl, TensorBoard, a progress bar where a person watches. Rank 0 alone
-speaks."""
+"""What a run says: one line a step, metrics.jsonl, TensorBoard and other trackers, a progress bar where a person
+watches. Rank 0 alone speaks."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
+from fuserl_megatron.train.trackers import Trackers
 
 SHOWN = {
     "fusesft": [("nll_per_token", "nll/tok")],
@@ -43,15 +44,12 @@ class RunLog:
     def __init__(self, config: Config, directory: Path, total: int, first_step: int, active: bool):
         self.config, self.total, self.first, self.active = config, total, first_step, active
         self.started = time.monotonic()
-        self._tensorboard = self._bar = self._file = None
+        self._bar = self._file = self._trackers = None
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
         self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        if config.exp_manager.create_tensorboard_logger:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+        self._trackers = Trackers(config, directory, first_step, self._print)
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -68,10 +66,7 @@ class RunLog:
         finite = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        if self._tensorboard:
-            for name, value in finite.items():
-                if isinstance(value, (int, float)) and name != "step":
-                    self._tensorboard.add_scalar(name, value, record["step"])
+        self._trackers.log(finite, record["step"])
         if record["step"] % self.config.trainer.log_every_n_steps == 0 or record["step"] == self.total:
             self._print(self._line(record))
         if self._bar:
@@ -86,10 +81,7 @@ class RunLog:
         ]
         parts = [f"validation after step {step}", f"loss {metrics['val_loss']:9.5f}", *shown]
         self._print(" | ".join([*parts, f"{metrics['val_prompts']} prompts"]))
-        if self._tensorboard:
-            for name, value in metrics.items():
-                if math.isfinite(value):
-                    self._tensorboard.add_scalar(name, value, step)
+        self._trackers.log(metrics, step)
 
     def _line(self, record: dict) -> str:
         done = record["step"] - self.first
@@ -114,10 +106,10 @@ class RunLog:
     def _print(self, text: str) -> None:
         self._bar.console.print(text, highlight=False) if self._bar else say(text)
 
-    def close(self) -> None:
-        """End the bar and the files."""
+    def close(self, complete: bool = True) -> None:
+        """End the bar, the files and the trackers, which are told whether the run is complete."""
         if self._bar:
             self._bar.stop()
-        for out in (self._tensorboard, self._file):
-            if out:
-                out.close()
+        if self.active:
+            self._trackers.close(complete)
+            self._file.close()

@@ -133,7 +133,7 @@ def _run(
     history = History(config, directory, saved.get("validations", []), layout.is_main)
     saver = Saver(config, engine, checkpoints, done, damaged)
     profiler = StepProfiler(config.exp_manager, directory, layout.rank)
-    step, kept = done, []
+    step, stop, kept = done, False, []
     try:
         stopping.check()
         if validation and is_due(config, done, total) and parallel.from_main_rank(history.lacks(done), layout.device):
@@ -169,7 +169,7 @@ def _run(
         return 1
     finally:
         profiler.close()
-        log.close()
+        log.close(complete=step == total or stop)
     if stop and layout.is_main:
         say(f"stopped after step {step}: no better {history.monitor} for {history.stopping.patience} validations")
     failure = saver.failure()

@@ -69,6 +69,11 @@ def steps_to_resume(
         UserError: on every rank; no checkpoint is whole, they belong to another run, or must not be resumed.
     """
     order, pointer_problem = parallel.from_main_rank(candidates(checkpoints), layout.device)
+    if not order and not config.exp_manager.resume_ignore_no_checkpoint:
+        raise UserError(
+            f"{checkpoints} holds no checkpoint and exp_manager.resume_ignore_no_checkpoint=false: "
+            "set it to true to start from model.path, or name the run.results_dir of the run to continue."
+        )
     if order and not config.exp_manager.resume_if_exists:
         raise UserError(
             f"{checkpoints} holds a checkpoint of step {order[0]} and exp_manager.resume_if_exists=false: "

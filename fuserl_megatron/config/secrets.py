@@ -1,0 +1,49 @@
+"""Credentials live in the environment and nowhere else: not in a configuration, which is saved with the run, and not in
+an error message, which is saved in a log."""
+
+import os
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from fuserl_megatron.config.schema import UserError
+
+NAMES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY", "PRIVATE_KEY", "CREDENTIAL")
+"""A variable with one of these in its name holds a credential,"""
+SHORTEST = 8
+"""if its value is at least this long: `x` or `true` are none, and stand in every configuration."""
+USER_AND_PASSWORD = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
+
+
+def refuse_secrets(values: Any, path: str = "") -> None:
+    """Look through resolved settings for a credential.
+
+    Raises:
+        UserError: names the field and the variable, never the value.
+    """
+    if isinstance(values, dict):
+        for key, value in values.items():
+            refuse_secrets(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(values, list):
+        for value in values:
+            refuse_secrets(value, path)
+    elif isinstance(values, str):
+        why = "the config is saved with the run; leave it in the environment"
+        for name, secret in _secrets():
+            if secret in values:
+                raise UserError(f"{path}: holds the value of ${name}, and {why}.")
+        if USER_AND_PASSWORD.search(values):
+            raise UserError(f"{path}: an address with a password in it, and {why} ($MLFLOW_TRACKING_PASSWORD).")
+
+
+def redact(text: str) -> str:
+    """The text with every credential replaced by the name of its variable."""
+    for name, secret in _secrets():
+        text = text.replace(secret, f"${name}")
+    return USER_AND_PASSWORD.sub("://...@", text)
+
+
+def _secrets() -> Iterator[tuple[str, str]]:
+    for name, value in os.environ.items():
+        if len(value) >= SHORTEST and any(part in name.upper() for part in NAMES):
+            yield name, value
