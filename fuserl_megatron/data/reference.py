@@ -1,8 +1,8 @@
 """Stored reference log-probabilities: one float32 per response of the data set, memory-mapped, NaN where not scored.
 
 Two files in a directory: `reference_logps.f32` (raw little-endian float32) and `reference.json` (the key, the number of
-responses, whether scoring is complete). The key is a hash of everything the numbers depend on; a directory with another
-key is refused, never overwritten. One rank writes; every rank may read.
+responses and, once scoring is complete, the sha256 of the numbers). The key is a hash of everything the numbers depend
+on; a directory with another key is refused, never overwritten. One rank writes; every rank may read.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.dataset import Manifest
-from fuserl_megatron.data.files import write_file
+from fuserl_megatron.data.files import file_sha256, write_file
 
 DATA_FILE, KEY_FILE = "reference_logps.f32", "reference.json"
 FILL_CHUNK = 1 << 20
@@ -71,7 +71,7 @@ class ReferenceCache:
         if not (directory / KEY_FILE).exists():
             directory.mkdir(parents=True, exist_ok=True)
             write_file(directory / DATA_FILE, _nan_bytes(num_responses))
-            cls._write_key(directory, key, num_responses, complete=False)  # last: its presence makes the cache valid
+            cls._write_key(directory, key, num_responses)  # last: its presence makes the cache valid
         return cls(directory, key, num_responses, cls._check(directory, key, num_responses), writable=True)
 
     @classmethod
@@ -112,6 +112,9 @@ class ReferenceCache:
                 f"the reference model gives a non-finite log-probability for responses {bad}: "
                 "look for NaN in its weights, or try trainer.precision=32"
             )
+        if self.complete:  # more than was ever scored before: the checksum no longer holds
+            self._write_key(self.directory, self.key, self.num_responses)
+            self.complete = False
         self._logps[ids] = values
 
     def flush(self) -> None:
@@ -128,8 +131,13 @@ class ReferenceCache:
         if missing.size:
             raise ValueError(f"{missing.size} responses have no reference log-probability, the first is {missing[0]}")
         self.flush()
-        self._write_key(self.directory, self.key, self.num_responses, complete=True)
+        self._write_key(self.directory, self.key, self.num_responses, self.sha256)
         self.complete = True
+
+    @property
+    def sha256(self) -> str:
+        """Of the numbers: a run that goes on with others is not the same to the last bit."""
+        return file_sha256(self.directory / DATA_FILE)
 
     def missing(self, response_ids: torch.Tensor | np.ndarray) -> np.ndarray:
         """Those of the ids given that have no value yet."""
@@ -157,8 +165,8 @@ class ReferenceCache:
         return torch.from_numpy(values)
 
     @staticmethod
-    def _write_key(directory: Path, key: str, num_responses: int, complete: bool) -> None:
-        text = json.dumps({"key": key, "num_responses": num_responses, "complete": complete}) + "\n"
+    def _write_key(directory: Path, key: str, num_responses: int, sha256: str | None = None) -> None:
+        text = json.dumps({"key": key, "num_responses": num_responses, "sha256": sha256}) + "\n"
         write_file(directory / KEY_FILE, [text.encode()])
 
     @staticmethod
@@ -167,7 +175,7 @@ class ReferenceCache:
         try:
             stored = json.loads((directory / KEY_FILE).read_text())
             found = stored["key"], stored["num_responses"], (directory / DATA_FILE).stat().st_size
-            complete = bool(stored["complete"])
+            sha256 = stored["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{directory}: damaged reference cache: delete the directory, it is made anew") from None
         if found[0] != key:
@@ -175,7 +183,9 @@ class ReferenceCache:
             raise UserError(f"{directory} holds log-probabilities of {what}: delete it, or use another directory")
         if found[1:] != (num_responses, 4 * num_responses):
             raise UserError(f"{directory}: damaged reference cache (size): delete the directory, it is made anew")
-        return complete
+        if sha256 and sha256 != file_sha256(directory / DATA_FILE):
+            raise UserError(f"{directory}: damaged reference cache (checksum): delete the directory, it is made anew")
+        return sha256 is not None
 
 
 def _nan_bytes(count: int) -> list[bytes]:

@@ -188,9 +188,7 @@ class DistWriter:
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         config |= {"common_backend": "torch", "common_backend_version": 1}
         (self.directory / CONFIG).write_text(json.dumps(config))
-        index = dcp.Metadata(
-            self._entries, storage_data=self._places, storage_meta=dcp.StorageMeta(self.directory.name)
-        )
+        index = dcp.Metadata(self._entries, storage_data=self._places, storage_meta=dcp.StorageMeta())
         with open(self.directory / INDEX, "xb") as stream:
             pickle.dump(index, stream)
 

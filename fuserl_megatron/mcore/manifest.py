@@ -42,14 +42,14 @@ def describe(files: Iterable[Path]) -> dict[str, dict]:
 def write_manifest(directory: Path, iteration: int, files: dict[str, dict]) -> None:
     """Write manifest.json and bring it and the directory to the disk."""
     content = {"format": 1, "iteration": iteration, "files": files}
-    text = json.dumps(content | {"sha256": _own_hash(content)}, indent=1, sort_keys=True)
-    (directory / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(_with_own_hash(content), encoding="utf-8")
     sync(directory / MANIFEST)
     sync(directory)
 
 
-def _own_hash(content: dict) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _with_own_hash(content: dict) -> str:
+    own = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps(content | {"sha256": own}, indent=1, sort_keys=True) + "\n"
 
 
 def find_damage(directory: Path, iteration: int, part: int = 0, parts: int = 1) -> str | None:
@@ -62,9 +62,11 @@ def find_damage(directory: Path, iteration: int, part: int = 0, parts: int = 1) 
         parts: how many such shares make the whole.
     """
     try:
-        content = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        own, files = content.pop("sha256"), content["files"]
-        if own != _own_hash(content):
+        text = (directory / MANIFEST).read_text(encoding="utf-8")
+        content = json.loads(text)
+        del content["sha256"]
+        files = content["files"]
+        if text != _with_own_hash(content):
             return f"{MANIFEST} does not match its own checksum"
         if content["iteration"] != iteration:
             return f"{MANIFEST} is of step {content['iteration']}"

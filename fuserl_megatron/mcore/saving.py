@@ -70,7 +70,7 @@ class Saving:
                 self._objects[part.unique_key].append(copy.deepcopy(part.data))
                 continue
             sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
-            data = torch.empty_like(part.data, device="cpu").copy_(part.data) if background else part.data.detach()
+            data = snapshot(part.data) if background else part.data.detach()
             self._tensors.append((part.key, tuple(part.global_shape), tuple(part.global_offset), sizes, data))
         self.start()
 
@@ -160,6 +160,11 @@ class Saving:
             if self.layout.is_main and self._partial:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise OSError(f"{iteration_directory(self.root, self.iteration)}: not written ({failed[0]})")
+
+
+def snapshot(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the host's memory, which the coming steps do not change."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _rename(root: Path, partial: Path, final: Path, iteration: int) -> None:

@@ -18,11 +18,12 @@ from fuserl_megatron.train.feed import Feed, make_feed, step_values, with_refere
 from fuserl_megatron.train.logging import RunLog, say
 from fuserl_megatron.train.meters import peak_tflops, rates, step_flops, time_split
 from fuserl_megatron.train.profiling import StepProfiler
+from fuserl_megatron.train.reference import stored_hash
 from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
 from fuserl_megatron.train.saver import Saver
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
 from fuserl_megatron.train.stopping import Stopped, Stopping, leave_marker, resume_command
-from fuserl_megatron.train.summary import describe_start
+from fuserl_megatron.train.summary import describe_start, versions
 from fuserl_megatron.train.validation import History, check_monitor, is_due, validate
 
 
@@ -115,6 +116,10 @@ def _run(
         describe_start(config, layout, shape, prepared, sampler, total, done)
 
     training, *validation = with_references(config, engine, feeds, stopping.check)
+    logps_hash = stored_hash(training.reference)
+    progress = identity | {"versions": versions(), "config": dataclasses.asdict(config), "reference_logps": logps_hash}
+    if layout.is_main and saved.get("reference_logps") not in (None, logps_hash):
+        say("WARNING: the reference was scored anew since this run began: what follows is equal up to rounding only")
     if done == 0:
         weights.load_hf_weights(target, config.model.path, layout)
     wrapped = wrap_for_training(target, config.optim)
@@ -151,10 +156,10 @@ def _run(
                 is_best, stop, kept = _decide(history, layout, step)
             saver.poll()
             if saver.is_due(step) or step == total or stop or is_best:
-                saver.save(step, identity | {"validations": history.records}, kept)
+                saver.save(step, progress | {"validations": history.records}, kept)
         saver.wait()
     except Stopped:
-        saver.save(step, identity | {"validations": history.records}, kept)
+        saver.save(step, progress | {"validations": history.records}, kept)
         if saver.wait():
             saved = f"saved at step {saver.saved}" if saver.saved else "nothing saved"
             raise Stopped(f"after step {step} of {total}, {saved}" if step else "") from None

@@ -90,6 +90,11 @@ class LiveReference:
 Reference = StoredReference | LiveReference
 
 
+def stored_hash(reference: Reference | None) -> str | None:
+    """The sha256 of stored log-probabilities, None where there are none."""
+    return reference.cache.sha256 if isinstance(reference, StoredReference) else None
+
+
 def reference_path(config: Config) -> str:
     """The Hugging Face directory of the reference model."""
     return config.objective.reference or config.model.path

@@ -22,6 +22,13 @@ def num_parameters(shape: ModelShape) -> int:
     return sum(torch.Size(dims).numel() for dims in hf_shapes(shape).values())
 
 
+def versions() -> str:
+    """Of this package and of what its numbers depend on."""
+    core = importlib.metadata.version("megatron-core")
+    others = f"torch {torch.__version__}, megatron-core {core}, Python {platform.python_version()}"
+    return f"fuserl-megatron {fuserl_megatron.__version__} | {others}"
+
+
 def describe_start(
     config: Config,
     layout: Layout,
@@ -33,9 +40,7 @@ def describe_start(
 ) -> None:
     """Versions, layout, batch arithmetic, weights per source: what a reader of the log needs to reproduce the run."""
     data, plan = config.data, sampler.step(done if done < total else 0)
-    core = importlib.metadata.version("megatron-core")
-    versions = f"torch {torch.__version__}, megatron-core {core}, Python {platform.python_version()}"
-    say(f"fuserl-megatron {fuserl_megatron.__version__} | {versions} | {layout.device.type}")
+    say(f"{versions()} | {layout.device.type}")
     say(f"config     {config.run.results_dir}/config.yaml")
     say(
         f"model      {config.model.path}: {num_parameters(shape) / 1e6:,.1f} M parameters, {shape.num_layers} layers, "
