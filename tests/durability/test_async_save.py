@@ -3,23 +3,15 @@
 import contextlib
 import dataclasses
 import json
-import sys
 import threading
 from pathlib import Path
 
 import pytest
+from fusion_case import SFT, make_config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from fusion_case import SFT, make_case, make_config  # noqa: E402
-
-from fuserl_megatron.config.schema import CheckpointConfig  # noqa: E402
+from fuserl_megatron.config.schema import CheckpointConfig
 
 STEPS, EVERY, RELEASED = 6, 3, 5
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("case"))
 
 
 def run(config, prepare):

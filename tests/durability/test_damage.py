@@ -7,23 +7,15 @@ import hashlib
 import io
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from fusion_case import DPO, SFT, make_config
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-from fusion_case import DPO, SFT, make_case, make_config  # noqa: E402
-
-from fuserl_megatron.config.schema import CheckpointConfig  # noqa: E402
+from fuserl_megatron.config.schema import CheckpointConfig
 
 POINTER = "latest_checkpointed_iteration.txt"
 LAYOUT = dict(tp=2, distopt=True)  # both ranks write
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("case"))
 
 
 def config_of(case, directory, objective=SFT, max_steps=4, layout=LAYOUT, **checkpoint):
