@@ -24,6 +24,9 @@ class ModelConfig:
     """Split norms and dropouts of tensor-parallel ranks along the tokens (saves activation memory; needs TP > 1)."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Layer specification: Transformer Engine's on CUDA where it is installed, otherwise core's local one."""
+    attention_backend: Literal["auto", "sdpa", "flex", "te"] = "auto"
+    """Core attention: torch's SDPA, FlexAttention (CUDA), Transformer Engine's packed attention (CUDA, no shared
+    prefixes). auto: flex on CUDA, sdpa on the CPU."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times TP. Padded rows never leave the trainer."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"

@@ -79,6 +79,13 @@ def check_trainer(config: Config, device: str | None) -> None:
         refuse(config, "trainer.max_epochs", "the run would not end, for trainer.max_steps is null as well", 1)
     if model.transformer_impl == "transformer_engine" and device == "cpu":
         refuse(config, "model.transformer_impl", "Transformer Engine needs CUDA, and this run is on the CPU", "local")
+    if model.attention_backend in ("flex", "te") and device == "cpu":
+        refuse(config, "model.attention_backend", "needs CUDA, and this run is on the CPU", "sdpa")
+    if model.attention_backend == "te" and packing.share_prefix != "off":
+        rule = "Transformer Engine's packed attention knows no shared prefix: it needs data.packing.share_prefix=off"
+        refuse(config, "model.attention_backend", rule, "auto")
+    if model.attention_backend == "te" and model.context_parallel_size > 1:
+        refuse(config, "model.attention_backend", "is not offered with context parallelism", "auto")
     if model.recompute_num_layers != 1 and model.recompute_granularity != "full":
         refuse(config, "model.recompute_num_layers", "is used with model.recompute_granularity=full only", 1)
     steps = config.exp_manager.profile_steps

@@ -1,9 +1,15 @@
-"""The core attention of every layer: one mask for packing and prefix sharing, in the layer spec's `core_attention`
-slot.
+"""The core attention of every layer, in the layer spec's `core_attention` slot: one rule, three back ends.
+
+    sdpa   torch's scaled_dot_product_attention: with a dense mask, or on the CPU segment by segment where that is less
+           work (a row of M responses under one prompt is mostly pairs that do not see each other)
+    flex   torch's FlexAttention on CUDA: blocks of pairs that do not see each other are skipped
+    te     Transformer Engine's packed (thd) attention on CUDA: segments without parents, so no shared prefixes
 
 Shapes: B rows, S tokens per row, L of them on this context-parallel rank (all, without), Q query heads of this rank, G
 key/value groups of this rank, D head dimension.
 """
+
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -11,28 +17,52 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
-from fuserl_megatron.mcore.context import gathered_columns
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.mcore.visibility import Visibility, hand_over, received
+
+SPAN_COST = 1_000_000
+"""What one more call costs on a CPU core, in multiply-adds of the score matrix (docs/parallelism.md: measured)."""
 
 
-def visibility_mask(
-    segment_ids_BS: torch.Tensor, parent_ids_BS: torch.Tensor, cp_size: int = 1, cp_rank: int = 0
-) -> torch.Tensor:
-    """Who may look at whom: own segment and own segment's parent, never later in the row. Padding sees padding only.
+def choose_backend(wanted: str, device: torch.device, have_te: bool) -> str:
+    """sdpa, flex or te for model.attention_backend.
 
-    Returns:
-        bool [B, 1, L, S], True where the query (third dimension) sees the key (fourth); with context parallelism the
-        queries are this rank's and the keys in gathered order (context.py).
+    Raises:
+        UserError: it was asked for and is not to be had here.
     """
-    keys_S = gathered_columns(segment_ids_BS.shape[1], cp_size).to(segment_ids_BS.device)
-    queries_L = keys_S.chunk(cp_size)[cp_rank]
-    seen_BS = segment_ids_BS[:, keys_S][:, None, :]
-    same = segment_ids_BS[:, queries_L, None] == seen_BS
-    parent = parent_ids_BS[:, queries_L, None] == seen_BS
-    return ((same | parent) & (keys_S <= queries_L[:, None])).unsqueeze(1)
+    on_gpu = device.type == "cuda"
+    have_flex = on_gpu and tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 11)
+    if wanted == "auto":
+        return "flex" if have_flex else "sdpa"
+    if wanted == "flex" and not have_flex:
+        here = f"this is torch {torch.__version__}" if on_gpu else "this run is on the CPU"
+        raise UserError(f"model.attention_backend=flex needs CUDA and torch 2.11, and {here}; sdpa would work.")
+    if wanted == "te" and not (on_gpu and have_te):
+        here = "it is not installed" if on_gpu else "this run is on the CPU"
+        raise UserError(f"model.attention_backend=te needs Transformer Engine on CUDA, and {here}; sdpa would work.")
+    return wanted
+
+
+def attention_argument(visible: Visibility, backend: str, width: int) -> torch.Tensor:
+    """What core is to carry to the attention as `attention_mask`: a dense mask, or what stands for the object.
+
+    Args:
+        visible: the rule; the caller keeps it until the backward pass is done.
+        backend: from `choose_backend`.
+        width: Q x D, multiply-adds for one score.
+    """
+    if backend != "sdpa":
+        return hand_over(visible)
+    if visible.device.type == "cpu" and visible.cp_size == 1:
+        rows, length = visible.segment_ids_BS.shape
+        saved = (rows * length * length - visible.seen_pairs) * width
+        if saved > SPAN_COST * sum(map(len, visible.spans)):
+            return hand_over(visible)
+    return visible.dense()
 
 
 class SegmentAttention(MegatronModule):
-    """softmax(q k^T * scale + mask) v with the mask given; no dropout, no state.
+    """softmax(q k^T * scale + mask) v; no dropout, no state.
 
     The rotary attention scaling of yarn multiplies queries and keys alike: model.py folds its square into `scale`.
     """
@@ -40,20 +70,93 @@ class SegmentAttention(MegatronModule):
     def __init__(self, config, softmax_scale=None, **_layer_number_mask_type_and_groups):
         super().__init__(config=config)
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.backend = "sdpa"  # model.py sets what was chosen
 
     def forward(self, query, key, value, attention_mask, **_kwargs):
-        """Query [L, B, Q, D], key and value [L, B, G, D], mask [B, 1, L, S] -> [L, B, Q*D]."""
+        """Query [L, B, Q, D], key and value [L, B, G, D], mask [B, 1, L, S] or `hand_over` -> [L, B, Q*D]."""
         if self.config.context_parallel_size > 1:
             # one collective for both; backward sums the ranks' gradients of each key and gives every rank its own
             both = gather_from_sequence_parallel_region(
                 torch.cat((key, value), dim=-1).contiguous(), True, ps.get_context_parallel_group()
             )
             key, value = both.chunk(2, dim=-1)
+        if self.backend == "te":
+            return _te(query, key, value, received(attention_mask), self.scale)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        shared = q.shape[1] != k.shape[1]
-        if shared and q.is_cuda:
-            # with a mask CUDA has only the math kernel for grouped heads (fp32 scores in memory): repeat the keys
-            k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-            shared = False
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask, scale=self.scale, enable_gqa=shared)
+        if self.backend == "flex":
+            out = _flex(q, k, v, received(attention_mask), self.scale)
+        elif attention_mask.dim() == 0:
+            out = _by_span(q, k, v, received(attention_mask), self.scale)
+        else:
+            out = _sdpa(q, k, v, self.scale, attn_mask=attention_mask)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _sdpa(q, k, v, scale, **mask):
+    shared = q.shape[1] != k.shape[1]
+    if shared and q.is_cuda:
+        # with a mask CUDA has only the math kernel for grouped heads (fp32 scores in memory): repeat the keys
+        k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        shared = False
+    return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=shared, **mask)
+
+
+def _by_span(q, k, v, visible: Visibility, scale: float):
+    """Each run of a row against itself, and against its parent's run where it has one."""
+    rows = []
+    for b, spans in enumerate(visible.spans):
+        lengths = [length for length, _ in spans]
+        # split, not slices: the gradient is put together once
+        q_runs, k_runs, v_runs = (t[b : b + 1].split(lengths, dim=2) for t in (q, k, v))
+        parts = []
+        for i, (length, parent) in enumerate(spans):
+            if parent is None:
+                parts.append(_sdpa(q_runs[i], k_runs[i], v_runs[i], scale, is_causal=True))
+                continue
+            keys, values = (torch.cat((runs[parent], runs[i]), dim=2) for runs in (k_runs, v_runs))
+            mask = torch.ones(length, keys.shape[2], dtype=torch.bool).tril(lengths[parent])
+            parts.append(_sdpa(q_runs[i], keys, values, scale, attn_mask=mask))
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
+
+
+@cache
+def _compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flex(q, k, v, visible: Visibility, scale: float):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # uncompiled it is a plain twin for tests: it holds all scores
+    run = _compiled_flex() if q.is_cuda else flex_attention
+    return run(q, k, v, block_mask=visible.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+@cache
+def _te_attention(heads: int, groups: int, head_dim: int, scale: float):
+    from transformer_engine.pytorch import DotProductAttention
+
+    return DotProductAttention(
+        heads, head_dim, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd", softmax_scale=scale
+    )
+
+
+def _te(query, key, value, visible: Visibility, scale: float):
+    length, rows = query.shape[:2]
+    ends, longest = visible.sequence_ends
+    q, k, v = (t.transpose(0, 1).reshape(rows * length, *t.shape[2:]) for t in (query, key, value))
+    out = _te_attention(q.shape[1], k.shape[1], q.shape[2], scale)(
+        q,
+        k,
+        v,
+        qkv_format="thd",
+        attn_mask_type="padding_causal",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+    return out.reshape(rows, length, -1).transpose(0, 1).contiguous()

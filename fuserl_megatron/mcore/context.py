@@ -29,7 +29,7 @@ def gathered_columns(num_tokens: int, cp_size: int) -> torch.Tensor:
 
 def context_part(batch: PackedBatch, cp_size: int, cp_rank: int) -> PackedBatch:
     """The batch with this rank's columns [B, L] only; what is said of sequences and pairs stays whole."""
-    columns_L = gathered_columns(batch.tokens_BS.shape[1], cp_size).chunk(cp_size)[cp_rank].to(batch.tokens_BS.device)
+    columns_L = gathered_columns(batch.tokens_BS.shape[1], cp_size).chunk(cp_size)[cp_rank]
     names = ("tokens_BS", "labels_BS", "positions_BS", "segment_ids_BS", "parent_ids_BS", "sequence_ids_BS")
     return replace(batch, **{name: getattr(batch, name)[:, columns_L] for name in names})
 

@@ -29,7 +29,7 @@ from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.layout import check_tensor_parallel, padded_vocab_size
 from fuserl_megatron.convert.names import find_rule
 from fuserl_megatron.convert.rope import rope_inverse_frequencies
-from fuserl_megatron.mcore.attention import SegmentAttention
+from fuserl_megatron.mcore.attention import SegmentAttention, choose_backend
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.rope import PositionRotary
 
@@ -62,6 +62,7 @@ class TargetModel:
     chunks: list[GPTModel]
     config: TransformerConfig
     padded_vocab: int
+    attention_backend: str
 
     @property
     def last(self) -> GPTModel:
@@ -173,6 +174,7 @@ def build_model(shape: ModelShape, model: ModelConfig, layout: Layout, dtype: to
             "model.transformer_impl=transformer_engine needs a GPU and the transformer-engine package: "
             "use model.transformer_impl=local, or `pip install fuserl-megatron[gpu]` on a CUDA machine."
         )
+    backend = choose_backend(model.attention_backend, layout.device, use_te or have_transformer_engine())
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     config = transformer_config(shape, model, layout, dtype, use_te)
     padded = padded_vocab_size(shape.vocab_size, layout.tp_size, model.make_vocab_size_divisible_by)
@@ -199,11 +201,12 @@ def build_model(shape: ModelShape, model: ModelConfig, layout: Layout, dtype: to
         for module in chunk.modules():
             if isinstance(module, SegmentAttention):
                 module.scale *= attention_scaling**2
+                module.backend = backend
         _mark_tensor_parallel(chunk)
         if chunk.post_process:
             chunk.output_layer.forward = _hand_through
         chunks.append(chunk.to(layout.device))
-    return TargetModel(shape=shape, chunks=chunks, config=config, padded_vocab=padded)
+    return TargetModel(shape=shape, chunks=chunks, config=config, padded_vocab=padded, attention_backend=backend)
 
 
 def _mark_tensor_parallel(chunk: GPTModel) -> None:

@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 
 from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
-from fuserl_megatron.mcore.attention import visibility_mask
+from fuserl_megatron.mcore.attention import attention_argument
 from fuserl_megatron.mcore.clock import Clock
 from fuserl_megatron.mcore.context import context_part, sum_over_context
 from fuserl_megatron.mcore.logprob import vocab_parallel_logps
@@ -34,6 +34,7 @@ from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
 from fuserl_megatron.mcore.parallel import Layout, any_rank, on_any_rank
+from fuserl_megatron.mcore.visibility import Visibility
 from fuserl_megatron.objectives import reduce
 from fuserl_megatron.objectives.logps import sequence_logps
 
@@ -110,11 +111,16 @@ def batch_logps(engine: Engine, output: torch.Tensor, batch: PackedBatch) -> tor
 def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, forward_only: bool) -> list:
     """Core's schedule over this rank's micro-batches; on_output(output, batch) runs on the last stage."""
     device, cp_size, cp_rank = engine.layout.device, engine.layout.cp_size, engine.layout.cp_rank
+    config, backend = engine.target.config, engine.target.attention_backend
+    width = config.num_attention_heads * config.kv_channels // engine.layout.tp_size
+    kept = []  # what the layers were handed, until every backward pass is done
 
     def forward_step(iterator, model):
-        batch = next(iterator).to(device)
-        mask = visibility_mask(batch.segment_ids_BS, batch.parent_ids_BS, cp_size, cp_rank)
-        batch = context_part(batch, cp_size, cp_rank) if cp_size > 1 else batch
+        batch = next(iterator)
+        visible = Visibility(batch.segment_ids_BS, batch.parent_ids_BS, device, cp_size, cp_rank)
+        kept.append(visible)
+        mask = attention_argument(visible, backend, width)
+        batch = (context_part(batch, cp_size, cp_rank) if cp_size > 1 else batch).to(device)
         core_model = model.module if engine.wrapped else model
         core_model.rotary_pos_emb.positions_BS = batch.positions_BS
         output = model(batch.tokens_BS, batch.positions_BS, mask)

@@ -115,10 +115,9 @@ def planted(fault, configs, reference_dir):
     """The worker with one mistake in it."""
     from unittest import mock
 
-    import torch
-
     from fuserl_megatron.mcore import model, step
 
+    visible = step.Visibility
     original_loss = step.batch_loss
 
     def wrong_loss(objective, logps_N, batch, sources, values):
@@ -139,11 +138,7 @@ def planted(fault, configs, reference_dir):
     patches = {
         "divide_by_local_count": mock.patch.object(step, "batch_loss", wrong_loss),
         "divide_by_rows": mock.patch.object(step, "batch_loss", wrong_loss),
-        "ignore_segments": mock.patch.object(
-            step,
-            "visibility_mask",
-            lambda s, *_: torch.ones(s.shape[0], 1, s.shape[1], s.shape[1], dtype=torch.bool).tril(),
-        ),
+        "ignore_segments": mock.patch.object(step, "Visibility", lambda s, _, *rest: visible(s * 0, s * 0, *rest)),
         "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
         "no_overlap": mock.patch.object(model, "TransformerConfig", without_overlap),
     }

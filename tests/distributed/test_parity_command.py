@@ -7,7 +7,6 @@ from unittest import mock
 
 import psutil
 import pytest
-import torch
 from fusion_case import DPO, LOSSES, SFT, make_case, make_config
 
 from fuserl_megatron.cli import main
@@ -36,15 +35,16 @@ def parity_of(config, fault=None, **options):
         total, metrics = original_loss(objective, logps_N, batch, sources, values)
         return total / max(len(set(batch.prompt_ids_N.tolist())), 1), metrics
 
-    def causal_alone(segments_BS, *_):
-        rows, tokens = segments_BS.shape
-        return torch.ones(rows, 1, tokens, tokens, dtype=torch.bool).tril()
+    visible = step.Visibility
+
+    def causal_alone(segments_BS, _, *rest):
+        return visible(segments_BS * 0, segments_BS * 0, *rest)
 
     plant = {
         None: contextlib.nullcontext(),
         "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
         "divide_by_local_count": mock.patch.object(step, "batch_loss", divided_by_local_count),
-        "ignore_segments": mock.patch.object(step, "visibility_mask", causal_alone),
+        "ignore_segments": mock.patch.object(step, "Visibility", causal_alone),
     }
     with plant[fault], contextlib.redirect_stdout(io.StringIO()) as out:
         return parity.parity(config, **options), out.getvalue()

@@ -53,7 +53,7 @@ def twin(paths):
     return values, {name: p.grad for name, p in model.named_parameters()}
 
 
-def packed(config, num_tokens, fault=None):
+def packed(config, num_tokens, fault=None, by_span=False):
     """The same two, of this layout, on rank 0; with one planted mistake when asked."""
     import torch
     import torch.distributed as dist
@@ -92,10 +92,10 @@ def packed(config, num_tokens, fault=None):
         found = dict(zip(keys, logps_T.tolist(), strict=True))
         return (factors_T * logps_T).sum() / divisor, torch.zeros((), dtype=torch.int), found
 
-    visible = attention.visibility_mask
+    visible = step.Visibility
 
-    def leaking(segments, parents, *context):
-        return visible(parents, parents, *context)
+    def leaking(segments, parents, *rest):
+        return visible(parents, parents, *rest)
 
     def restarted(plan, dp_rank):
         from dataclasses import replace
@@ -105,7 +105,11 @@ def packed(config, num_tokens, fault=None):
         return [replace(b, positions_BS=b.positions_BS * o) for b, o in zip(batches, own, strict=True)]
 
     make = restarted if fault == "positions not continued" else feed.batches
-    with mock.patch.object(step, "visibility_mask", leaking if fault == "sibling leak" else visible):
+    cost = -1 if by_span else attention.SPAN_COST  # so small a model is cheaper with the dense mask
+    with (
+        mock.patch.object(attention, "SPAN_COST", cost),
+        mock.patch.object(step, "Visibility", leaking if fault == "sibling leak" else visible),
+    ):
         for part in wrapped:
             part.train()
             part.zero_grad_buffer()
@@ -139,6 +143,15 @@ def test_every_token_and_gradient(ranks, case, expected, layout, share):
     changes, world = LAYOUTS[layout]
     values, grads = ranks.run(packed, world, config_of(case, changes | {"share": share}), len(expected[0]))[0]
     assert values.keys() == expected[0].keys()
+    assert max(abs(values[key] - expected[0][key]) for key in values) <= BOUND
+    assert worst_relative_error(grads, expected[1]) <= BOUND
+
+
+@pytest.mark.parametrize("share", ["off", "on"])
+def test_segment_by_segment_with_another_micro_batch_in_between(ranks, case, expected, share):
+    """1F1B: the layers are recomputed when later micro-batches have been laid out."""
+    config = config_of(case, dict(pp=2, recompute="full", share=share))
+    values, grads = ranks.run(packed, 2, config, len(expected[0]), None, True)[0]
     assert max(abs(values[key] - expected[0][key]) for key in values) <= BOUND
     assert worst_relative_error(grads, expected[1]) <= BOUND
 

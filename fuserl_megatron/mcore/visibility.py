@@ -1,0 +1,106 @@
+"""Who may look at whom in packed rows, in the form that each attention back end reads.
+
+A token sees earlier tokens of its own segment and of its segment's parent: plain packing (every segment its own parent)
+and prefix sharing (a response's parent is its prompt) are the same rule. Padding sees padding only.
+
+The forms: a dense mask, runs of columns (`spans`), FlexAttention's block mask, Transformer Engine's sequence lengths.
+With context parallelism the queries are this rank's and the keys come in gathered order (context.py).
+
+Core carries one tensor, `attention_mask`, from the model's call to the core attention, also through recomputation,
+where another micro-batch may have been laid out meanwhile. `hand_over` gives a number that stands for a Visibility.
+
+Shapes: B rows, S tokens per row, L = S / CP of them on this context-parallel rank.
+"""
+
+import itertools
+import weakref
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from fuserl_megatron.mcore.context import gathered_columns
+
+Span = tuple[int, int | None]
+"""Length of a run of one segment, and the number of its parent's run in the same row (None: sees itself alone)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """The rule for one micro-batch. Ids as in PackedBatch, int64 [B, S] of the whole rows, on the CPU."""
+
+    segment_ids_BS: torch.Tensor
+    parent_ids_BS: torch.Tensor
+    device: torch.device = torch.device("cpu")
+    cp_size: int = 1
+    cp_rank: int = 0
+
+    def _on_device(self) -> tuple[torch.Tensor, ...]:
+        """Query columns [L]; key columns [S]; segments and parents of the queries [B, L]; segments of the keys."""
+        keys_S = gathered_columns(self.segment_ids_BS.shape[1], self.cp_size)
+        queries_L = keys_S.chunk(self.cp_size)[self.cp_rank]
+        of_queries = (self.segment_ids_BS[:, queries_L], self.parent_ids_BS[:, queries_L])
+        parts = (queries_L, keys_S, *of_queries, self.segment_ids_BS[:, keys_S])
+        return tuple(t.to(self.device, non_blocking=True) for t in parts)
+
+    def dense(self) -> torch.Tensor:
+        """Bool [B, 1, L, S], True where the query (third dimension) sees the key (fourth)."""
+        queries_L, keys_S, segments_BL, parents_BL, seen_BS = self._on_device()
+        seen = (segments_BL[:, :, None] == seen_BS[:, None, :]) | (parents_BL[:, :, None] == seen_BS[:, None, :])
+        return (seen & (keys_S <= queries_L[:, None])).unsqueeze(1)
+
+    @cached_property
+    def spans(self) -> list[list[Span]]:
+        """Each row from left to right."""
+        rows = []
+        for segments_S, parents_S in zip(self.segment_ids_BS, self.parent_ids_BS, strict=True):
+            ids, lengths = (t.tolist() for t in torch.unique_consecutive(segments_S, return_counts=True))
+            starts = [0, *itertools.accumulate(lengths)][:-1]
+            number = {segment: i for i, segment in enumerate(ids)}
+            parents = [number[parent] for parent in parents_S[starts].tolist()]
+            rows.append([(n, p if p != i else None) for i, (n, p) in enumerate(zip(lengths, parents, strict=True))])
+        return rows
+
+    @property
+    def seen_pairs(self) -> int:
+        """Pairs of query and key that `spans` computes: whole squares and rectangles."""
+        return sum(n * (n + (row[p][0] if p is not None else 0)) for row in self.spans for n, p in row)
+
+    @cached_property
+    def block_mask(self):
+        """FlexAttention's BlockMask, made once a micro-batch and read by every layer."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        queries_L, keys_S, segments_BL, parents_BL, seen_BS = self._on_device()
+
+        def sees(b, _h, q, k):
+            own = segments_BL[b, q] == seen_BS[b, k]
+            return (own | (parents_BL[b, q] == seen_BS[b, k])) & (keys_S[k] <= queries_L[q])
+
+        rows, length = segments_BL.shape
+        # compiled: the uncompiled one holds the dense mask
+        compiled = self.device.type == "cuda"
+        return create_block_mask(sees, rows, None, length, keys_S.numel(), device=self.device, _compile=compiled)
+
+    @cached_property
+    def sequence_ends(self) -> tuple[torch.Tensor, int]:
+        """Where each segment begins and the last ends in the rows put end to end (int32), and the longest length."""
+        lengths = [n for row in self.spans for n, _ in row]
+        ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return ends.to(self.device), max(lengths)
+
+
+_numbers = itertools.count()
+_handed_over: "weakref.WeakValueDictionary[int, Visibility]" = weakref.WeakValueDictionary()
+
+
+def hand_over(visible: Visibility) -> torch.Tensor:
+    """A 0-d tensor on the CPU that stands for it, as long as the caller keeps the object."""
+    number = next(_numbers)
+    _handed_over[number] = visible
+    return torch.tensor(number)
+
+
+def received(handle: torch.Tensor) -> Visibility:
+    """What `hand_over` was given."""
+    return _handed_over[int(handle)]
