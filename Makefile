@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
-BENCHMARKS := $(wildcard benchmarks/*.py)
+BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-slow test-gpu bench lint clean
@@ -28,9 +28,9 @@ test-slow: $(INSTALLED)  ## the long proofs
 test-gpu: $(INSTALLED)  ## what needs a CUDA device
 	$(PYTEST) -m gpu
 
-bench: $(INSTALLED)  ## every script in benchmarks/
+bench: $(INSTALLED)  ## every script in benchmarks/, in short (its --help says how to get the figures of docs/performance.md)
 	@test -n "$(BENCHMARKS)" || { echo "make bench: there are no scripts in benchmarks/ yet" >&2; exit 2; }
-	@set -e; for script in $(BENCHMARKS); do echo "$$script"; $(BIN)/python $$script; done
+	@set -e; for script in $(BENCHMARKS); do echo "$$script --quick"; $(BIN)/python $$script --quick; done
 
 lint: $(INSTALLED)  ## ruff
 	$(BIN)/ruff check .

@@ -139,7 +139,10 @@ def main() -> None:
     parser.add_argument("--dir", default=None, help="where to write (default: the system's temporary directory)")
     parser.add_argument("--json", default=None, help="write the figures to this file")
     parser.add_argument("--turns", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help="the smaller model, once")
     options = parser.parse_args()
+    if options.quick:
+        options.models, options.repeats = ["1.2B"], 1
     torch.set_num_threads(1)
     if options.turns:
         direction, source, destination = options.turns

@@ -146,7 +146,7 @@ def _run(
         _, stop, kept = _decide(history, layout, done)
         while step < total and not stop:
             with profiler.around(step + 1):
-                asked = _one_step(config, engine, training, log, step, total, stopping)
+                asked = one_step(config, engine, training, log, step, total, stopping)
             step += 1
             is_best = False
             if asked:
@@ -192,7 +192,7 @@ def _run(
     return 1 if failure else 0
 
 
-def _one_step(
+def one_step(
     config: Config, engine: Engine, feed: Feed, log: RunLog, step: int, total: int, stopping: Stopping
 ) -> bool:
     """Lay out one global batch, run it, log it. Returns whether any rank was asked to stop."""
