@@ -148,6 +148,7 @@ class Trainer:
         from fuserl_megatron.train.feed import make_feed, with_references
         from fuserl_megatron.train.logging import RunLog
         from fuserl_megatron.train.loop import with_loss_defaults
+        from fuserl_megatron.train.stopping import Stopping
 
         self.config = config = with_loss_defaults(config)
         directory = Path(config.run.results_dir)
@@ -169,11 +170,11 @@ class Trainer:
         self.engine = dataclasses.replace(engine, wrapped=wrapped, optimizer=optimizer)
         self.total = 10**6
         self.log = RunLog(config, directory, self.total, 0, layout.is_main)
-        self.done = 0
+        self.stopping, self.done = Stopping(layout.device), 0
 
     def step(self) -> None:
         """One pass of the loop: batch, step, log."""
         from fuserl_megatron.train.loop import one_step
 
-        one_step(self.config, self.engine, self.feed, self.log, self.done, self.total)
+        one_step(self.config, self.engine, self.feed, self.log, self.done, self.total, self.stopping)
         self.done += 1

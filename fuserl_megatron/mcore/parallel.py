@@ -172,6 +172,8 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
     """`any_rank` of several flags in one reduction."""
+    if dist.get_world_size() == 1:
+        return list(flags)
     values = torch.tensor([int(flag) for flag in flags], device=device)
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]

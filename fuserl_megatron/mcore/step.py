@@ -26,6 +26,7 @@ from megatron.core.tensor_parallel.mappings import (
 
 from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
+from fuserl_megatron.mcore import cpu
 from fuserl_megatron.mcore.attention import attention_argument
 from fuserl_megatron.mcore.clock import Clock
 from fuserl_megatron.mcore.context import context_part, sum_over_context
@@ -123,7 +124,8 @@ def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, for
         batch = (context_part(batch, cp_size, cp_rank) if cp_size > 1 else batch).to(device)
         core_model = model.module if engine.wrapped else model
         core_model.rotary_pos_emb.positions_BS = batch.positions_BS
-        output = model(batch.tokens_BS, batch.positions_BS, mask)
+        with cpu.no_requests():
+            output = model(batch.tokens_BS, batch.positions_BS, mask)
         return output, partial(on_output, batch=batch)
 
     chunks = engine.callables
