@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
 
 
@@ -48,6 +49,7 @@ def _train(options: argparse.Namespace) -> int:
         filled = dataclasses.replace(config, objective=with_defaults(config.objective))  # as the run writes it down
         print(to_yaml(filled), *facts, sep="\n")
         return 0
+    config = with_local_models(config)
     stopping.remove_marker(Path(config.run.results_dir))
     if _becomes_rank(config, num_ranks):
         stopping.listen() if config.exp_manager.create_preemption_callback else stopping.release()
@@ -69,6 +71,7 @@ def parity(options: argparse.Namespace) -> int:
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
     num_ranks = _num_ranks(options, config)
     check(config, num_ranks)
+    config = with_local_models(config)
     if _becomes_rank(config, num_ranks):
         from fuserl_megatron.train.parity import parity as run
 
@@ -108,6 +111,7 @@ def _start_ranks(options: argparse.Namespace, num_ranks: int, *words: str) -> in
     """This command once more in every rank: `words`, the overrides and where the configuration is."""
     from fuserl_megatron.launch import local
 
+    os.environ["HF_HUB_OFFLINE"] = "1"  # what has a hub name is in the cache by now: the ranks ask nobody
     command = [sys.executable, "-m", "fuserl_megatron.cli", *words, *options.overrides]
     for name in ("config_dir", "config_name"):
         if getattr(options, name) is not None:
@@ -120,12 +124,13 @@ def check(config: Config, num_ranks: int) -> list[str]:
     from fuserl_megatron.config.validate import validate
 
     validate(config, num_ranks)
-    if not Path(config.model.path).is_dir():  # before torch is imported
+    model = local_model(config.model.path, weights=False)
+    if not Path(model).is_dir():  # before torch is imported
         raise UserError(f"model.path={config.model.path}: no such directory; give a Hugging Face model directory.")
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.data.dataset import Manifest
 
-    facts = validate(config, num_ranks, read_config(config.model.path), data_set=Manifest.read(config.data.path))
+    facts = validate(config, num_ranks, read_config(model), data_set=Manifest.read(config.data.path))
     if config.data.validation_path is not None:
         from fuserl_megatron.train.monitor import check_monitor
 

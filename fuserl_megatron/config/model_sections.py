@@ -9,9 +9,9 @@ class ModelConfig:
     """The target model and its layout over the ranks."""
 
     path: str = "???"
-    """Hugging Face directory of the target's starting weights (Llama layout, safetensors)."""
+    """Hugging Face directory, or hub name (org/name), of the target's starting weights (safetensors)."""
     tokenizer: str | None = None
-    """Directory of the tokenizer that the exported model carries; null takes model.path."""
+    """Directory or hub name of the tokenizer that the exported model carries; null takes model.path."""
     tensor_model_parallel_size: int = 1
     """Ranks over which each layer's matrices are split."""
     pipeline_model_parallel_size: int = 1

@@ -48,7 +48,7 @@ class ObjectiveConfig:
     fusion: Literal["max_margin", "mean", "confidence"] | None = None
     """infifpo: how the sources' log-probabilities become one reference."""
     reference: str | None = None
-    """FusePO: Hugging Face directory of the reference model; null takes model.path (the FuseSFT result)."""
+    """FusePO: Hugging Face directory or hub name of the reference model; null takes model.path (the FuseSFT result)."""
     reference_mode: Literal["cache", "resident", "swap"] | None = None
     """FusePO: score the reference once onto disk (cache, the default), hold it as a second model and score every step
     (resident), or hold one model whose weights are swapped with the CPU's for that (swap)."""

@@ -59,7 +59,7 @@ class BuildConfig:
     output: str = "???"
     """Directory to write."""
     tokenizer: str = "???"
-    """Directory of the target's tokenizer (the model directory)."""
+    """Directory (the model directory) or hub name of the target's tokenizer."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
     reward_temperature: float = float("nan")

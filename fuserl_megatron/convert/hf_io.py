@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import fuserl_megatron
+from fuserl_megatron.config.hub import COMPANION_FILES, COMPANION_PATTERNS, TOKENIZER_FILES, local_model
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import DTYPES, read_config
 from fuserl_megatron.convert.names import hf_shapes
@@ -32,31 +33,19 @@ from fuserl_megatron.convert.shards import ShardReader, check_tensors
 from fuserl_megatron.convert.weight_files import find_files
 from fuserl_megatron.convert.whole_directory import cannot_write, check_destination, create_partial, discard, publish
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-COMPANION_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-COMPANION_PATTERNS = ("additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*", "USE_POLICY*")
-
 
 def check_model_directory(path: str | Path, allow_pickle: bool = False) -> Path:
-    """Refuse, in one line, a path that is not a complete Hugging Face model directory.
+    """The directory of a path or hub name; refuse, in one line, what is not a complete Hugging Face model directory.
 
     Looks at files and their headers' existence only; `read_config` and `check_tensors` look inside.
 
     Returns:
-        The path.
+        The directory.
 
     Raises:
         UserError: what is missing and what to do.
     """
-    path = Path(path)
+    path = Path(local_model(path))
     if not path.exists():
         raise UserError(f"{path}: no such directory; give a local Hugging Face model directory")
     if not path.is_dir():

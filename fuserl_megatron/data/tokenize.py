@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.inputs import Place, first_line
 from fuserl_megatron.data.records import BadRecord, Messages
@@ -75,7 +76,7 @@ class ChatTokenizer:
         """Load the tokenizer. No code from its directory is run.
 
         Args:
-            path: tokenizer directory (the model directory).
+            path: tokenizer directory (the model directory), or hub name.
             chat_template: jinja file that replaces the tokenizer's own template.
             max_length: longest prompt + response, in tokens.
 
@@ -84,6 +85,7 @@ class ChatTokenizer:
         """
         from transformers import AutoTokenizer
 
+        path = local_model(path, weights=False)
         if not os.path.isdir(path):
             raise UserError(f"tokenizer: {path} is not a directory: give the directory that holds tokenizer.json")
         try:

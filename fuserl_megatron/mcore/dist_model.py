@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron
@@ -36,7 +37,7 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
 
     Args:
         path: a checkpoint root, one of its `iter_*` folders, or the results folder of a `fuserl train` run.
-        hf: directory with config.json and tokenizer; None looks for `hf/`, then the run's config.yaml.
+        hf: directory or hub name with config.json and tokenizer; None looks for `hf/`, then the run's config.yaml.
 
     Raises:
         UserError: there is no checkpoint, or nothing says which model it is of.
@@ -57,7 +58,7 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     if (root / "lineage.json").is_file():
         lineage |= json.loads((root / "lineage.json").read_text())
     if hf is not None:
-        config_dir = tokenizer_dir = Path(hf)
+        config_dir = tokenizer_dir = Path(local_model(hf, weights=False))
     elif (root / "hf" / "config.json").is_file():
         config_dir = tokenizer_dir = root / "hf"
     elif (root.parent / "config.yaml").is_file():

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from fuserl_megatron.config.hub import TOKENIZER_FILES
 from fuserl_megatron.config.schema import ModelConfig, TrainerConfig, UserError
 from fuserl_megatron.convert.hf_config import ModelShape, read_config
-from fuserl_megatron.convert.hf_io import TOKENIZER_FILES, check_model_directory
+from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
 from fuserl_megatron.mcore.dist_model import check_checkpoint, find_checkpoint, megatron_tensors, stored_key
