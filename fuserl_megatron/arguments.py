@@ -65,6 +65,21 @@ The same command on the same run.results_dir resumes from its newest checkpoint.
     )
     _add_config_options(train, "train")
 
+    nemo = _command(
+        jobs,
+        "nemo-config",
+        commands.nemo_config,
+        "a NeMo-Aligner SFT or DPO file -> settings of `fuserl train`",
+        """examples:
+  fuserl nemo-config gpt_dpo.yaml > mine.yaml
+  fuserl train --config-name mine.yaml model.path=models/target data.path=fused_po data.validation_path=heldout
+
+Prints a yaml file; comments above the settings say of every key of the NeMo file whether it is mapped, ignored (and
+why) or unsupported. docs/nemo.md has the whole table.
+""",
+    )
+    nemo.add_argument("file", metavar="FILE", help="NeMo-Aligner's yaml file, with or without its interpolations")
+
     parity = _command(
         jobs,
         "parity",

@@ -60,6 +60,14 @@ def _train(options: argparse.Namespace) -> int:
     return _start_ranks(options, num_ranks, "train")
 
 
+def nemo_config(options: argparse.Namespace) -> int:
+    """`fuserl nemo-config`."""
+    from fuserl_megatron.config.nemo_config import convert, report
+
+    print(report(*convert(options.file)), end="")
+    return 0
+
+
 def parity(options: argparse.Namespace) -> int:
     """`fuserl parity`: as `train`, on the ranks of the run that is asked about."""
     from fuserl_megatron.config.load import load_config
