@@ -88,9 +88,6 @@ class OptimConfig:
     """Adam's epsilon."""
     use_distributed_optimizer: bool = False
     """Split the optimizer's state over the data-parallel ranks."""
-    state_precision: Literal["32", "bf16"] = "32"
-    """Number format of Adam's two moments. bf16 also keeps only the 16 bits of the fp32 master weights that the bf16
-    weights lack: 12 bytes a parameter in all instead of 18 (distributed optimizer, bf16, Transformer Engine)."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False

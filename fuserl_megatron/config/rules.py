@@ -147,11 +147,6 @@ def check_optimizer(config: Config) -> None:
         refuse(config, "optim.sched.min_lr", f"must not be above optim.lr={optim.lr}", optim.lr / 10)
     if sched.name == "constant" and sched.min_lr:
         refuse(config, "optim.sched.min_lr", "optim.sched.name=constant never falls to it", 0.0)
-    if optim.state_precision == "bf16":
-        if not optim.use_distributed_optimizer:
-            refuse(config, "optim.state_precision", "needs optim.use_distributed_optimizer=true", "32")
-        if config.trainer.precision == "32":
-            refuse(config, "optim.state_precision", "needs weights in bf16, not trainer.precision=32", "32")
     if optim.overlap_param_gather and not optim.use_distributed_optimizer:
         refuse(config, "optim.overlap_param_gather", "needs optim.use_distributed_optimizer=true", False)
     if optim.overlap_param_gather and not optim.overlap_grad_reduce:

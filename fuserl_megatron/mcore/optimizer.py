@@ -12,24 +12,13 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from fuserl_megatron.config.schema import OptimConfig, TrainerConfig, UserError
-from fuserl_megatron.mcore.model import have_transformer_engine
+from fuserl_megatron.config.schema import OptimConfig, TrainerConfig
 
 
 def build_optimizer(
     wrapped: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig, dtype: torch.dtype
 ) -> ChainedOptimizer:
-    """Core's optimizer over this rank's parameters; fp32 master weights when the parameters are bf16.
-
-    Raises:
-        UserError: bf16 moments without Transformer Engine.
-    """
-    if optim.state_precision == "bf16" and not have_transformer_engine():
-        raise UserError(
-            "optim.state_precision=bf16: Adam with bf16 moments is Transformer Engine's, which is not usable here; "
-            "optim.state_precision=32 would work."
-        )
-    reduced = dict(use_precision_aware_optimizer=True, exp_avg_dtype=torch.bfloat16, exp_avg_sq_dtype=torch.bfloat16)
+    """Core's optimizer over this rank's parameters; fp32 master weights when the parameters are bf16."""
     config = OptimizerConfig(
         optimizer="adam",  # decoupled weight decay is core's default for adam
         lr=optim.lr,
@@ -43,7 +32,6 @@ def build_optimizer(
         clip_grad=trainer.gradient_clip_val,
         use_distributed_optimizer=optim.use_distributed_optimizer,
         overlap_param_gather=optim.overlap_param_gather,
-        **(reduced if optim.state_precision == "bf16" else {}),
     )
     optimizer = get_megatron_optimizer(config, wrapped)
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
@@ -73,6 +61,5 @@ def clip_and_update(optimizer: ChainedOptimizer, grad_norm: float, max_norm: flo
     for part in optimizer.chained_optimizers:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and max_norm > 0:
-            decoupled = any(getattr(p, "decoupled_grad", None) is not None for p in parameters)  # bf16 moments
-            clip_grad_by_total_norm_fp32(parameters, max_norm, grad_norm, use_decoupled_grad=decoupled)
+            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
     optimizer.step_with_ready_grads()

@@ -28,7 +28,7 @@ def states_gb(config, shape, data_parallel):
     """Weights and gradients of one rank, master weights and moments split over the data-parallel ranks."""
     model = config.model
     own = parameters(shape) / (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
-    optimizer = 12 if config.optim.state_precision == "32" else 6
+    optimizer = 12
     assert config.optim.use_distributed_optimizer
     return own * (2 + 4 + optimizer / data_parallel) / 1e9
 
@@ -63,6 +63,5 @@ def test_all_presets_are_here():
     assert [file.stem for file in PRESETS] == [
         "llama31_70b_32gpu",
         "llama31_70b_64gpu",
-        "llama31_8b_1gpu",
         "llama31_8b_8gpu",
     ]

@@ -71,7 +71,6 @@ def test_layout_and_model(overrides, world_size, shape, expected):
         (["data.micro_batch_size=0"], "data.micro_batch_size=0: must be at least 1; data.micro_batch_size=1 would work."),
         (["data.global_batch_size=-1"], "data.global_batch_size=-1: must be at least 1"),
         ([f"{TP}=0"], f"{TP}=0: must be at least 1"),
-        (["optim.state_precision=bf16"], "optim.state_precision=bf16: needs optim.use_distributed_optimizer=true"),
         (["exp_manager.profile_steps=[3]"], "exp_manager.profile_steps=[3]: must be a first and a last step"),
         (["exp_manager.profile_steps=[3,2]"], "exp_manager.profile_steps=[3,2]: must be a first and a last step"),
         (["exp_manager.profile_dir=/x"], "exp_manager.profile_dir=/x: is used with exp_manager.profile_steps only"),
