@@ -63,6 +63,9 @@ The same command on the same run.results_dir resumes from its newest checkpoint.
     train.add_argument(
         "--dry-run", action="store_true", help="check, print the resolved settings and what follows, stop"
     )
+    train.add_argument(
+        "--reference-only", action="store_true", help="score what the loss reads of the reference model, stop"
+    )
     _add_config_options(train, "train")
 
     nemo = _command(
@@ -79,6 +82,44 @@ why) or unsupported. docs/nemo.md has the whole table.
 """,
     )
     nemo.add_argument("file", metavar="FILE", help="NeMo-Aligner's yaml file, with or without its interpolations")
+
+    launch = _command(
+        jobs,
+        "launch",
+        commands.launch,
+        "a chain of stages, on SLURM or on this machine",
+        f"""examples:
+  fuserl launch target=models/target stages=[build_sft,build_po,fusesft,fusepo] run.results_dir=runs/small \\
+      build_sft.inputs=[a.jsonl] build_po.inputs=[b.jsonl] build_sft.reward_temperature=0.01 \\
+      build_po.reward_temperature=0.01 fusesft.recipe=small_fusesft fusepo.recipe=small_fusepo_ln_dpo
+  fuserl launch --dry-run cluster=slurm cluster.partition=gpu cluster.gpus_per_node=8 ... fusesft.cluster.nodes=4
+
+Stages, in this order: import, build_sft, build_po, build_heldout, fusesft, reference, fusepo, export, evaluate. Each
+reads what the ones before it write. STAGE.KEY=value is KEY of `fuserl build` or `fuserl train`, train.KEY one for all
+that train, STAGE.cluster.KEY a resource of one stage. The same command again goes on where the chain stopped.
+{OVERRIDES}""",
+    )
+    launch.add_argument("--dry-run", action="store_true", help="print settings, scripts and commands, stop")
+    _add_config_options(launch, "config")
+
+    evaluate = _command(
+        jobs,
+        "evaluate",
+        commands.evaluate,
+        "loss and preference metrics of a model on held-out prompts",
+        f"""examples:
+  fuserl evaluate model.path=runs/fusesft/hf data.path=heldout
+  fuserl evaluate --nproc 8 recipe=llama31_8b_fusepo_ln_dpo model.path=runs/fusepo/hf data.path=heldout \\
+      objective.reference=runs/fusesft/hf run.results_dir=runs/evaluation
+
+Takes the settings of `fuserl train`. Prints the weighted NLL of each source's best response and, with a FusePO
+objective, its loss and metrics; writes them to run.results_dir/evaluation.json.
+{OVERRIDES}""",
+    )
+    evaluate.add_argument(
+        "--nproc", type=int, metavar="N", help="ranks to start on this machine (default: TP x PP x CP)"
+    )
+    _add_config_options(evaluate, "train")
 
     parity = _command(
         jobs,

@@ -43,6 +43,8 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
     num_ranks = _num_ranks(options, config)
     facts = check(config, num_ranks)
+    if options.reference_only:
+        _check_reference(config)
     if options.dry_run:
         from fuserl_megatron.config.objective import with_defaults
 
@@ -53,11 +55,46 @@ def _train(options: argparse.Namespace) -> int:
     stopping.remove_marker(Path(config.run.results_dir))
     if _becomes_rank(config, num_ranks):
         stopping.listen() if config.exp_manager.create_preemption_callback else stopping.release()
-        from fuserl_megatron.train.loop import train as run
+        if options.reference_only:
+            from fuserl_megatron.train.evaluate import score_reference as run
+        else:
+            from fuserl_megatron.train.loop import train as run
 
         return run(config)
     os.environ.setdefault("FUSERL_COMMAND", stopping.own_command())
-    return _start_ranks(options, num_ranks, "train")
+    return _start_ranks(options, num_ranks, "train", *(["--reference-only"] if options.reference_only else []))
+
+
+def _check_reference(config: Config) -> None:
+    from fuserl_megatron.config.objective import uses_reference
+
+    mode = config.objective.reference_mode
+    if not uses_reference(config.objective) or mode not in (None, "cache"):
+        what = f"objective.reference_mode={mode} stores" if mode else "this objective reads"
+        raise UserError(f"--reference-only: {what} no reference scores; objective=fusepo_ln_dpo would.")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`fuserl evaluate`: as `train`, the figures of model.path on data.path."""
+    from fuserl_megatron.config.load import load_config
+
+    config = load_config("train", options.overrides, options.config_dir, options.config_name)
+    num_ranks = _num_ranks(options, config)
+    check(config, num_ranks)
+    if _becomes_rank(config, num_ranks):
+        from fuserl_megatron.train.evaluate import evaluate as run
+
+        return run(config)
+    return _start_ranks(options, num_ranks, "evaluate")
+
+
+def launch(options: argparse.Namespace) -> int:
+    """`fuserl launch`."""
+    from fuserl_megatron.launch.chain import launch as run
+    from fuserl_megatron.launch.pipeline import load_pipeline
+
+    pipeline = load_pipeline(options.overrides, options.config_dir, options.config_name)
+    return run(pipeline, options.overrides, options.dry_run)
 
 
 def nemo_config(options: argparse.Namespace) -> int:

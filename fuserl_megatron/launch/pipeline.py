@@ -319,7 +319,7 @@ def _check_cluster(cluster: ClusterConfig) -> None:
         raise UserError(f"cluster.nodes={cluster.nodes}: cluster=local is one machine; cluster.nodes=1 would work.")
     for pair in cluster.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL):
-            raise UserError(f"cluster.env=[{pair}]: is no NAME=value; cluster.env=[NCCL_DEBUG=WARN] would work.")
+            raise UserError(f"cluster.env=[{pair}]: is no NAME=value; 'cluster.env=[\"NCCL_DEBUG=WARN\"]' would work.")
 
 
 def _by_section(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:

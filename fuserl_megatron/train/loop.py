@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fuserl_megatron.config.objective import with_defaults
 from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.convert.hf_config import read_config
+from fuserl_megatron.convert.hf_config import ModelShape, read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel, weights
@@ -22,7 +22,7 @@ from fuserl_megatron.train.reference import stored_hash
 from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
 from fuserl_megatron.train.saver import Saver
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
-from fuserl_megatron.train.stopping import Stopped, Stopping, leave_marker, resume_command
+from fuserl_megatron.train.stopping import Stopped, Stopping
 from fuserl_megatron.train.summary import describe_start, versions
 from fuserl_megatron.train.validation import History, check_monitor, is_due, validate
 
@@ -42,24 +42,22 @@ def train(config: Config) -> int:
         if path:
             check_model_directory(path)
     shape = read_config(config.model.path)
-    dataset = _open(config, config.data.path, shape)
-    held_out = _open(config, config.data.validation_path, shape) if config.data.validation_path else None
+    dataset = open_dataset(config, config.data.path, shape)
+    held_out = open_dataset(config, config.data.validation_path, shape) if config.data.validation_path else None
     check_monitor(config, held_out.sources if held_out else [])
     layout = parallel.initialize(config.model, config.trainer)
     stopping = Stopping(layout.device)
     try:
         return _run(config, layout, shape, dataset, held_out, stopping)
     except Stopped as stopped:
-        why = f"stopped by {stopping.reason()} {str(stopped) or 'before the first step'}"
-        if layout.is_main:
-            leave_marker(Path(config.run.results_dir), why)
-            say(f"{why}; continue with: {resume_command()}")
+        stopping.leave(Path(config.run.results_dir), str(stopped) or "before the first step", layout.is_main)
         return 0
     finally:
         parallel.shutdown()
 
 
-def _open(config: Config, path: str, shape) -> FusedDataset:
+def open_dataset(config: Config, path: str, shape: ModelShape) -> FusedDataset:
+    """A fused data set whose tokens the model knows; raises UserError where it does not."""
     dataset = FusedDataset(path)
     if dataset.manifest.max_token_id >= shape.vocab_size:
         raise UserError(

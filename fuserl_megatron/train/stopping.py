@@ -94,6 +94,13 @@ class Stopping:
         named = [f"{why} (rank {rank})" for rank, why in enumerate(heard) if why]
         return named[0] if named else "request"
 
+    def leave(self, directory: Path, where: str, is_main: bool) -> None:
+        """What every rank does after `Stopped`: rank 0 leaves the marker and says how to go on."""
+        why = f"stopped by {self.reason()} {where}"
+        if is_main:
+            leave_marker(directory, why)
+            print(f"{why}; continue with: {resume_command()}", flush=True)
+
 
 def leave_marker(directory: Path, why: str) -> None:
     """Write REQUEUE: what happened, and the command that goes on. By rename: it is whole or not there."""

@@ -1,60 +1,88 @@
-"""slurm/train.sbatch on a real SLURM: two nodes, one rank on each, trained to the end; a mistake ends as one line."""
+"""slurm/train.sbatch on a real SLURM: two nodes, preemption in the middle, arrays, mistakes that end as one line."""
 
 import json
 import os
-import sys
+import time
 from pathlib import Path
 
-import pytest
-from cluster import Cluster, why_not
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-ROOT = Path(__file__).parents[2]
-
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 
 
-def submit(cluster, case, results, *settings):
-    # the nodes of this cluster are one host: its loopback is how they reach each other
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {"PATH": path, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    exported = ",".join(["ALL", *(f"{k}={v}" for k, v in environment.items())])
-    job = cluster.run(
-        "sbatch",
-        "--parsable",
-        "--nodes=2",
-        "--ntasks-per-node=1",
-        f"--export={exported}",
-        f"--output={results}.log",
-        str(ROOT / "slurm" / "train.sbatch"),
-        "trainer=cpu",
-        f"model.path={case['policy']}",
-        f"data.path={case['data']}",
-        "model.tensor_model_parallel_size=2",
-        "data.seq_length=160",
-        "data.micro_batch_size=2",
-        "data.global_batch_size=4",
-        f"run.results_dir={results}",
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=1",
-        *settings,
-    )
-    state = cluster.wait(job)
-    return state, Path(f"{results}.log").read_text()
+def submit(cluster, case, log, options, *settings):
+    words = [f"model.path={case['policy']}", f"data.path={case['data']}", *settings]
+    return cluster.run("sbatch", "--parsable", f"--output={log}", *options, str(SCRIPT), *words)
 
 
-def test_two_nodes_train_and_a_mistake_is_one_line(tmp_path):
-    from fusion_case import make_case
+def steps_of(results):
+    file = Path(results) / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
-    case = make_case(tmp_path)
-    results = tmp_path / "run"
-    with Cluster(tmp_path / "slurm") as cluster:
-        state, log = submit(cluster, case, results, "trainer.max_steps=4", "trainer.max_epochs=null")
-        assert state == "COMPLETED", log
-        assert "2 ranks on n[1-2]" in log
-        steps = [json.loads(line)["step"] for line in (results / "metrics.jsonl").read_text().splitlines()]
-        assert steps == [1, 2, 3, 4]
-        assert (results / "hf" / "model.safetensors").is_file()
-        # a user's mistake ends the job as failed, with one clear line in its log
-        state, log = submit(cluster, case, tmp_path / "bad", "optim.lrr=1")
-        assert state == "FAILED"
-        assert "optim.lrr: no such key" in log and "Traceback" not in log
+
+def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, settings, tmp_path):
+    two_nodes = ["--nodes=2", "--ntasks-per-node=1"]
+    settings = [*settings, "model.tensor_model_parallel_size=2", "trainer.max_steps=40"]
+    jobs = {}
+    for name in ("undisturbed", "preempted"):
+        results = tmp_path / name
+        jobs[name] = submit(cluster, case, f"{results}.log", two_nodes, *settings, f"run.results_dir={results}")
+        deadline = time.monotonic() + 200
+        while name == "preempted" and len(steps_of(results)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if name == "preempted":
+            cluster.run("scancel", "--batch", "--signal=USR1", jobs[name])
+        assert cluster.wait(jobs[name]) == "COMPLETED", Path(f"{results}.log").read_text()
+    log = (tmp_path / "preempted.log").read_text()
+    assert f"job {jobs['preempted']}, start 0, 2 ranks on n[1-2]" in log and "start 1, 2 ranks" in log
+    assert f"job {jobs['preempted']} is back in the queue" in log
+    assert not (tmp_path / "preempted" / "REQUEUE").exists()
+    runs = {name: steps_of(tmp_path / name) for name in jobs}
+    assert [r["step"] for r in runs["undisturbed"]] == [r["step"] for r in runs["preempted"]] == list(range(1, 41))
+    assert [r["loss"] for r in runs["undisturbed"]] == [r["loss"] for r in runs["preempted"]]
+    models = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in jobs]
+    assert models[0] == models[1] != Path(case["policy"], "model.safetensors").read_bytes()
+    # one log a rank, appended to by the second start
+    logs = sorted((tmp_path / "preempted" / "logs").iterdir())
+    assert [file.name for file in logs] == ["rank-0.log", "rank-1.log"]
+    assert logs[0].read_text() in log.replace(log[: log.index("\n") + 1], "", 1) or "resuming after step" in log
+
+
+def test_an_array_of_two_seeds(cluster, case, settings, tmp_path):
+    words = [*settings, "trainer.max_steps=1", "run.seed=%a", f"run.results_dir={tmp_path}/seed_%a", "run.export=false"]
+    job = submit(cluster, case, f"{tmp_path}/%j.log", ["--array=3,5"], *words)
+    states = [cluster.wait(f"{job}_{seed}") for seed in (3, 5)]
+    assert states == ["COMPLETED"] * 2, [file.read_text() for file in tmp_path.glob("*.log")]
+    losses = [steps_of(tmp_path / f"seed_{seed}")[0]["loss"] for seed in (3, 5)]
+    assert losses[0] != losses[1]
+    assert "seed: 5\n" in (tmp_path / "seed_5" / "config.yaml").read_text()
+
+
+def test_mistakes_are_one_line(cluster, case, tmp_path):
+    mistakes = {
+        "key": ([], ["optim.lrr=1", f"run.results_dir={tmp_path}/x"], "fuserl: error: optim.lrr: no such key"),
+        "folder": ([], [f"run.results_dir={case['records']}/x"], f"{case['records']}/x/logs: cannot be made"),
+        "array": (["--array=0"], [f"run.results_dir={tmp_path}/x"], "the tasks of an array need folders of their own"),
+        "program": (["--export=ALL,PATH=/usr/bin:/bin"], [f"run.results_dir={tmp_path}/x"], "no fuserl on PATH"),
+        # pyxis is what takes the option: without it srun says so, which shows that the option arrives
+        "container": (
+            ["--export=ALL,FUSERL_CONTAINER=/image.sqsh"],
+            [],
+            "unrecognized option '--container-image=/image",
+        ),
+    }
+    environment = dict(os.environ)
+    jobs = {
+        name: submit(
+            cluster,
+            case,
+            f"{tmp_path}/{name}.log",
+            options,
+            *words,
+            *([] if words else [f"run.results_dir={tmp_path}/x"]),
+        )
+        for name, (options, words, _) in mistakes.items()
+    }
+    assert environment == dict(os.environ)
+    for name, (_, _, said) in mistakes.items():
+        assert cluster.wait(jobs[name]) == "FAILED", name
+        log = (tmp_path / f"{name}.log").read_text()
+        assert said in log and "Traceback" not in log, log

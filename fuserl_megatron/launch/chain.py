@@ -1,0 +1,168 @@
+"""`fuserl launch`: freeze the settings of a chain, then run or submit the stages that are not done yet."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import fuserl_megatron
+from fuserl_megatron.config.load import to_yaml
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.launch import slurm
+from fuserl_megatron.launch.pipeline import Pipeline, Stage
+
+MARKER = "REQUEUE"
+"""The file that a training leaves in its results_dir when it was stopped to be continued (train/stopping.py)."""
+
+
+def launch(pipeline: Pipeline, overrides: Sequence[str], dry_run: bool) -> int:
+    """Do what `fuserl launch` does; returns the exit code.
+
+    Raises:
+        UserError: it cannot be submitted, or stages of an earlier launch are still in the queue.
+    """
+    todo = unfinished(pipeline)
+    for line in pipeline.notes:
+        print(line)
+    for stage in pipeline.stages:
+        if stage not in todo:
+            print(f"{stage.name}: done ({slurm.done_file(pipeline, stage)})")
+    on_slurm = pipeline.config.cluster.type == "slurm"
+    if dry_run:
+        print(_plan(pipeline, todo, on_slurm))
+        return 0
+    if not todo:
+        return 0
+    if on_slurm:
+        slurm.check_available()
+        record = pipeline.folder / "jobs.json"
+        jobs = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        if there := slurm.still_there(jobs):
+            held = ", ".join(f"{name} ({jobs[name]} {state})" for name, state in there.items())
+            ids = " ".join(jobs[name] for name in there)
+            raise UserError(f"{pipeline.root}: in the queue from before: {held}; wait, or type scancel {ids}.")
+        _freeze(pipeline, todo, overrides)
+        submitted = slurm.submit(pipeline, todo)
+        _write(record, json.dumps(jobs | submitted, indent=2) + "\n")
+        for stage in todo:
+            print(f"{stage.name}: job {submitted[stage.name]}, log {pipeline.folder / stage.name}.log")
+        ids = submitted.values()
+        print(f"follow: squeue --jobs={','.join(ids)}    cancel: scancel {' '.join(ids)}")
+        return 0
+    _freeze(pipeline, todo, overrides)
+    return _run_here(pipeline, todo)
+
+
+def unfinished(pipeline: Pipeline) -> list[Stage]:
+    """Stages without a marker of their settings, and those that read what these will write."""
+    todo: dict[str, Stage] = {}
+    for stage in pipeline.stages:
+        file = slurm.done_file(pipeline, stage)
+        done = file.is_file() and file.read_text(encoding="utf-8").strip() == stage.hash
+        if not done or any(name in todo for name in stage.depends_on):
+            todo[stage.name] = stage
+    return list(todo.values())
+
+
+def local_command(stage: Stage) -> list[str]:
+    """What runs a stage on this machine."""
+    program, *words = stage.command
+    if program != "fuserl":
+        return list(stage.command)
+    ranks = ["--nproc", str(stage.num_ranks)] if stage.trains else []
+    return [sys.executable, "-m", "fuserl_megatron.cli", *words, *ranks]
+
+
+def _plan(pipeline: Pipeline, stages: Sequence[Stage], on_slurm: bool) -> str:
+    """What would be written and run, in a form that a shell would take."""
+    parts, jobs = [], {stage.name: f"${stage.name}" for stage in stages}
+    for stage in stages:
+        if stage.config:
+            parts.append(f"# ---- {stage.config_path}\n{stage.config}")
+        if not on_slurm:
+            parts.append(f"# ---- {stage.name}\n{shlex.join(local_command(stage))}\n")
+            continue
+        words = slurm.sbatch_words(pipeline, stage, jobs)
+        parts.append(f"# ---- {words[-1]}\n{slurm.job_script(pipeline, stage)}")
+        parts.append(f"# ---- submit\n{stage.name}=$({' '.join(words)})\n")
+    return "\n".join(parts)
+
+
+def _freeze(pipeline: Pipeline, stages: Sequence[Stage], overrides: Sequence[str]) -> None:
+    """Write down all that decides what the stages do, before any of them starts."""
+    folder = pipeline.folder
+    for stage in stages:
+        (folder / "logs" / stage.name).mkdir(parents=True, exist_ok=True)
+        if stage.config:
+            _write(Path(stage.config_path), stage.config)
+        if stage.cluster.type == "slurm":
+            _write(folder / f"{stage.name}.sbatch", slurm.job_script(pipeline, stage))
+        with contextlib.suppress(FileNotFoundError):
+            slurm.done_file(pipeline, stage).unlink()
+    _write(folder / "config.yaml", to_yaml(pipeline.config))
+    origin = {
+        "version": fuserl_megatron.__version__,
+        "commit": _commit(),
+        "overrides": list(overrides),
+        "directory": os.getcwd(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    _write(folder / "launch.json", json.dumps(origin, indent=2) + "\n")
+
+
+def _run_here(pipeline: Pipeline, stages: Sequence[Stage]) -> int:
+    """One stage after the other, until one fails or is stopped to be continued."""
+    for stage in stages:
+        words = local_command(stage)
+        print(f"---- {stage.name}: {shlex.join(words)}", flush=True)
+        environ = dict(os.environ) | dict(pair.split("=", 1) for pair in stage.cluster.env)
+        environ["FUSERL_COMMAND"] = shlex.join(["fuserl", *sys.argv[1:]])  # what a stopped run says continues it
+        code = _wait(subprocess.Popen(words, env=environ))
+        if code:
+            print(f"{stage.name} ended with exit code {code}; the stages after it were not started", file=sys.stderr)
+            return code if code > 0 else 128 - code
+        if stage.trains and (Path(stage.results_dir) / MARKER).is_file():
+            print(f"{stage.name} was stopped and has saved; the same command goes on with it")
+            return 0
+        _write(slurm.done_file(pipeline, stage), stage.hash + "\n")
+    return 0
+
+
+def _wait(process: subprocess.Popen) -> int:
+    """Its exit code; TERM and USR1 are passed on, Ctrl-C reaches it by itself."""
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def _commit() -> str | None:
+    """The checkout's commit, with + where files differ from it; None for an installed wheel."""
+    checkout = Path(fuserl_megatron.__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    git = ["git", "-C", str(checkout)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=20, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=20)
+        return commit.stdout.strip() + ("+" if changed.stdout.strip() else "")
+    return None

@@ -1,0 +1,136 @@
+"""Stages as SLURM jobs: one script each, chained by afterok, so that what reads a failed stage's output never starts.
+
+The body of every script is that of slurm/train.sbatch: signals, requeue, a log per rank, containers.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.launch.pipeline import Pipeline, Stage
+
+BODY_FROM = "# From here on"
+
+
+def job_script(pipeline: Pipeline, stage: Stage) -> str:
+    """The text that sbatch gets; what it depends on stands on sbatch's command line (`sbatch_words`)."""
+    cluster, folder = stage.cluster, pipeline.folder
+    options = {
+        "job-name": f"{pipeline.config.run.name}-{stage.name}",
+        "output": str(folder / f"{stage.name}.log").replace("%", "%%"),
+        "open-mode": "append",
+        "chdir": str(Path.cwd()),
+        "nodes": stage.nodes,
+        "ntasks-per-node": stage.ranks_per_node,
+        "gpus-per-node": stage.gpus_per_node or None,
+        "cpus-per-task": cluster.cpus_per_task,
+        "mem": cluster.mem,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "qos": cluster.qos,
+        "time": stage.time,
+        "signal": f"B:USR1@{cluster.signal_seconds}" if stage.trains else None,
+    }
+    lines = [f"#SBATCH --{name}={_quoted(str(value))}" for name, value in options.items() if value is not None]
+    lines += [f"#SBATCH {option}" for option in ("--requeue", *cluster.sbatch_options)]
+    variables = dict(pair.split("=", 1) for pair in cluster.env)
+    variables |= {"FUSERL_MAX_REQUEUES": str(cluster.max_requeues)}
+    if cluster.venv is not None:
+        variables["FUSERL_VENV"] = cluster.venv
+    if cluster.container is not None:
+        variables["FUSERL_CONTAINER"] = cluster.container
+        variables["FUSERL_CONTAINER_MOUNTS"] = ",".join(cluster.container_mounts)
+    settings = {
+        "results_dir": stage.results_dir,
+        "logs": str(folder / "logs" / stage.name),
+        "done_file": str(done_file(pipeline, stage)),
+        "done_hash": stage.hash,
+    }
+    return "\n".join(
+        [
+            "#!/usr/bin/env bash",
+            f"# Stage {stage.name} of {pipeline.root}, by fuserl launch.",
+            *lines,
+            "",
+            *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+            *cluster.setup,
+            *(f"{name}={shlex.quote(value)}" for name, value in settings.items()),
+            f"command=({shlex.join(stage.command)})",
+            "",
+            _body(),
+        ]
+    )
+
+
+def done_file(pipeline: Pipeline, stage: Stage) -> Path:
+    """Holds the stage's hash once it has succeeded."""
+    return pipeline.folder / f"{stage.name}.done"
+
+
+def sbatch_words(pipeline: Pipeline, stage: Stage, jobs: Mapping[str, str]) -> list[str]:
+    """The command that submits a stage; jobs: id (or a stand-in for it) of each stage submitted before it."""
+    waits = [f"afterok:{jobs[name]}" for name in stage.depends_on if name in jobs]
+    if not waits and pipeline.config.cluster.dependency:
+        waits = [pipeline.config.cluster.dependency]
+    words = ["sbatch", "--parsable"]
+    if waits:  # a job whose dependency cannot be met any more is cancelled instead of pending for ever
+        words += [f"--dependency={','.join(waits)}", "--kill-on-invalid-dep=yes"]
+    return [*words, str(pipeline.folder / f"{stage.name}.sbatch")]
+
+
+def submit(pipeline: Pipeline, stages: Sequence[Stage]) -> dict[str, str]:
+    """Submit the stages, whose scripts are written; all of them or none. Returns the job id of each.
+
+    Raises:
+        UserError: what sbatch refused, in its own words.
+    """
+    jobs: dict[str, str] = {}
+    for stage in stages:
+        try:
+            jobs[stage.name] = _call(sbatch_words(pipeline, stage, jobs)).partition(";")[0]
+        except UserError as error:
+            if jobs:
+                subprocess.run(["scancel", *jobs.values()], capture_output=True, timeout=60)
+            raise UserError(f"{stage.name}: {error}; nothing stays submitted.") from None
+    return jobs
+
+
+def still_there(jobs: Mapping[str, str]) -> dict[str, str]:
+    """Those of the jobs that wait or run, with their state in SLURM's word."""
+    if not jobs:
+        return {}
+    command = ["squeue", "--noheader", "--format=%i %T", f"--jobs={','.join(jobs.values())}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)  # fails where SLURM knows none of them
+    states = dict(line.split() for line in done.stdout.splitlines())
+    return {name: states[job] for name, job in jobs.items() if job in states}
+
+
+def check_available() -> None:
+    """Raises UserError where jobs cannot be submitted from."""
+    if shutil.which("sbatch") is None:
+        raise UserError("cluster=slurm: there is no sbatch on PATH; log in to a node of the cluster, or cluster=local.")
+
+
+def _body() -> str:
+    package = Path(__file__).resolve().parents[1]
+    for script in (package / "slurm" / "train.sbatch", package.parent / "slurm" / "train.sbatch"):
+        if script.is_file():
+            text = script.read_text(encoding="utf-8")
+            return text[text.index(BODY_FROM) :]
+    raise UserError(f"slurm/train.sbatch is missing beside {package}: install fuserl-megatron again.")
+
+
+def _quoted(value: str) -> str:
+    return f'"{value}"' if re.search(r"\s", value) else value
+
+
+def _call(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    if done.returncode:
+        said = re.sub(r"\s*(sbatch: )?error: ", " ", done.stderr).split("\n")
+        raise UserError(" ".join(" ".join(said).split()) or f"{command[0]} ended with exit code {done.returncode}")
+    return done.stdout.strip()

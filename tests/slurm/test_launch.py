@@ -1,0 +1,114 @@
+"""`fuserl launch` on a real SLURM: what a dry run shows is what SLURM gets, the chain completes, a failure stops it."""
+
+import json
+import re
+
+import pytest
+
+from fuserl_megatron.cli import main
+
+
+@pytest.fixture
+def words(case, settings, tmp_path):
+    """A chain of every stage; what it trains on is built by it."""
+    builds = [
+        f"build_{name}.{word}"
+        for name in ("sft", "po", "heldout")
+        for word in (f"inputs=[{case['records']}]", "reward_temperature=0.05", "max_length=96")
+    ]
+    return [
+        "cluster=slurm",
+        f"target={case['policy']}",
+        f"run.results_dir={tmp_path / 'run'}",
+        *builds,
+        *(f"train.{word}" for word in (*settings, "trainer.max_steps=2")),
+        "fusepo.objective=fusepo_ln_dpo",
+    ]
+
+
+def job_of(cluster, job):
+    return dict(f.split("=", 1) for f in cluster.run("scontrol", "-o", "show", "job", job).split() if "=" in f)
+
+
+def test_the_chain_completes_and_is_what_the_dry_run_showed(cluster, words, tmp_path, capfd):
+    words.append("stages=[import,build_sft,build_po,build_heldout,fusesft,reference,fusepo,export,evaluate]")
+    assert main(["launch", "--dry-run", *words]) == 0
+    shown = capfd.readouterr().out
+    assert not (tmp_path / "run").exists()
+    assert main(["launch", *words]) == 0
+    said, folder = capfd.readouterr().out, tmp_path / "run" / "launch"
+    jobs = json.loads((folder / "jobs.json").read_text())
+    assert list(jobs) == [
+        "build_sft",
+        "build_po",
+        "build_heldout",
+        "fusesft",
+        "reference",
+        "fusepo",
+        "export",
+        "evaluate",
+    ]
+    assert "import: nothing to do" in said and f"scancel {' '.join(jobs.values())}" in said
+    for name, job in jobs.items():
+        submitted = cluster.run("scontrol", "write", "batch_script", job, "-")
+        (script,) = re.findall(
+            rf"# ---- {re.escape(str(folder / name))}\.sbatch\n(.*?)\n# ---- submit\n", shown, re.DOTALL
+        )
+        assert submitted.strip() == script.strip()
+        (command,) = re.findall(rf"^{name}=\$\((.*)\)$", shown, re.MULTILINE)
+        waits = {jobs[other] for other in re.findall(r"afterok:\$(\w+)", command)}
+        pending = set(re.findall(r"afterok:(\d+)", job_of(cluster, job)["Dependency"]))
+        assert pending <= waits and (pending == waits or not name.startswith(("fuse", "export")))
+        config = folder / f"{name}.yaml"
+        assert not config.exists() or f"# ---- {config}\n{config.read_text()}" in shown
+    for name, job in jobs.items():
+        assert cluster.wait(job) == "COMPLETED", (folder / f"{name}.log").read_text()
+    found = json.loads((tmp_path / "run" / "evaluate" / "evaluation.json").read_text())
+    assert found["model"] == str(tmp_path / "run" / "export") and found["fusepo"]["prompts"] == 7
+    assert "found in" in (folder / "fusepo.log").read_text()  # what the stage reference has scored
+    origin = json.loads((folder / "launch.json").read_text())
+    assert origin["overrides"] == words and origin["version"]
+    # again: nothing is left to do; a changed stage, and what reads it, is
+    assert main(["launch", *words]) == 0
+    assert capfd.readouterr().out.count(": done (") == len(jobs)
+    assert (
+        main(["launch", "--dry-run", *words, "evaluate.trainer.limit_val_prompts=null", "export.dtype=bfloat16"]) == 0
+    )
+    assert re.findall(r"^(\w+)=\$\(sbatch", capfd.readouterr().out, re.MULTILINE) == ["export", "evaluate"]
+
+
+def test_a_failing_stage_cancels_what_waits_for_it(cluster, words, case, tmp_path, capfd):
+    words += ["stages=[fusesft,fusepo,export]", "fusesft.data.path=/nowhere", f"fusepo.data.path={case['data']}"]
+    assert main(["launch", *words]) == 0
+    folder = tmp_path / "run" / "launch"
+    jobs = json.loads((folder / "jobs.json").read_text())
+    assert [cluster.wait(job) for job in jobs.values()] == ["FAILED", "CANCELLED", "CANCELLED"]
+    assert "fuserl: error: /nowhere" in (folder / "fusesft.log").read_text()
+    assert not list(folder.glob("*.done")) and not (tmp_path / "run" / "fusepo").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["fusepo.cluster.partition=gpuu"], "fusepo: invalid partition specified: gpuu"),
+        (["cluster.dependency=afterok:x"], "fusesft: Batch job submission failed: Job dependency problem"),
+        (["run.results_dir=/proc/run"], "/proc/run"),
+    ],
+)
+def test_what_sbatch_refuses_is_one_line_and_nothing_stays(cluster, words, case, more, said, capfd):
+    words += ["stages=[fusesft,fusepo]", f"fusesft.data.path={case['data']}", f"fusepo.data.path={case['data']}"]
+    assert main(["launch", *words, *more]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith("fuserl: error: ") and said in error and error.count("\n") == 1
+    assert cluster.run("squeue", "--noheader") == ""
+
+
+def test_without_sbatch_and_over_a_chain_that_waits(cluster, words, case, monkeypatch, capfd):
+    words += ["stages=[fusesft]", f"fusesft.data.path={case['data']}"]
+    assert main(["launch", *words, "cluster.sbatch_options=[--hold]"]) == 0
+    assert main(["launch", *words]) == 2
+    job = re.search(r"scancel (\d+)", capfd.readouterr().err).group(1)
+    cluster.run("scancel", job)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main(["launch", *words]) == 2
+    assert "there is no sbatch on PATH" in capfd.readouterr().err
