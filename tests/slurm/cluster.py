@@ -93,7 +93,7 @@ class Cluster:
             raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout.strip()
 
-    def wait(self, job: str, timeout: float = 240) -> str:
+    def wait(self, job: str, timeout: float = 900) -> str:
         """The final state of a job."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:

@@ -1,7 +1,6 @@
 """slurm/train.sbatch on a real SLURM: two nodes, preemption in the middle, arrays, mistakes that end as one line."""
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, setti
     for name in ("undisturbed", "preempted"):
         results = tmp_path / name
         jobs[name] = submit(cluster, case, f"{results}.log", two_nodes, *settings, f"run.results_dir={results}")
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + 240
         while name == "preempted" and len(steps_of(results)) < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
         if name == "preempted":
@@ -43,7 +42,7 @@ def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, setti
     # one log a rank, appended to by the second start
     logs = sorted((tmp_path / "preempted" / "logs").iterdir())
     assert [file.name for file in logs] == ["rank-0.log", "rank-1.log"]
-    assert logs[0].read_text() in log.replace(log[: log.index("\n") + 1], "", 1) or "resuming after step" in log
+    assert all(line in log for line in logs[0].read_text().splitlines()) and "resuming after step" in log
 
 
 def test_an_array_of_two_seeds(cluster, case, settings, tmp_path):
@@ -57,31 +56,19 @@ def test_an_array_of_two_seeds(cluster, case, settings, tmp_path):
 
 
 def test_mistakes_are_one_line(cluster, case, tmp_path):
+    container = "--export=ALL,FUSERL_CONTAINER=/image.sqsh"
     mistakes = {
-        "key": ([], ["optim.lrr=1", f"run.results_dir={tmp_path}/x"], "fuserl: error: optim.lrr: no such key"),
+        "key": ([], ["optim.lrr=1"], "fuserl: error: optim.lrr: no such key"),
         "folder": ([], [f"run.results_dir={case['records']}/x"], f"{case['records']}/x/logs: cannot be made"),
-        "array": (["--array=0"], [f"run.results_dir={tmp_path}/x"], "the tasks of an array need folders of their own"),
-        "program": (["--export=ALL,PATH=/usr/bin:/bin"], [f"run.results_dir={tmp_path}/x"], "no fuserl on PATH"),
+        "array": (["--array=0"], [], "the tasks of an array need folders of their own"),
+        "program": (["--export=ALL,PATH=/usr/bin:/bin"], [], "no fuserl on PATH"),
         # pyxis is what takes the option: without it srun says so, which shows that the option arrives
-        "container": (
-            ["--export=ALL,FUSERL_CONTAINER=/image.sqsh"],
-            [],
-            "unrecognized option '--container-image=/image",
-        ),
+        "container": ([container], [], "unrecognized option '--container-image=/image.sqsh'"),
     }
-    environment = dict(os.environ)
     jobs = {
-        name: submit(
-            cluster,
-            case,
-            f"{tmp_path}/{name}.log",
-            options,
-            *words,
-            *([] if words else [f"run.results_dir={tmp_path}/x"]),
-        )
+        name: submit(cluster, case, f"{tmp_path}/{name}.log", options, f"run.results_dir={tmp_path}/x", *words)
         for name, (options, words, _) in mistakes.items()
     }
-    assert environment == dict(os.environ)
     for name, (_, _, said) in mistakes.items():
         assert cluster.wait(jobs[name]) == "FAILED", name
         log = (tmp_path / f"{name}.log").read_text()
