@@ -81,6 +81,7 @@ def evaluate(options: argparse.Namespace) -> int:
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
     num_ranks = _num_ranks(options, config)
     check(config, num_ranks)
+    config = with_local_models(config)
     if _becomes_rank(config, num_ranks):
         from fuserl_megatron.train.evaluate import evaluate as run
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig, StageName
 from fuserl_megatron.config.load import compose_root, from_dict, load_config, to_yaml
 from fuserl_megatron.config.objective import uses_reference
@@ -151,7 +152,8 @@ class _Chain:
         self.target, self.trained = config.target, {}
         if not self.wanted:
             raise UserError("stages=[]: nothing to run; stages=[fusesft,fusepo] would work.")
-        if not (Path(config.target) / "config.json").is_file() and "import" not in self.wanted:
+        self.is_hf = (Path(local_model(config.target, weights=False)) / "config.json").is_file()
+        if not self.is_hf and "import" not in self.wanted:
             raise UserError(
                 f"target={config.target}: holds no config.json, so it is no Hugging Face model directory; a Megatron "
                 "checkpoint needs the stage import before the others."
@@ -167,11 +169,11 @@ class _Chain:
         return Pipeline(config=self.config, stages=tuple(self.stages.values()), notes=tuple(self.notes))
 
     def _import(self, name: str) -> None:
-        if not Path(self.config.target).exists():
-            raise UserError(f"target={self.config.target}: no such directory; give a model or a Megatron checkpoint.")
-        if (Path(self.config.target) / "config.json").is_file():
+        if self.is_hf:
             self.notes.append(f"import: nothing to do, training opens {self.config.target} as it is")
             return
+        if not Path(self.config.target).exists():
+            raise UserError(f"target={self.config.target}: no such directory; give a model or a Megatron checkpoint.")
         self.target = str(self.root / name)
         self._add(name, ("fuserl", "convert", "megatron-to-hf", self.config.target, self.target, "--force"))
 
