@@ -49,7 +49,7 @@ def _train(options: argparse.Namespace) -> int:
         from fuserl_megatron.config.objective import with_defaults
 
         filled = dataclasses.replace(config, objective=with_defaults(config.objective))  # as the run writes it down
-        print(to_yaml(filled), *facts, sep="\n")
+        print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
         return 0
     config = with_local_models(config)
     stopping.remove_marker(Path(config.run.results_dir))
@@ -182,6 +182,26 @@ def check(config: Config, num_ranks: int) -> list[str]:
 
         check_monitor(config, Manifest.read(config.data.validation_path).sources)
     return facts
+
+
+def _laid_out(config: Config, num_ranks: int) -> list[str]:
+    """What each data set gives under these settings, a line each. Raises UserError where something does not fit."""
+    from fuserl_megatron.data.dataset import FusedDataset
+    from fuserl_megatron.data.pairs import prepare
+    from fuserl_megatron.data.sampler import GlobalBatchSampler
+
+    model, lines = config.model, []
+    dp_size = num_ranks // (
+        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    )
+    for path in filter(None, (config.data.path, config.data.validation_path)):
+        prepared = prepare(FusedDataset(path, verify=False), config.objective, config.data.reward_temperature)
+        sampler = GlobalBatchSampler(prepared, config.data, config.run.seed, dp_size)
+        lines.append(
+            f"{path}: {prepared.num_prompts} prompts in {sampler.steps_per_epoch} steps an epoch, "
+            f"{prepared.response_ids.size} sequences, {prepared.chosen.size} pairs"
+        )
+    return lines
 
 
 def hf_to_megatron(options: argparse.Namespace) -> int:

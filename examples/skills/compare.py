@@ -34,10 +34,10 @@ METHODS = {
     "FuseSFT": ("target", "sft", "sft", []),
     "FuseSFT + FusePO-DPO": ("FuseSFT", "po", "po", DPO),
     "FuseSFT + FusePO-SimPO": ("FuseSFT", "po", "po", ["objective=fusepo_simpo", "objective.beta=2", *PO]),
-    "FuseSFT + FusePO-RLOO": ("FuseSFT", "po", "po", ["objective=fusepo_rloo", *PO]),
-    "FuseSFT + more FuseSFT": ("FuseSFT", "po", "po", ["objective=fusesft", "optim.lr=3e-4"]),
+    "FuseSFT + FusePO-RLOO": ("FuseSFT", "po", "po", ["objective=fusepo_rloo", *PO, "optim.lr=1e-4"]),
     "FuseSFT + WRPO": ("FuseSFT", "po", "own", ["objective=wrpo", "objective.target_source=target", *PO]),
     "SFT(best) + DPO": ("SFT(best)", "po", "po", [*DPO, "data.reward_temperature=0"]),
+    "FuseSFT + more FuseSFT": ("FuseSFT", "po", "po", ["objective=fusesft", "optim.lr=3e-4"]),
     "FuseSFT + FusePO-LN-DPO": ("FuseSFT", "po", "po", ["objective=fusepo_ln_dpo", *PO]),
     "uniform SFT + uniform DPO": ("uniform SFT", "po", "po", [*DPO, "data.reward_temperature=inf"]),
 }

@@ -8,6 +8,7 @@ Shapes: G groups, R responses of the whole data set.
 """
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -81,7 +82,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of manifest.json."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        values = asdict(self)
+        if self.reward_temperature == math.inf:
+            values["reward_temperature"] = "inf"  # JSON has no infinity
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def read(cls, directory: str | Path) -> "Manifest":
@@ -106,6 +110,8 @@ class Manifest:
         if set(values) != names:
             odd = ", ".join(sorted(set(values) ^ names))
             raise UserError(f"{path}: fields missing or unknown ({odd}): build the data set again")
+        if values["reward_temperature"] == "inf":
+            values["reward_temperature"] = math.inf
         return cls(**values)
 
 

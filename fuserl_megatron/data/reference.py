@@ -3,6 +3,10 @@
 Two files in a directory: `reference_logps.f32` (raw little-endian float32) and `reference.json` (the key, the number of
 responses and, once scoring is complete, the sha256 of the numbers). The key is a hash of everything the numbers depend
 on; a directory with another key is refused, never overwritten. One rank writes; every rank may read.
+
+float32, not the float64 that the policy's sums are accumulated in: the token log-probabilities behind a sum come from
+fp32 or bf16 arithmetic, and rounding a sum of 1,000 nats moves it by at most 3e-5, of which a loss sees beta times. The
+resident and swapped references round alike (train/reference.py).
 """
 
 import hashlib

@@ -124,9 +124,9 @@ def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
         cpu.enable()
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group(backend, timeout=timeout)
-        else:
+        else:  # no port that another process may take first
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel

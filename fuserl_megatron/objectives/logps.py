@@ -16,7 +16,7 @@ def sequence_logps(
     """Sum of the scored tokens' log-probabilities of each sequence: log pi(y | x) = sum_t log pi(y_t | x, y_<t).
 
     Accumulated in float64 by default: preference losses take differences of such sums, and on a GPU the order of the
-    atomic additions is then far below the digits anybody sees. Store reference sums in the same type.
+    atomic additions is then far below the digits anybody sees.
 
     Args:
         token_logps_T: [T] log-probabilities (natural log, any float type) of the scored tokens only.

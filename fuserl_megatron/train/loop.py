@@ -17,6 +17,7 @@ from fuserl_megatron.train.checks import InvariantError, check_batches, check_pr
 from fuserl_megatron.train.feed import Feed, make_feed, step_values, with_references
 from fuserl_megatron.train.logging import RunLog, say
 from fuserl_megatron.train.meters import peak_tflops, rates, step_flops, time_split
+from fuserl_megatron.train.monitor import check_monitor
 from fuserl_megatron.train.profiling import StepProfiler
 from fuserl_megatron.train.reference import stored_hash
 from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
@@ -24,7 +25,7 @@ from fuserl_megatron.train.saver import Saver
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
 from fuserl_megatron.train.stopping import Stopped, Stopping
 from fuserl_megatron.train.summary import describe_start, versions
-from fuserl_megatron.train.validation import History, check_monitor, is_due, validate
+from fuserl_megatron.train.validation import History, is_due, validate
 
 
 def train(config: Config) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore.step import Engine, evaluate, reduced
 from fuserl_megatron.train.feed import Feed, step_values
-from fuserl_megatron.train.monitor import check_monitor as check_monitor  # loop.py has it from here
 
 FILE = "validation.jsonl"
 
@@ -63,6 +62,7 @@ class History:
         self.records = list(records)
         if is_main:
             directory.mkdir(parents=True, exist_ok=True)
+        if is_main and (self.records or self.path.exists()):  # a file is there only where something was validated
             self.path.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
 
     def add(self, step: int, metrics: dict[str, float]) -> None:

@@ -69,6 +69,7 @@ def test_validation_is_the_same_under_every_layout_and_changes_nothing(ranks, ca
             )
     plain = make_config(case, objective, max_steps=3, global_batch_size=3, results_dir=str(tmp_path / "plain"))
     assert ranks.run(run, 1, plain) == [0]
+    assert not (tmp_path / "plain" / "validation.jsonl").exists()
     assert [r["loss"] for r in lines(tmp_path / "plain", "metrics.jsonl")] == [
         r["loss"] for r in lines(tmp_path / "one", "metrics.jsonl")
     ]

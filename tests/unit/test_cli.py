@@ -28,6 +28,7 @@ LLAMA = dict(
     vocab_size=160,
     max_position_embeddings=512,
 )
+RESPONSES = [("a", "x"), ("a", "y"), ("b", "x"), ("b", "z")]
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,23 @@ def paths(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "manifest.json").write_text(Manifest(**values).to_json())
     return [f"model.path={tmp_path / 'model'}", f"data.path={tmp_path / 'data'}"]
+
+
+@pytest.fixture(scope="module")
+def real_paths(tmp_path_factory):
+    """The same with 1,000 real prompts, two sources and two responses of each."""
+    from fuserl_megatron.config.schema import BuildConfig
+    from fuserl_megatron.data.build import build
+    from fuserl_megatron.testing.tiny import save_char_tokenizer
+
+    root = tmp_path_factory.mktemp("real")
+    save_char_tokenizer(root / "model")
+    (root / "model" / "config.json").write_text(json.dumps(LLAMA))
+    records = [dict(prompt=f"p{p}", source=s, response=r * 9, reward=ord(r)) for p in range(1000) for s, r in RESPONSES]
+    (root / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    settings = dict(inputs=(str(root / "records.jsonl"),), output=str(root / "data"), tokenizer=str(root / "model"))
+    build(BuildConfig(**settings, reward_temperature=1.0), progress=False)
+    return [f"model.path={root / 'model'}", f"data.path={root / 'data'}"]
 
 
 def error_line(capsys, *arguments):
@@ -200,8 +218,8 @@ def test_nproc(capsys, monkeypatch, paths):
     assert error_line(capsys, "train", *paths, "model.pipeline_model_parallel_size=4").startswith("world size 2:")
 
 
-def test_a_monitor_is_known_before_any_rank_starts(capsys, paths):
-    words = ["train", *paths, paths[1].replace("data.path", "data.validation_path"), "--dry-run"]
+def test_a_monitor_is_known_before_any_rank_starts(capsys, real_paths):
+    words = ["train", *real_paths, real_paths[1].replace("data.path", "data.validation_path"), "--dry-run"]
     monitor = "exp_manager.checkpoint_callback_params.monitor"
     assert main([*words, f"{monitor}=val_nll_per_token/a"]) == 0
     capsys.readouterr()
@@ -230,19 +248,19 @@ def test_the_demo_is_the_checkout_s_wherever_it_is_started(monkeypatch, tmp_path
 # --- what works ---
 
 
-def test_dry_run(capsys, paths):
+def test_dry_run(capsys, real_paths):
     """Settings may stand before and after options; the default number of ranks is what the layout needs."""
     words = [
         "train",
-        paths[0],
+        real_paths[0],
         "--dry-run",
-        paths[1],
+        real_paths[1],
         "model=tiny",
         "data.global_batch_size=100",
         "trainer.max_epochs=2",
     ]
     assert main(words) == 0
-    *settings, layout, batch, steps = capsys.readouterr().out.splitlines()
+    *settings, layout, batch, steps, data = capsys.readouterr().out.splitlines()
     assert layout == "layout   TP 2 x PP 1 x CP 1 x DP 1 = 2 ranks"
     assert (
         batch
@@ -252,6 +270,22 @@ def test_dry_run(capsys, paths):
     assert "  global_batch_size: 100" in settings and "  tensor_model_parallel_size: 2" in settings
     assert main([*words, "--nproc", "4"]) == 0
     assert "DP 2 = 4 ranks" in capsys.readouterr().out
+    assert data.endswith(": 1000 prompts in 10 steps an epoch, 2000 sequences, 0 pairs")
+    pairs = ["objective.stage=fusepo", "objective.loss=dpo", real_paths[1].replace("data.path", "data.validation_path")]
+    assert main([*words, *pairs]) == 0
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.endswith(": 1000 prompts in 10 steps an epoch, 4000 sequences, 2000 pairs")
+
+
+def test_a_dry_run_sees_what_does_not_fit(capsys, real_paths):
+    """As the run would, before any rank is started."""
+    words = ["train", *real_paths, "--dry-run", "data.micro_batch_size=1"]
+    line = error_line(capsys, *words, "data.seq_length=20")
+    assert "data.seq_length" in line and "20" in line
+    line = error_line(capsys, *words, "objective.stage=fusepo", "objective.loss=rloo", "objective.min_reward_gap=1")
+    assert "min_reward_gap" in line
+    none = ["objective.stage=fusepo", "objective.loss=dpo", "objective.min_reward_gap=9"]
+    assert "no prompt has a pair" in error_line(capsys, *words, *none)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +297,9 @@ def test_dry_run(capsys, paths):
         (["objective.stage=fusepo", "objective.loss=simpo", "objective.beta=3"], dict(beta=3.0, reference_mode=None)),
     ],
 )
-def test_dry_run_shows_the_values_the_loss_will_use(capsys, paths, objective, expected):
+def test_dry_run_shows_the_values_the_loss_will_use(capsys, real_paths, objective, expected):
     """And what it prints is a configuration with the same meaning."""
-    assert main(["train", *paths, "--dry-run", *objective]) == 0
+    assert main(["train", *real_paths, "--dry-run", *objective]) == 0
     shown = yaml.safe_load(capsys.readouterr().out.split("\nlayout ")[0])
     assert shown["objective"].items() >= expected.items()
     config = from_dict(Config, shown)

@@ -11,11 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from fuserl_megatron.config.schema import BuildConfig, UserError
+from fuserl_megatron.config.schema import BuildConfig, ObjectiveConfig, UserError
 from fuserl_megatron.data import build as build_module
 from fuserl_megatron.data.build import build
 from fuserl_megatron.data.dataset import FusedDataset, Manifest
 from fuserl_megatron.data.files import file_sha256
+from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.data.summary import print_summary
 
 
@@ -288,3 +289,11 @@ def test_nothing_is_left_when_every_record_is_bad(build_dataset, make_record, tm
     with pytest.raises(UserError, match=r"every record was rejected \(prompt_too_long 1\)"):
         build_dataset([make_record(prompt="w1 w2 w3")], max_length=3, on_bad_record="skip")
     assert listing(tmp_path) == ["in.jsonl"] and not Path(tmp_path / "fused").exists()
+
+
+def test_uniform_fusion_is_written_as_json_and_read_back(build_dataset, make_record):
+    """JSON has no infinity: json.dumps would write one that other programs refuse."""
+    dataset = build_dataset([make_record(), make_record(source="b")], reward_temperature=float("inf"))
+    text = (dataset.path / "manifest.json").read_text()
+    assert '"reward_temperature": "inf"' in text and "Infinity" not in text
+    assert dataset.manifest.reward_temperature == float("inf") == prepare(dataset, ObjectiveConfig()).reward_temperature
