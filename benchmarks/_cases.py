@@ -134,11 +134,28 @@ def run_config(
     )
 
 
+class NoReference:
+    """Log-probabilities of 0, where only the speed counts."""
+
+    def scores(self, batches):
+        """Itself: it looks up."""
+        return self
+
+    def lookup(self, ids):
+        """0 for every response."""
+        return ids.float() * 0
+
+
 class Trainer:
     """This trainer's own loop body on one process: data, model, stored reference and log as `fuserl train` has them."""
 
-    def __init__(self, config: Config):
-        """Start the process groups, build model and optimizer, score the reference."""
+    def __init__(self, config: Config, random_weights: bool = False):
+        """Start the process groups, build model and optimizer, score the reference.
+
+        Args:
+            config: the run.
+            random_weights: load nothing (model.path needs a config.json only); reference log-probabilities are 0.
+        """
         from fuserl_megatron.convert.hf_config import read_config
         from fuserl_megatron.data.dataset import FusedDataset
         from fuserl_megatron.mcore import parallel, weights
@@ -163,8 +180,13 @@ class Trainer:
             source_names=dataset.sources,
             logprob_chunk_size=config.model.logprob_chunk_size,
         )
-        (self.feed,) = with_references(config, engine, [(feed, directory / "reference")])
-        weights.load_hf_weights(target, config.model.path, layout)
+        if random_weights:
+            self.feed = dataclasses.replace(feed, reference=NoReference())
+            for parameter in target.chunks[0].parameters():
+                parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
+        else:
+            (self.feed,) = with_references(config, engine, [(feed, directory / "reference")])
+            weights.load_hf_weights(target, config.model.path, layout)
         wrapped = wrap_for_training(target, config.optim)
         optimizer = build_optimizer(wrapped, config.optim, config.trainer, dtype)
         self.engine = dataclasses.replace(engine, wrapped=wrapped, optimizer=optimizer)

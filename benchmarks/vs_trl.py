@@ -46,13 +46,13 @@ def settings(root: Path, case: str, objective: str):
     return run_config(root, SFT if objective.startswith("sft") else DPO, **LAYOUT[case])
 
 
-def sequences(root: Path, case: str, objective: str) -> tuple[list[dict], int]:
+def sequences(config) -> tuple[list[dict], int]:
     """What TRL trains on, and from how many groups: the sequences, or the pairs, that our sampler hands out."""
     from fuserl_megatron.data.dataset import FusedDataset
     from fuserl_megatron.data.pairs import prepare as select
     from fuserl_megatron.train.loop import with_loss_defaults
 
-    config = with_loss_defaults(settings(root, case, objective))
+    config = with_loss_defaults(config)
     data = FusedDataset(config.data.path)
     prepared = select(data, config.objective, None)
     rows = []
@@ -60,7 +60,7 @@ def sequences(root: Path, case: str, objective: str) -> tuple[list[dict], int]:
         prompt = data.prompt(group).tolist()
         first, last = prepared.sequence_offsets[i : i + 2].tolist()
         tokens = [data.response(group, int(prepared.response_ids[n])).tolist() for n in range(first, last)]
-        if objective.startswith("sft"):
+        if config.objective.stage == "fusesft":
             rows += [dict(input_ids=prompt + t, labels=[-100] * len(prompt) + t) for t in tokens]
             continue
         for p in range(*prepared.pair_offsets[i : i + 2].tolist()):
@@ -76,7 +76,7 @@ def trl_worker(root: Path, case: str, objective: str, requests: Requests) -> Non
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    rows, groups = sequences(root, case, objective)
+    rows, groups = sequences(settings(root, case, objective))
     size = round(PROMPTS[case] * len(rows) / groups)  # as many groups a step as ours
     tokenizer = AutoTokenizer.from_pretrained(root / "model")
     model = AutoModelForCausalLM.from_pretrained(root / "model", dtype=torch.float32)
