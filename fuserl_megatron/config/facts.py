@@ -26,6 +26,28 @@ def num_warmup_steps(config: Config, steps: int) -> int:
     return sched.warmup_steps if sched.warmup_steps is not None else math.ceil(sched.warmup_ratio * steps)
 
 
+FP8_MULTIPLES = {"fp8_delayed": 16, "fp8_current": 16, "fp8_blockwise": 128, "fp8_mxfp8": 32}
+"""What Transformer Engine asks of both sizes of a matrix, by trainer.precision."""
+
+
+def row_multiple(config: Config) -> int:
+    """What the layout asks of data.seq_length: two chunks for every context rank, whose part the tensor ranks share."""
+    model = config.model
+    cp, tp = model.context_parallel_size, model.tensor_model_parallel_size if model.sequence_parallel else 1
+    return cp * math.lcm(2 if cp > 1 else 1, tp)
+
+
+def row_length(config: Config) -> int:
+    """Positions of a row: data.seq_length, with FP8 rounded up to what a rank's matrix products need."""
+    model, data = config.model, config.data
+    if config.trainer.precision not in FP8_MULTIPLES:
+        return data.seq_length
+    ranks = model.context_parallel_size * (model.tensor_model_parallel_size if model.sequence_parallel else 1)
+    positions = FP8_MULTIPLES[config.trainer.precision] * ranks
+    multiple = math.lcm(positions // math.gcd(positions, data.micro_batch_size), row_multiple(config))
+    return -(-data.seq_length // multiple) * multiple
+
+
 def layout_fact(config: Config, world_size: int, data_parallel_size: int) -> str:
     """The layout as a product equal to the world size."""
     model = config.model
@@ -39,10 +61,11 @@ def batch_fact(config: Config, data_parallel_size: int) -> str:
     data = config.data
     share = data.global_batch_size / data_parallel_size
     per_rank = f"{share:g}" if share == int(share) else f"up to {math.ceil(share)}"
-    tokens = data.micro_batch_size * data.seq_length
+    length = row_length(config)
+    tokens = data.micro_batch_size * length
     return (
         f"batch    {data.global_batch_size} prompts a step = {per_rank} on each of {data_parallel_size} data-parallel "
-        f"ranks; micro-batch {data.micro_batch_size} x {data.seq_length} = {tokens} tokens"
+        f"ranks; micro-batch {data.micro_batch_size} x {length} = {tokens} tokens"
     )
 
 

@@ -3,6 +3,7 @@
 import math
 from typing import Protocol
 
+from fuserl_megatron.config.facts import FP8_MULTIPLES, row_multiple
 from fuserl_megatron.config.rules import refuse
 from fuserl_megatron.config.schema import Config, UserError
 
@@ -11,6 +12,8 @@ class ModelShape(Protocol):
     """What the checks ask of a model (`convert.hf_config.read_config` gives it). Counts, not bytes."""
 
     num_layers: int
+    hidden_size: int
+    head_dim: int
     ffn_hidden_size: int
     num_attention_heads: int
     num_query_groups: int
@@ -44,8 +47,7 @@ def check_layout(config: Config, world_size: int) -> int:
         )
     if model.sequence_parallel and tp == 1:
         refuse(config, "model.sequence_parallel", "needs model.tensor_model_parallel_size > 1", False)
-    # two chunks for every context rank, and what a context rank holds over the tensor ranks
-    multiple = cp * math.lcm(2 if cp > 1 else 1, tp if model.sequence_parallel else 1)
+    multiple = row_multiple(config)
     if length % multiple:
         splits = [f"model.context_parallel_size={cp} cuts a row into {2 * cp} chunks"] if cp > 1 else []
         splits += [f"model.sequence_parallel splits it over {tp} ranks"] if model.sequence_parallel else []
@@ -66,6 +68,19 @@ def check_model(config: Config, shape: ModelShape, data_set: DataSet | None) -> 
         if count % tp:
             works = _largest_divisor(math.gcd(*counts.values()), tp)
             refuse(config, "model.tensor_model_parallel_size", f"does not divide the model's {count} {what}", works)
+    multiple = FP8_MULTIPLES.get(config.trainer.precision)
+    if multiple is not None:
+        heads = shape.num_attention_heads
+        sizes = {
+            "hidden size": shape.hidden_size,
+            "MLP channels of a tensor rank": shape.ffn_hidden_size // tp,
+            "query width of a tensor rank": heads * shape.head_dim // tp,
+            "query, key and value width of a tensor rank": (heads + 2 * shape.num_query_groups) * shape.head_dim // tp,
+        }
+        for what, size in sizes.items():
+            if size % multiple:
+                rule = f"its matrix products need multiples of {multiple}, and the model's {what} is {size}"
+                refuse(config, "trainer.precision", rule, "bf16")
     if shape.num_layers % pp:
         rule = f"does not divide the model's {shape.num_layers} layers"
         refuse(config, "model.pipeline_model_parallel_size", rule, _largest_divisor(shape.num_layers, pp))

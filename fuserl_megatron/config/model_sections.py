@@ -27,6 +27,9 @@ class ModelConfig:
     attention_backend: Literal["auto", "sdpa", "flex", "te"] = "auto"
     """Core attention: torch's SDPA, FlexAttention (CUDA), Transformer Engine's packed attention (CUDA, no shared
     prefixes). auto: flex on CUDA, sdpa on the CPU."""
+    fp8_params: bool = False
+    """With trainer.precision=fp8_*: keep the layers' weights themselves in FP8 (master weights stay fp32). Needs the
+    distributed optimizer."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times TP. Padded rows never leave the trainer."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"

@@ -92,5 +92,17 @@ class OptimConfig:
     """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass runs (needs the distributed optimizer)."""
+    use_precision_aware_optimizer: bool = False
+    """Let Transformer Engine's Adam keep its states in the formats below (CUDA; needs the distributed optimizer)."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """With it: format of the master weights (with fp32, only what bf16 weights lack of it is stored)."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """With it: format of Adam's first moment."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """With it: format of Adam's second moment."""
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer states in the host's memory and step there (CUDA; needs use_precision_aware_optimizer)."""
+    optimizer_offload_fraction: float = 1.0
+    """With it: share of the states that is moved."""
     sched: SchedConfig = field(default_factory=SchedConfig)
     """Warm-up and decay."""

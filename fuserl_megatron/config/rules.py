@@ -69,6 +69,7 @@ def check_numbers(config: Config) -> None:
     check(lambda value: value >= 0, "must be positive, 0 or inf", {"data.reward_temperature": 0.01})
     check(lambda value: value >= 2, "a row must hold a prompt and a response", {"data.seq_length": 2048})
     check(lambda value: 0 <= value < 1, "must lie in [0, 1)", {"optim.sched.warmup_ratio": 0.1})
+    check(lambda value: 0 < value <= 1, "must lie in (0, 1]", {"optim.optimizer_offload_fraction": 1.0})
     check(lambda value: all(0 <= beta < 1 for beta in value), "must lie in [0, 1)", {"optim.betas": (0.9, 0.95)})
 
 
@@ -86,6 +87,17 @@ def check_trainer(config: Config, device: str | None) -> None:
         refuse(config, "model.attention_backend", rule, "auto")
     if model.attention_backend == "te" and model.context_parallel_size > 1:
         refuse(config, "model.attention_backend", "is not offered with context parallelism", "auto")
+    if trainer.precision.startswith("fp8"):
+        if device == "cpu":
+            refuse(config, "trainer.precision", "FP8 needs Transformer Engine on CUDA; this run is on the CPU", "bf16")
+        if model.transformer_impl == "local":
+            refuse(config, "model.transformer_impl", f"trainer.precision={trainer.precision} needs TE's layers", "auto")
+    elif model.fp8_params:
+        refuse(config, "model.fp8_params", "is used with trainer.precision=fp8_* only", False)
+    if model.fp8_params and not config.optim.use_distributed_optimizer:
+        refuse(config, "model.fp8_params", "needs optim.use_distributed_optimizer=true", False)
+    if model.fp8_params and config.objective.reference_mode == "swap":
+        refuse(config, "objective.reference_mode", "model.fp8_params=true leaves no room to swap weights", "cache")
     if model.recompute_num_layers != 1 and model.recompute_granularity != "full":
         refuse(config, "model.recompute_num_layers", "is used with model.recompute_granularity=full only", 1)
     steps = config.exp_manager.profile_steps
@@ -140,8 +152,8 @@ def check_manager(config: Config) -> None:
             refuse(config, f"{section}.{required}", f"exp_manager.create_{logger}_logger needs it", "fuserl")
 
 
-def check_optimizer(config: Config) -> None:
-    """Schedule and overlap."""
+def check_optimizer(config: Config, device: str | None = None) -> None:
+    """Schedule, overlap, formats and place of the states."""
     optim, sched = config.optim, config.optim.sched
     if sched.min_lr > optim.lr:
         refuse(config, "optim.sched.min_lr", f"must not be above optim.lr={optim.lr}", optim.lr / 10)
@@ -151,3 +163,20 @@ def check_optimizer(config: Config) -> None:
         refuse(config, "optim.overlap_param_gather", "needs optim.use_distributed_optimizer=true", False)
     if optim.overlap_param_gather and not optim.overlap_grad_reduce:
         refuse(config, "optim.overlap_param_gather", "needs optim.overlap_grad_reduce=true as well", False)
+    aware, needed = "optim.use_precision_aware_optimizer", "is used with optim.use_precision_aware_optimizer=true only"
+    if optim.use_precision_aware_optimizer:
+        if device == "cpu":
+            refuse(config, aware, "Transformer Engine's Adam needs CUDA, and this run is on the CPU", False)
+        if not optim.use_distributed_optimizer:
+            refuse(config, aware, "needs optim.use_distributed_optimizer=true", False)
+        if config.trainer.precision == "32":
+            refuse(config, aware, "splits bf16 weights and what they lack of fp32; trainer.precision is 32", False)
+    else:
+        for field in ("optim.main_params_dtype", "optim.exp_avg_dtype", "optim.exp_avg_sq_dtype"):
+            if attrgetter(field)(config) != "fp32":
+                refuse(config, field, needed, "fp32")
+        if optim.optimizer_cpu_offload:
+            refuse(config, "optim.optimizer_cpu_offload", needed, False)
+    if optim.optimizer_offload_fraction != 1.0 and not optim.optimizer_cpu_offload:
+        rule = "is used with optim.optimizer_cpu_offload=true only"
+        refuse(config, "optim.optimizer_offload_fraction", rule, 1.0)

@@ -30,8 +30,9 @@ class TrainerConfig:
 
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """auto takes CUDA with NCCL when torch sees a GPU, otherwise the CPU with gloo."""
-    precision: Literal["32", "bf16"] = "bf16"
-    """Number format of the weights and activations. With bf16 the optimizer keeps fp32 master weights."""
+    precision: Literal["32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mxfp8"] = "bf16"
+    """Number format of the weights and activations. With bf16 the optimizer keeps fp32 master weights. fp8_*: bf16 with
+    the layers' matrix products in FP8, by Transformer Engine's recipe of that name (CUDA; mxfp8: Blackwell)."""
     max_epochs: int | None = 1
     """Passes over the prompts; null leaves max_steps alone to decide."""
     max_steps: int | None = None

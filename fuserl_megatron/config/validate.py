@@ -49,7 +49,7 @@ def validate(
     check_objective(config.objective)
     check_validation(config)
     check_manager(config)
-    check_optimizer(config)
+    check_optimizer(config, device)
     data_parallel_size = check_layout(config, world_size)
     if model_shape is not None:
         check_model(config, model_shape, data_set)

@@ -31,9 +31,8 @@ from fuserl_megatron.convert.names import find_rule
 from fuserl_megatron.convert.rope import rope_inverse_frequencies
 from fuserl_megatron.mcore.attention import SegmentAttention, choose_backend
 from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.precision import check_fp8, fp8_fields
 from fuserl_megatron.mcore.rope import PositionRotary
-
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16}
 
 
 class RMSNorm(torch.nn.Module):
@@ -87,9 +86,9 @@ def have_transformer_engine() -> bool:
 
 
 def transformer_config(
-    shape: ModelShape, model: ModelConfig, layout: Layout, dtype: torch.dtype, use_te: bool
+    shape: ModelShape, model: ModelConfig, layout: Layout, dtype: torch.dtype, use_te: bool, precision: str = "bf16"
 ) -> TransformerConfig:
-    """Core's configuration for a model shape and a layout."""
+    """Core's configuration for a model shape and a layout; precision is trainer.precision, read for FP8."""
     if shape.attention_out_bias != shape.mlp_bias:
         raise UserError(
             f"{model.path}: attention_bias={shape.attention_out_bias} with mlp_bias={shape.mlp_bias} is not possible: "
@@ -116,6 +115,7 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         pipeline_dtype=dtype,
+        **fp8_fields(precision, model.fp8_params),
         perform_initialization=False,  # every parameter is loaded; see _mark_tensor_parallel
         use_cpu_initialization=not on_gpu,
         tensor_model_parallel_size=layout.tp_size,
@@ -158,7 +158,9 @@ def _layer_spec(shape: ModelShape, use_te: bool):
     return spec
 
 
-def build_model(shape: ModelShape, model: ModelConfig, layout: Layout, dtype: torch.dtype) -> TargetModel:
+def build_model(
+    shape: ModelShape, model: ModelConfig, layout: Layout, dtype: torch.dtype, precision: str = "bf16"
+) -> TargetModel:
     """This rank's chunks of GPTModel, on the layout's device, weights not yet loaded.
 
     Raises:
@@ -174,9 +176,10 @@ def build_model(shape: ModelShape, model: ModelConfig, layout: Layout, dtype: to
             "model.transformer_impl=transformer_engine needs a GPU and the transformer-engine package: "
             "use model.transformer_impl=local, or `pip install fuserl-megatron[gpu]` on a CUDA machine."
         )
+    check_fp8(precision, layout.device, use_te)
     backend = choose_backend(model.attention_backend, layout.device, use_te or have_transformer_engine())
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    config = transformer_config(shape, model, layout, dtype, use_te)
+    config = transformer_config(shape, model, layout, dtype, use_te, precision)
     padded = padded_vocab_size(shape.vocab_size, layout.tp_size, model.make_vocab_size_divisible_by)
     inv_freq, attention_scaling = rope_inverse_frequencies(shape.rope, shape.head_dim)
     chunks = []
@@ -232,6 +235,7 @@ def wrap_for_training(target: TargetModel, optim: OptimConfig) -> list[Distribut
         overlap_param_gather=optim.overlap_param_gather,
         use_distributed_optimizer=optim.use_distributed_optimizer,
         average_in_collective=False,
+        fp8_param_gather=target.config.fp8_param,
     )
     wrapped = [DistributedDataParallel(target.config, ddp_config, chunk) for chunk in target.chunks]
     target.config.finalize_model_grads_func = finalize_model_grads

@@ -12,14 +12,35 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from fuserl_megatron.config.schema import OptimConfig, TrainerConfig
+from fuserl_megatron.config.schema import OptimConfig, TrainerConfig, UserError
+from fuserl_megatron.mcore.model import have_transformer_engine
+
+STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
+"""Core stands uint8 for fp8 states."""
 
 
 def build_optimizer(
     wrapped: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig, dtype: torch.dtype
 ) -> ChainedOptimizer:
     """Core's optimizer over this rank's parameters; fp32 master weights when the parameters are bf16."""
+    aware = optim.use_precision_aware_optimizer
+    if aware and not have_transformer_engine():
+        raise UserError(
+            "optim.use_precision_aware_optimizer=true needs Transformer Engine's Adam, and transformer-engine is not "
+            "installed: optim.use_precision_aware_optimizer=false would work."
+        )
+    states = dict(
+        use_precision_aware_optimizer=True,
+        main_params_dtype=STATE_DTYPES[optim.main_params_dtype],
+        exp_avg_dtype=STATE_DTYPES[optim.exp_avg_dtype],
+        exp_avg_sq_dtype=STATE_DTYPES[optim.exp_avg_sq_dtype],
+        optimizer_cpu_offload=optim.optimizer_cpu_offload,
+        optimizer_offload_fraction=optim.optimizer_offload_fraction if optim.optimizer_cpu_offload else 0.0,
+    )
+    core_config = wrapped[0].config
     config = OptimizerConfig(
+        **(states if aware else {}),
+        fp8_recipe=core_config.fp8_recipe if core_config.fp8 else None,
         optimizer="adam",  # decoupled weight decay is core's default for adam
         lr=optim.lr,
         min_lr=optim.lr,
@@ -61,5 +82,7 @@ def clip_and_update(optimizer: ChainedOptimizer, grad_norm: float, max_norm: flo
     for part in optimizer.chained_optimizers:
         parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
         if parameters and max_norm > 0:
-            clip_grad_by_total_norm_fp32(parameters, max_norm=max_norm, total_norm=grad_norm)
+            # precision-aware states read the gradients elsewhere
+            elsewhere = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+            clip_grad_by_total_norm_fp32(parameters, max_norm, grad_norm, elsewhere)
     optimizer.step_with_ready_grads()

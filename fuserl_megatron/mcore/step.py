@@ -35,6 +35,7 @@ from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
 from fuserl_megatron.mcore.parallel import Layout, any_rank, on_any_rank
+from fuserl_megatron.mcore.precision import scoring
 from fuserl_megatron.mcore.visibility import Visibility
 from fuserl_megatron.objectives import reduce
 from fuserl_megatron.objectives.logps import sequence_logps
@@ -176,7 +177,8 @@ def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues 
     """
     for chunk in engine.callables:
         chunk.eval()
-    return _losses_and_metrics(engine, batches, 1.0, values, forward_only=True)
+    with scoring(engine.target.config):
+        return _losses_and_metrics(engine, batches, 1.0, values, forward_only=True)
 
 
 def reduced(engine: Engine, totals_M2: torch.Tensor) -> tuple[float, dict[str, float]]:
@@ -274,7 +276,8 @@ def score(engine: Engine, batches: Sequence[PackedBatch]) -> tuple[torch.Tensor,
 
     for chunk in engine.callables:
         chunk.eval()
-    found = _run_schedule(engine, batches, on_output, forward_only=True)
+    with scoring(engine.target.config):
+        found = _run_schedule(engine, batches, on_output, forward_only=True)
     mine = None
     if found and engine.layout.tp_rank == 0 and engine.layout.cp_rank == 0:
         mine = (torch.cat([ids for ids, _ in found]).cpu(), torch.cat([logps for _, logps in found]).cpu())

@@ -17,6 +17,7 @@ from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.parallel import Layout, from_main_rank
+from fuserl_megatron.mcore.precision import fill, plain
 from fuserl_megatron.mcore.safe_load import check_pickles
 
 
@@ -48,7 +49,7 @@ def load_hf_weights(target: TargetModel, directory: str, layout: Layout) -> None
             assert value.shape == parameter.shape, (
                 f"{name}: read {tuple(value.shape)}, expected {tuple(parameter.shape)}"
             )
-            parameter.copy_(value)
+            fill(parameter, value)
 
 
 @torch.no_grad()
@@ -74,7 +75,7 @@ def load_checkpoint_weights(target: TargetModel, folder: str | Path) -> None:
 
 @torch.no_grad()
 def gather_hf_tensors(
-    target: TargetModel, layout: Layout, value: Callable[[torch.nn.Parameter], torch.Tensor] = torch.Tensor.detach
+    target: TargetModel, layout: Layout, value: Callable[[torch.nn.Parameter], torch.Tensor] = plain
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """All Hugging Face tensors in export order, on rank 0's CPU; the other ranks take part and get nothing.
 
@@ -198,7 +199,7 @@ def _write_own_part(
             for i, (name, parameter) in enumerate(named_parameters(target)):
                 if i % replicas != replica:
                     continue
-                full = _gather_over_tp(name, parameter.detach(), tp_group, layout, i // replicas % layout.tp_size)
+                full = _gather_over_tp(name, plain(parameter), tp_group, layout, i // replicas % layout.tp_size)
                 if full is None or problem:
                     continue
                 try:

@@ -76,7 +76,7 @@ def first_step_check(config: Config, step: int) -> Callable[[float], None]:
     expected = first_step_loss(PreferenceLoss(objective.loss), loss_options(objective))
 
     def check(loss: float) -> None:
-        tolerance = LOSS_TOLERANCE[config.trainer.precision]
+        tolerance = LOSS_TOLERANCE["32" if config.trainer.precision == "32" else "bf16"]
         if expected is not None and abs(loss - expected) > tolerance * expected:
             raise InvariantError(
                 "first_step_loss",

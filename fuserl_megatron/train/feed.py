@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fuserl_megatron.config.facts import row_length
 from fuserl_megatron.config.objective import uses_reference
 from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig
 from fuserl_megatron.data.batch import PackedBatch
@@ -48,12 +49,11 @@ def make_feed(config: Config, dataset: FusedDataset, dp_size: int, pp_multiple: 
         UserError: nothing is left, something does not fit, or the data lack what the loss reads.
     """
     prepared = prepare(dataset, config.objective, config.data.reward_temperature)
-    sampler = GlobalBatchSampler(prepared, config.data, config.run.seed, dp_size, microbatch_multiple=pp_multiple)
+    rows = replace(config.data, seq_length=row_length(config))
+    sampler = GlobalBatchSampler(prepared, rows, config.run.seed, dp_size, microbatch_multiple=pp_multiple)
     other = None
     if config.objective.loss == "kto" and (view := mismatched(prepared)) is not None:
-        data: DataConfig = replace(
-            config.data, packing=PackingConfig(enabled=config.data.packing.enabled, share_prefix="off")
-        )
+        data: DataConfig = replace(rows, packing=PackingConfig(enabled=config.data.packing.enabled, share_prefix="off"))
         other = Feed(prepared=view, sampler=GlobalBatchSampler(view, data, config.run.seed, dp_size, pp_multiple))
     return Feed(prepared=prepared, sampler=sampler, mismatched=other)
 

@@ -10,8 +10,9 @@ from fuserl_megatron.convert.hf_config import ModelShape, read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel, weights
-from fuserl_megatron.mcore.model import DTYPES, build_model, gather_parameters, wrap_for_training
+from fuserl_megatron.mcore.model import build_model, gather_parameters, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer
+from fuserl_megatron.mcore.precision import parameter_dtype
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
 from fuserl_megatron.train.checks import InvariantError, check_batches, check_prepared, first_step_check
 from fuserl_megatron.train.feed import Feed, make_feed, step_values, with_references
@@ -101,8 +102,8 @@ def _run(
     done, damaged, saved = steps_to_resume(config, checkpoints, identity, layout)
 
     started = time.monotonic()
-    dtype = DTYPES[config.trainer.precision]
-    target = build_model(shape, config.model, layout, dtype)
+    dtype = parameter_dtype(config.trainer.precision)
+    target = build_model(shape, config.model, layout, dtype, config.trainer.precision)
     engine = Engine(
         target=target,
         layout=layout,

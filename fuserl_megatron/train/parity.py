@@ -29,8 +29,9 @@ from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.data.assemble import units_of
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import parallel, weights
-from fuserl_megatron.mcore.model import DTYPES, build_model, wrap_for_training
+from fuserl_megatron.mcore.model import build_model, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer, gradient_norm
+from fuserl_megatron.mcore.precision import parameter_dtype
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, forward_backward
 from fuserl_megatron.train.feed import make_feed, step_values, with_references
 from fuserl_megatron.train.logging import say
@@ -87,9 +88,16 @@ def parity(config: Config, *, steps: int = 1, threshold: float | None = None) ->
 
 def _compared(config: Config) -> Config:
     """The run without what splits, defers or stores its numbers."""
-    whole = dict(use_distributed_optimizer=False, overlap_grad_reduce=False, overlap_param_gather=False)
+    switches = ("use_precision_aware_optimizer", "use_distributed_optimizer", "overlap_grad_reduce")
+    whole = dict.fromkeys((*switches, "overlap_param_gather"), False)
     live = dict(reference_mode="swap") if uses_reference(config.objective) else {}
     objective = with_defaults(dataclasses.replace(config.objective, **live))
+    if config.trainer.precision.startswith("fp8"):  # what a layout does to the numbers does not depend on it
+        config = dataclasses.replace(
+            config,
+            trainer=dataclasses.replace(config.trainer, precision="bf16"),
+            model=dataclasses.replace(config.model, fp8_params=False),
+        )
     return dataclasses.replace(config, objective=objective, optim=dataclasses.replace(config.optim, **whole))
 
 
@@ -115,7 +123,7 @@ def _alone(config: Config, on_gpu: bool, steps: int) -> Iterator[Step]:
 
 def _steps(config: Config, layout: parallel.Layout, steps: int, dtype: torch.dtype | None = None) -> Iterator[Step]:
     """The first global batches. dtype float64: plain gradients, without DDP; None: the run's, through DDP."""
-    dataset, train_dtype = FusedDataset(config.data.path), DTYPES[config.trainer.precision]
+    dataset, train_dtype = FusedDataset(config.data.path), parameter_dtype(config.trainer.precision)
     feed = make_feed(config, dataset, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
     target = build_model(read_config(config.model.path), config.model, layout, dtype or train_dtype)
     engine = Engine(

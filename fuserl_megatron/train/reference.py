@@ -68,7 +68,8 @@ class LiveReference:
             weights.load_hf_weights(engine.target, path, engine.layout)
             self._held = [parameter.detach().cpu().clone() for parameter in _parameters(engine)]
         else:
-            target = build_model(engine.target.shape, config.model, engine.layout, engine.target.config.params_dtype)
+            dtype = engine.target.config.params_dtype
+            target = build_model(engine.target.shape, config.model, engine.layout, dtype, config.trainer.precision)
             weights.load_hf_weights(target, path, engine.layout)
             engine = dataclasses.replace(engine, target=target, wrapped=[], optimizer=None)
         self.engine = dataclasses.replace(engine, wrapped=[], optimizer=None)

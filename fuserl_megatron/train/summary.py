@@ -65,7 +65,7 @@ def describe_start(
         say(f"           {name} {value:.4f}")
     say(
         f"batch      {data.global_batch_size} prompts a step = {plan.num_microbatches} micro-batches x "
-        f"{data.micro_batch_size} rows x {data.seq_length} tokens x DP {layout.dp_size}; "
+        f"{data.micro_batch_size} rows x {sampler.data.seq_length} tokens x DP {layout.dp_size}; "
         f"padding {plan.padding_share:.1%} (first step)"
     )
     flops = step_flops(shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens)

@@ -168,7 +168,7 @@ def test_unknown_key_in_a_file_is_named_with_its_full_path(tmp_path):
         ("run.name=7", "run.name=7: must be text, such as run.name=fuserl."),
         ("optim.betas=[0.9]", "optim.betas=[0.9]: must be a list of 2, such as optim.betas=[0.9,0.95]."),
         ("optim.betas=[0.9,a]", "optim.betas=a: must be a number, such as optim.betas=0.1."),
-        ("trainer.precision=bf17", "trainer.precision=bf17: not one of 32, bf16. Did you mean bf16?"),
+        ("trainer.precision=bf17", "trainer.precision=bf17: not one of 32, bf16, fp8_delayed, "),
         ("optim.sched=cosine", "optim.sched=cosine: optim.sched is a section; set one of its keys: optim.sched.name, "),
         ("model=llama31_8", "model=llama31_8: no such choice. Did you mean llama31_8b? There are: llama31_8b, "),
         ("model=null", "model=null: no such choice. There are: llama31_8b, "),
