@@ -119,7 +119,7 @@ def test_batches_hold_the_sequences_of_the_data_set(data, prepare_stage, stage, 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(
-        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 12), min_size=2, max_size=4)), min_size=1, max_size=12
+        st.tuples(st.integers(1, 20), st.lists(st.integers(1, 9), min_size=2, max_size=4)), min_size=1, max_size=12
     ),
     st.sampled_from([layout.values[0] for layout in LAYOUTS]),
     st.sampled_from(["fusesft", "fusepo"]),
