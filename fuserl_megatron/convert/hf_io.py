@@ -6,7 +6,7 @@ the model card says where the weights come from.
 
 One process calls `export_directory`. Several (the ranks of a training run) share the three steps it is made of: rank 0
 `begin_export`, all ranks `ShardWriter(..., create=False)`, rank 0 `finish_export` with every rank's written names, or
-`abort_export`.
+`discard`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def export_directory(destination: str | Path, *, lineage: dict[str, Any], **begi
             yield writer
         finish_export(partial, destination, written=writer.written, lineage=lineage)
     except BaseException:  # also Ctrl-C: nothing that looks like a model may stay
-        abort_export(partial)
+        discard(partial)
         raise
 
 
@@ -131,7 +131,7 @@ def begin_export(
         write_json(partial / "config.json", config_dict)
         ShardWriter(partial, shapes, dtype, max_shard_bytes)
     except BaseException as error:
-        abort_export(partial)
+        discard(partial)
         if isinstance(error, OSError):
             raise cannot_write(target, error) from error
         raise
@@ -148,7 +148,7 @@ def finish_export(partial: Path, destination: str | Path, *, written: Iterable[s
         lineage: as `export_directory`.
 
     Raises:
-        UserError: a tensor is missing or unknown, or the files do not read back. The caller then calls `abort_export`.
+        UserError: a tensor is missing or unknown, or the files do not read back. The caller then calls `discard`.
     """
     shape = read_config(partial)
     written = list(written)
@@ -167,11 +167,6 @@ def finish_export(partial: Path, destination: str | Path, *, written: Iterable[s
     except OSError as error:
         raise cannot_write(target, error) from error
     publish(partial, target)
-
-
-def abort_export(partial: Path) -> None:
-    """Remove an unfinished export. Safe to call when it is already gone."""
-    discard(partial)
 
 
 def copy_companions(files: list[tuple[Path, Path]], destination: Path) -> None:

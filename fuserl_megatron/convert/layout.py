@@ -65,13 +65,6 @@ def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 1) -> i
     return -(-vocab_size // step) * step
 
 
-def pad_vocab(weight: torch.Tensor, padded: int) -> torch.Tensor:
-    """[V, H] with zero rows appended up to [padded, H]; the tensor itself when nothing is missing."""
-    missing = padded - weight.shape[0]
-    assert missing >= 0, f"padded vocabulary {padded} is smaller than the {weight.shape[0]} rows there are"
-    return torch.cat((weight, weight.new_zeros(missing, *weight.shape[1:]))) if missing else weight
-
-
 def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
     """Refuse a tensor-parallel size that would cut through a head, a group or the feed-forward layer unevenly.
 

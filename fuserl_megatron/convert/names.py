@@ -190,11 +190,6 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     }
 
 
-def expected_hf_names(shape: ModelShape) -> list[str]:
-    """The Hugging Face tensor names this model must have, no more and no fewer."""
-    return list(hf_shapes(shape))
-
-
 def _rows(shape: ModelShape) -> list[tuple[str, NameRule]]:
     layer = [row for row in LAYER if not row.needs or getattr(shape, row.needs)]
     after = [row for row in AFTER_LAYERS if row.megatron != "output_layer.weight" or not shape.tie_word_embeddings]

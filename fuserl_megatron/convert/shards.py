@@ -7,7 +7,6 @@ drops them, and a file truncated underneath a map kills the process instead of r
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.layout import hf_cuts, merge_qkv, padded_vocab_size
 from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes
 from fuserl_megatron.convert.shard_writer import ShardWriter as ShardWriter  # reading and writing under one name
-from fuserl_megatron.convert.weight_files import StoredTensor, find_files, read_header
+from fuserl_megatron.convert.weight_files import StoredTensor, find_files, read_header, read_into
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WINDOW_BYTES = 16 * 2**20  # scratch for column reads and comparisons
@@ -150,13 +149,8 @@ class ShardReader:
             return
         if stored.file not in self._handles:
             self._handles[stored.file] = open(stored.file, "rb", buffering=0)
-        view = memoryview(out.view(-1).view(torch.uint8).numpy())
-        offset, done = stored.start + start * stored.row_bytes, 0
-        while done < len(view):
-            count = os.preadv(self._handles[stored.file].fileno(), [view[done : done + 2**30]], offset + done)
-            if count == 0:
-                raise UserError(f"{stored.file}: ends inside {name}; the file was cut short while it was read")
-            done += count
+        if not read_into(self._handles[stored.file], stored.start + start * stored.row_bytes, out):
+            raise UserError(f"{stored.file}: ends inside {name}; the file was cut short while it was read")
 
 
 def check_tensors(reader: ShardReader, shape: ModelShape) -> None:

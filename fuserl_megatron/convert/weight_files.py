@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -83,6 +84,17 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if 8 + length + end != size:
         raise UserError(f"{file}: {size} bytes, but its header promises {8 + length + end} (truncated?); {again}")
     return tensors
+
+
+def read_into(file: BinaryIO, offset: int, out: torch.Tensor) -> bool:
+    """Fill a contiguous tensor with a file's bytes from `offset` on; False when the file ends before."""
+    view, done = memoryview(out.view(-1).view(torch.uint8).numpy()), 0
+    while done < len(view):
+        count = os.preadv(file.fileno(), [view[done : done + 2**30]], offset + done)
+        if count == 0:
+            return False
+        done += count
+    return True
 
 
 def find_files(directory: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str] | None]:

@@ -14,7 +14,6 @@ import torch
 from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import ModelShape
-from fuserl_megatron.convert.layout import hf_tensors_from_megatron
 from fuserl_megatron.convert.names import TE_FUSED, find_rule, hf_shapes, megatron_names, te_name
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, iteration_directory, newest_iteration
 from fuserl_megatron.mcore.dist_reader import DistReader
@@ -133,11 +132,6 @@ def stored_key(reader: DistReader, name: str) -> tuple[str, int | None]:
             return own, None
     local = {fused: plain for plain, fused in TE_FUSED.items()}.get(key.removeprefix(LAYERS))
     return (LAYERS + local, layer) if local and LAYERS + local in reader.keys else (key, layer)
-
-
-def megatron_tensors(reader: DistReader, shape: ModelShape, name: str) -> list[tuple[str, torch.Tensor]]:
-    """The Hugging Face tensors of one Megatron parameter, read from the checkpoint at the memory of that parameter."""
-    return hf_tensors_from_megatron(name, reader.read(*stored_key(reader, name)), shape)
 
 
 def checkpoint_key(name: str) -> tuple[str, int | None]:

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.weight_files import read_into
 from fuserl_megatron.mcore.dist_format import CONFIG, INDEX, numbers_of
 from fuserl_megatron.mcore.safe_load import AGAIN, read_index
 
@@ -135,13 +136,8 @@ class DistReader:
         if dtype != out.dtype:
             raise UserError(f"{file}: {key} is {dtype}, but {out.dtype} is called for; {AGAIN}")
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=dtype)
-        view = memoryview(target.view(-1).view(torch.uint8).numpy())
-        at, done = start + first * dtype.itemsize, 0
-        while done < len(view):
-            count = os.preadv(self._handles[file.name].fileno(), [view[done : done + 2**30]], at + done)
-            if count == 0:
-                raise UserError(f"{file}: ends inside {key}; {AGAIN}")
-            done += count
+        if not read_into(self._handles[file.name], start + first * dtype.itemsize, target):
+            raise UserError(f"{file}: ends inside {key}; {AGAIN}")
         if target is not out:
             out.copy_(target)
 

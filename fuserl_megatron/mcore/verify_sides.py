@@ -15,9 +15,10 @@ from fuserl_megatron.config.hub import TOKENIZER_FILES
 from fuserl_megatron.config.schema import ModelConfig, TrainerConfig, UserError
 from fuserl_megatron.convert.hf_config import ModelShape, read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
+from fuserl_megatron.convert.layout import hf_tensors_from_megatron
 from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
-from fuserl_megatron.mcore.dist_model import check_checkpoint, find_checkpoint, megatron_tensors, stored_key
+from fuserl_megatron.mcore.dist_model import check_checkpoint, find_checkpoint, stored_key
 from fuserl_megatron.mcore.dist_reader import DistReader
 
 Tokens = list[int]
@@ -107,7 +108,7 @@ class MegatronSide:
         stored = self._reader.keys.get(key)
         if stored is None or (layer is not None and layer >= stored.size[0]):
             return {}
-        return dict(megatron_tensors(self._reader, self.shape, name))
+        return dict(hf_tensors_from_megatron(name, self._reader.read(key, layer), self.shape))
 
     def load(self) -> None:
         """Build core's model and load the checkpoint with core's own loader."""

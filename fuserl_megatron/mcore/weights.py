@@ -10,11 +10,12 @@ from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.convert.hf_io import abort_export, begin_export, finish_export
+from fuserl_megatron.convert.hf_io import begin_export, finish_export
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron, unshard
 from fuserl_megatron.convert.names import find_rule, hf_shapes, local_name, megatron_names
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
+from fuserl_megatron.convert.whole_directory import discard
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.parallel import Layout, from_main_rank
 from fuserl_megatron.mcore.precision import fill, plain
@@ -181,7 +182,7 @@ def export_hf(
             raise UserError(problem)
     except BaseException:  # also a rank that died, and Ctrl-C
         if layout.is_main:
-            abort_export(partial)
+            discard(partial)
         raise
 
 

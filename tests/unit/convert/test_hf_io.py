@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.hf_io import (
-    abort_export,
     begin_export,
     check_model_directory,
     config_with_dtype,
@@ -23,6 +22,7 @@ from fuserl_megatron.convert.layout import hf_tensors_from_megatron
 from fuserl_megatron.convert.names import hf_shapes, megatron_names
 from fuserl_megatron.convert.shard_writer import ShardWriter
 from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
+from fuserl_megatron.convert.whole_directory import discard
 
 LINEAGE = {"target": "tiny", "sources": ["a", "b"], "data manifest": "sha256:0", "config": {"stage": "fusesft"}}
 
@@ -190,7 +190,7 @@ def test_several_processes_share_one_export(tmp_path, source):
     with ShardReader(tmp_path / "out") as reader:
         check_tensors(reader, shape)
         assert all(torch.equal(reader.read(name), tensor) for name, tensor in tensors)
-    abort_export(partial)  # harmless now
+    discard(partial)  # harmless now
     assert left_over(tmp_path) == ["out", "source"]
 
 
