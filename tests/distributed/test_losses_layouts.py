@@ -79,7 +79,8 @@ def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, faul
 def test_three_reference_modes_give_the_same_numbers(ranks, case, tmp_path, name):
     found = {}
     for mode in ("cache", "resident", "swap"):
-        config = make_config(case, DPO if name == "dpo" else LOSSES["kto"], tp=2)
+        objective, layout = (DPO, dict(tp=2)) if name == "dpo" else (LOSSES["kto"], dict(cp=2))
+        config = make_config(case, objective, **layout)
         config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, reference_mode=mode))
         found[mode] = ranks.run(loss_and_gradients, 2, config, str(tmp_path / mode))[0]
         assert (tmp_path / mode).exists() == (mode == "cache")

@@ -59,7 +59,7 @@ def worst(text):
 RIGHT = {
     "fusesft, tp2 sp, prefix shared": (SFT, dict(tp=2, sp=True, share="on", seq_length=240)),
     "fusesft, pp2, weighted tokens": (SFT | {"nll_reduction": "weighted_token_mean"}, dict(pp=2)),
-    "dpo, pp2, full recompute": (DPO, dict(pp=2, recompute="full")),
+    "dpo, pp2 vpp2, full recompute": (DPO, dict(pp=2, vpp=2, recompute="full")),
     "dpo, cp2, prefix shared": (DPO, dict(cp=2, share="on", seq_length=240)),
     "kto, dp2, distributed optimizer": (LOSSES["kto"], dict(distopt=True)),
     "wrpo, tp2": (LOSSES["wrpo"], dict(tp=2, seq_length=200)),
