@@ -159,8 +159,9 @@ class Trainer:
         from fuserl_megatron.convert.hf_config import read_config
         from fuserl_megatron.data.dataset import FusedDataset
         from fuserl_megatron.mcore import parallel, weights
-        from fuserl_megatron.mcore.model import DTYPES, build_model, wrap_for_training
+        from fuserl_megatron.mcore.model import build_model, wrap_for_training
         from fuserl_megatron.mcore.optimizer import build_optimizer
+        from fuserl_megatron.mcore.precision import parameter_dtype
         from fuserl_megatron.mcore.step import Engine
         from fuserl_megatron.train.feed import make_feed, with_references
         from fuserl_megatron.train.logging import RunLog
@@ -171,8 +172,8 @@ class Trainer:
         directory = Path(config.run.results_dir)
         layout = parallel.initialize(config.model, config.trainer)
         dataset, shape = FusedDataset(config.data.path), read_config(config.model.path)
-        feed, dtype = make_feed(config, dataset, layout.dp_size, 1), DTYPES[config.trainer.precision]
-        target = build_model(shape, config.model, layout, dtype)
+        feed, dtype = make_feed(config, dataset, layout.dp_size, 1), parameter_dtype(config.trainer.precision)
+        target = build_model(shape, config.model, layout, dtype, config.trainer.precision)
         engine = Engine(
             target=target,
             layout=layout,

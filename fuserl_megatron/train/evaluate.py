@@ -12,7 +12,8 @@ from fuserl_megatron.convert.hf_config import ModelShape, read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import parallel, weights
-from fuserl_megatron.mcore.model import DTYPES, build_model
+from fuserl_megatron.mcore.model import build_model
+from fuserl_megatron.mcore.precision import parameter_dtype
 from fuserl_megatron.mcore.step import Engine, NonFiniteError
 from fuserl_megatron.train.feed import Feed, make_feed, with_references
 from fuserl_megatron.train.logging import say
@@ -109,7 +110,13 @@ def _with_references(
     multiple = layout.pp_size if layout.vpp_size else 1
     feeds = [(make_feed(config, dataset, layout.dp_size, multiple), directory) for dataset, directory in jobs]
     engine = Engine(
-        target=build_model(shape, config.model, layout, DTYPES[config.trainer.precision]),
+        target=build_model(
+            shape,
+            config.model,
+            layout,
+            parameter_dtype(config.trainer.precision),
+            config.trainer.precision,
+        ),
         layout=layout,
         objective=config.objective,
         source_names=jobs[0][0].sources,

@@ -112,7 +112,15 @@ def test_going_back_to_an_older_step_keeps_what_is_written_then(ranks, case, tmp
         (dict(pp=2, vpp=2), 2, dict(tp=2), 2),
         (dict(pp=2, distopt=True), 2, dict(pp=2, vpp=2, distopt=True), 2),
     ],
-    ids=["tp2 to pp2", "tp2 dp2 to dp2", "dp1 to dp2", "cp2 distopt to one", "tp2 to cp2", "pp2 vpp2 to tp2", "pp2 distopt to vpp2"],
+    ids=[
+        "tp2 to pp2",
+        "tp2 dp2 to dp2",
+        "dp1 to dp2",
+        "cp2 distopt to one",
+        "tp2 to cp2",
+        "pp2 vpp2 to tp2",
+        "pp2 distopt to vpp2",
+    ],
 )
 def test_another_layout_continues_the_run(ranks, case, tmp_path, first, world, second, world2):
     four_steps(ranks, case, tmp_path / "whole", world, objective=DPO, **first)
