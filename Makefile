@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-gpu bench lint clean
+.PHONY: help venv demo test test-slow test-durability test-gpu bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
@@ -24,6 +24,9 @@ test: lint  ## lint and all tests but the slow and the GPU ones
 
 test-slow: $(INSTALLED)  ## the long proofs
 	$(PYTEST) -m "slow and not gpu"
+
+test-durability: $(INSTALLED)  ## 200 runs killed at random instants and resumed, bit for bit (about an hour)
+	$(BIN)/python tests/durability/crash.py --runs 200 --seed 1
 
 test-gpu: $(INSTALLED)  ## what needs a CUDA device
 	$(PYTEST) -m gpu

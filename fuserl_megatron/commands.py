@@ -39,8 +39,11 @@ def train(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from fuserl_megatron.config.load import load_config, to_yaml
     from fuserl_megatron.train import stopping
+    from fuserl_megatron.train.watchdog import own_log
 
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
+    if not options.dry_run:
+        stopping.remove_marker(Path(config.run.results_dir))
     num_ranks = _num_ranks(options, config)
     facts = check(config, num_ranks)
     if options.reference_only:
@@ -52,15 +55,15 @@ def _train(options: argparse.Namespace) -> int:
         print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
         return 0
     config = with_local_models(config)
-    stopping.remove_marker(Path(config.run.results_dir))
     if _becomes_rank(config, num_ranks):
         stopping.listen() if config.exp_manager.create_preemption_callback else stopping.release()
-        if options.reference_only:
-            from fuserl_megatron.train.evaluate import score_reference as run
-        else:
-            from fuserl_megatron.train.loop import train as run
+        with own_log(Path(config.run.results_dir)):
+            if options.reference_only:
+                from fuserl_megatron.train.evaluate import score_reference as run
+            else:
+                from fuserl_megatron.train.loop import train as run
 
-        return run(config)
+            return run(config)
     os.environ.setdefault("FUSERL_COMMAND", stopping.own_command())
     return _start_ranks(options, num_ranks, "train", *(["--reference-only"] if options.reference_only else []))
 

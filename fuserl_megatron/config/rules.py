@@ -7,12 +7,19 @@ from operator import attrgetter
 from typing import Any, NoReturn
 
 from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.config.words import show
+from fuserl_megatron.config.words import seconds_of, show
 
 
 def refuse(config: Any, field: str, rule: str, works: Any) -> NoReturn:
     """A `UserError` that names field, value, rule and a value that would work."""
     raise UserError(f"{field}={show(attrgetter(field)(config))}: {rule}; {field}={show(works)} would work.")
+
+
+def _is_duration(text: str) -> bool:
+    try:
+        return seconds_of(text) > 0
+    except ValueError:
+        return False
 
 
 def check_numbers(config: Config) -> None:
@@ -52,6 +59,7 @@ def check_numbers(config: Config) -> None:
     not_negative = {
         "run.seed": 1234,
         "trainer.gradient_clip_val": 1.0,
+        "trainer.hang_timeout_minutes": 20.0,
         "optim.weight_decay": 0.0,
         "optim.sched.min_lr": 0.0,
         "optim.sched.warmup_steps": 0,
@@ -67,6 +75,7 @@ def check_numbers(config: Config) -> None:
     check(lambda value: value >= 0 and math.isfinite(value), "must not be negative or infinite", not_negative)
     check(lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for all", {f"{checkpoint}.save_top_k": 2})
     check(lambda value: value >= 0, "must be positive, 0 or inf", {"data.reward_temperature": 0.01})
+    check(_is_duration, "must be DD:HH:MM:SS", {"exp_manager.max_time_per_run": "00:03:50:00"})
     check(lambda value: value >= 2, "a row must hold a prompt and a response", {"data.seq_length": 2048})
     check(lambda value: 0 <= value < 1, "must lie in [0, 1)", {"optim.sched.warmup_ratio": 0.1})
     check(lambda value: 0 < value <= 1, "must lie in (0, 1]", {"optim.optimizer_offload_fraction": 1.0})

@@ -47,6 +47,10 @@ class TrainerConfig:
     """Validate on the first so many prompts; null takes all."""
     distributed_timeout_minutes: float = 30.0
     """How long a collective may wait for a rank before the run is given up."""
+    hang_timeout_minutes: float = 20.0
+    """Minutes without a step (or a batch of validation, or a save), after the first one, until every rank writes its
+    stacks to results_dir/logs and ends; 0: never. Keep it below distributed_timeout_minutes, which ends a run without
+    stacks, and above the time that one step or one save takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +130,9 @@ class ExpManagerConfig:
     create_preemption_callback: bool = True
     """On SIGUSR1 or SIGTERM save, write the file REQUEUE, and end with exit code 0 (docs/durability.md). false: the
     signals kill the run."""
+    max_time_per_run: str | None = None
+    """DD:HH:MM:SS after which a start of the run stops as on a signal: early enough for one more step and a save, by
+    what they took so far. A SLURM job stops before its end in the same way, without this setting."""
     create_tensorboard_logger: bool = True
     """Write TensorBoard events to results_dir/tensorboard."""
     create_wandb_logger: bool = False

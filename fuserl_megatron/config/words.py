@@ -32,6 +32,18 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f" Did you mean {match[0]}?" if match else ""
 
 
+def seconds_of(duration: str) -> int:
+    """Seconds of NeMo's DD:HH:MM:SS.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    days, hours, minutes, seconds = map(int, duration.split(":"))
+    if min(days, hours, minutes, seconds) < 0:
+        raise ValueError(duration)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
 def show(value: Any) -> str:
     """A value as it is typed on the command line: null, true, [1,2], text bare."""
     if isinstance(value, list | tuple):

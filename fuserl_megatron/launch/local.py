@@ -55,10 +55,21 @@ def rank_environment(rank: int, num_ranks: int, port: int, environ: Mapping[str,
     return {**defaults, **environ, **address, **place}
 
 
+def reserved_port() -> socket.socket:
+    """A socket bound to a free TCP port that it keeps for the one who will listen there, as long as it is open.
+
+    Ranks take seconds to import torch; a port that was merely free before may be another program's by then. Both sides
+    set SO_REUSEADDR (torch's store does), and a socket that does not listen does not stand in the way.
+    """
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("", 0))
+    return probe
+
+
 def free_port() -> int:
     """A TCP port nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with reserved_port() as probe:
         return probe.getsockname()[1]
 
 
@@ -77,7 +88,8 @@ def run_ranks(command: Sequence[str], num_ranks: int, environ: Mapping[str, str]
     Returns:
         0, or the exit code of the rank that failed first (128 + signal number for a killed one, 130 after Ctrl-C).
     """
-    port = free_port()
+    reserved = reserved_port()
+    port = reserved.getsockname()[1]
     group = _Group()
     forwarded = {sig: signal.signal(sig, group.forward) for sig in (signal.SIGTERM, signal.SIGUSR1)}
     try:
@@ -92,6 +104,7 @@ def run_ranks(command: Sequence[str], num_ranks: int, environ: Mapping[str, str]
         return 130
     finally:
         group.end()
+        reserved.close()
         for sig, handler in forwarded.items():
             signal.signal(sig, handler)
 

@@ -219,12 +219,18 @@ def _stop_if_not_finite(engine: Engine, reports: list, batches: Sequence[PackedB
         return
     mine = [
         f"rank {engine.layout.rank}, micro-batch {i}, prompts {sorted(set(batches[i].prompt_ids_N.tolist()))}, "
-        f"responses {batches[i].response_ids_N.tolist()}"
+        f"responses {_named(batches[i], engine.source_names)}"
         for i in bad
     ]
     gathered = [None] * engine.layout.world_size
     dist.all_gather_object(gathered, mine)
     raise NonFiniteError("the loss is not finite: " + "; ".join(text for part in gathered for text in part))
+
+
+def _named(batch: PackedBatch, source_names: Sequence[str]) -> str:
+    """The responses of a batch and the source of each: 4 of alpha, 7 of beta."""
+    pairs = zip(batch.response_ids_N.tolist(), batch.source_ids_N.tolist(), strict=True)
+    return "[" + ", ".join(f"{response} of {source_names[source]}" for response, source in pairs) + "]"
 
 
 def train_step(

@@ -79,7 +79,8 @@ def score_reference(config: Config) -> int:
     config, shape, datasets = _opened(config, paths)
     directory = Path(config.run.results_dir)
     layout = parallel.initialize(config.model, config.trainer)
-    stopping, names = Stopping(layout.device), ("reference", "reference_validation")
+    stopping = Stopping(layout.device, config.exp_manager.max_time_per_run)
+    names = ("reference", "reference_validation")
     jobs = [(dataset, directory / name) for dataset, name in zip(datasets, names)]  # noqa: B905
     try:
         _with_references(config, layout, shape, jobs, stopping.check)

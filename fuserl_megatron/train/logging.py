@@ -38,6 +38,22 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def cut_back(path: Path, step: int) -> None:
+    """Leave the records of the steps up to this one: the run goes on from here, and what it did later is done again.
+
+    Whole lines only (the last one may have been cut off by a kill), and replaced by rename.
+    """
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.exists() else []:
+        try:
+            kept += [line] if json.loads(line)["step"] <= step else []
+        except ValueError:
+            continue
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
 class RunLog:
     """Log of one run; does nothing on ranks other than 0."""
 
@@ -48,6 +64,7 @@ class RunLog:
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
+        cut_back(directory / "metrics.jsonl", first_step)
         self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self._trackers = Trackers(config, directory, first_step, self._print)
         if sys.stdout.isatty():

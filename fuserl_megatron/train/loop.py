@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fuserl_megatron.config.objective import with_defaults
@@ -10,11 +11,12 @@ from fuserl_megatron.convert.hf_config import ModelShape, read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel, weights
-from fuserl_megatron.mcore.model import build_model, gather_parameters, wrap_for_training
+from fuserl_megatron.mcore.model import build_model, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer
 from fuserl_megatron.mcore.precision import parameter_dtype
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
 from fuserl_megatron.train.checks import InvariantError, check_batches, check_prepared, first_step_check
+from fuserl_megatron.train.export import export, load_best
 from fuserl_megatron.train.feed import Feed, make_feed, step_values, with_references
 from fuserl_megatron.train.logging import RunLog, say
 from fuserl_megatron.train.meters import peak_tflops, rates, step_flops, time_split
@@ -24,9 +26,10 @@ from fuserl_megatron.train.reference import stored_hash
 from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
 from fuserl_megatron.train.saver import Saver
 from fuserl_megatron.train.schedule import lr_at, total_steps, warmup_steps
-from fuserl_megatron.train.stopping import Stopped, Stopping
-from fuserl_megatron.train.summary import describe_start, versions
+from fuserl_megatron.train.stopping import Stopped, Stopping, resume_command
+from fuserl_megatron.train.summary import describe_end, describe_start, versions
 from fuserl_megatron.train.validation import History, is_due, validate
+from fuserl_megatron.train.watchdog import Watchdog
 
 
 def train(config: Config) -> int:
@@ -48,7 +51,7 @@ def train(config: Config) -> int:
     held_out = open_dataset(config, config.data.validation_path, shape) if config.data.validation_path else None
     check_monitor(config, held_out.sources if held_out else [])
     layout = parallel.initialize(config.model, config.trainer)
-    stopping = Stopping(layout.device)
+    stopping = Stopping(layout.device, config.exp_manager.max_time_per_run)
     try:
         return _run(config, layout, shape, dataset, held_out, stopping)
     except Stopped as stopped:
@@ -137,32 +140,42 @@ def _run(
     log = RunLog(config, directory, total, done, layout.is_main)
     history = History(config, directory, saved.get("validations", []), layout.is_main)
     saver = Saver(config, engine, checkpoints, done, damaged)
+    stopping.save_s = saver.seconds
     profiler = StepProfiler(config.exp_manager, directory, layout.rank)
+    watchdog = Watchdog(config.trainer.hang_timeout_minutes, directory, layout.rank)
+
+    def between_batches() -> None:
+        watchdog.tick()
+        stopping.check()
+
     step, stop, kept = done, False, []
     try:
         stopping.check()
         if validation and is_due(config, done, total) and parallel.from_main_rank(history.lacks(done), layout.device):
-            _validate(config, engine, validation[0], history, log, done, total, stopping)
+            _validate(config, engine, validation[0], history, log, done, total, between_batches)
         _, stop, kept = _decide(history, layout, done)
         while step < total and not stop:
             with profiler.around(step + 1):
                 asked = one_step(config, engine, training, log, step, total, stopping)
             step += 1
+            watchdog.tick(step)
             is_best = False
             if asked:
                 raise Stopped
             if validation and is_due(config, step, total):
-                _validate(config, engine, validation[0], history, log, step, total, stopping)
+                _validate(config, engine, validation[0], history, log, step, total, between_batches)
                 is_best, stop, kept = _decide(history, layout, step)
             saver.poll()
             if saver.is_due(step) or step == total or stop or is_best:
                 saver.save(step, progress | {"validations": history.records}, kept)
+                stopping.save_s = saver.seconds
+                watchdog.tick()
         saver.wait()
     except Stopped:
         saver.save(step, progress | {"validations": history.records}, kept)
         if saver.wait():
-            saved = f"saved at step {saver.saved}" if saver.saved else "nothing saved"
-            raise Stopped(f"after step {step} of {total}, {saved}" if step else "") from None
+            where = f"saved at step {saver.saved}" if saver.saved else "nothing saved"
+            raise Stopped(f"after step {step} of {total}, {where}" if step else "") from None
         if layout.is_main:
             say(saver.failure())
         return 1
@@ -170,9 +183,11 @@ def _run(
         saver.wait()
         if layout.is_main:
             say(f"stopped before step {step + 1}: {error}")
-            say(f"weights are those of step {step}; lower optim.lr or look at the responses named, then run again")
+            say(f"weights are those of step {step}; lower optim.lr or look at the responses named, then run again:")
+            say(resume_command())
         return 1
     finally:
+        watchdog.close()
         profiler.close()
         log.close(complete=step == total or stop)
     if stop and layout.is_main:
@@ -182,13 +197,14 @@ def _run(
         say(failure)
     if config.run.export:
         try:
-            step = _load_best(engine, checkpoints, history, step)
-            _export(config, engine, dataset, directory / "hf", step)
+            export(config, engine, dataset, directory / "hf", load_best(engine, checkpoints, history, step))
         except (UserError, OSError) as error:
             if not failure:
                 raise
             if layout.is_main:
                 say(f"nor could the model be exported: {error}")
+    if layout.is_main:
+        describe_end(config, done, step, total, saver.saved, time.monotonic() - started)
     return 1 if failure else 0
 
 
@@ -246,9 +262,9 @@ def _validate(
     log: RunLog,
     step: int,
     total: int,
-    stopping: Stopping,
+    between_batches: Callable[[], None],
 ) -> None:
-    metrics = validate(config, engine, feed, step, total, stopping.check)
+    metrics = validate(config, engine, feed, step, total, between_batches)
     if engine.layout.is_main:
         history.add(step, metrics)
         log.validation(step, metrics)
@@ -258,38 +274,3 @@ def _decide(history: History, layout: parallel.Layout, step: int) -> tuple[bool,
     """Whether this step is among the best, whether to stop, which checkpoints are best: rank 0's answer, for all."""
     kept = history.kept_steps()
     return parallel.from_main_rank((step in kept, history.should_stop(), kept), layout.device)
-
-
-def _load_best(engine: Engine, checkpoints: Path, history: History, step: int) -> int:
-    """The step to export: the best checkpoint, loaded, where a metric is monitored; the last step otherwise."""
-    for best in parallel.from_main_rank(history.kept_steps(), engine.layout.device):
-        if best == step:
-            return step
-        damage = checkpoint.damage_of(checkpoints, best, engine.layout)
-        if damage is None:
-            checkpoint.load(engine, checkpoints, best)
-        if engine.layout.is_main and damage is None:
-            say(f"best {history.monitor}: step {best}, whose weights are exported")
-        elif engine.layout.is_main:
-            say(f"WARNING: best {history.monitor}: step {best}, whose checkpoint is damaged ({damage}): the next best")
-        if damage is None:
-            return best
-    return step
-
-
-def _export(config: Config, engine: Engine, dataset: FusedDataset, destination: Path, total: int) -> None:
-    lineage = {
-        "run": config.run.name,
-        "stage": config.objective.stage,
-        "target": config.model.path,
-        "sources": list(dataset.sources),
-        "data_set": dataset.hash,
-        "optimizer_steps": total,
-        "config": dataclasses.asdict(config),
-    }
-    started = time.monotonic()
-    tokenizer = config.model.tokenizer or config.model.path
-    gather_parameters(engine.wrapped)
-    weights.export_hf(engine.target, engine.layout, str(destination), source_dir=tokenizer, lineage=lineage)
-    if engine.layout.is_main:
-        say(f"\nHugging Face model written to {destination} in {time.monotonic() - started:.1f} s")

@@ -17,6 +17,9 @@ from fuserl_megatron.train.logging import say
 PAUSE_S = 1.0
 """Before the second try; twice as long before each further one."""
 
+BYTES_A_PARAMETER, BYTES_A_SECOND = 16, 5e8
+"""A guess: weights, fp32 master weights and two moments of a rank, at the speed of a shared file system."""
+
 
 class Saver:
     """The checkpoints of one run. At most one is under way."""
@@ -36,6 +39,9 @@ class Saver:
         self.enabled = self.params.every_n_train_steps is not None or self.params.train_time_interval is not None
         self._failed: int | None = None  # the newest step that could not be saved
         self._since = time.monotonic()
+        local = sum(p.numel() for chunk in engine.target.chunks for p in chunk.parameters())
+        self.seconds = local * BYTES_A_PARAMETER / BYTES_A_SECOND
+        """What a checkpoint takes until it is on the disk: the longest so far, or a guess before the first."""
         self._under_way: tuple[Saving, Sequence[int]] | None = None
         self._tries = 0
 
@@ -85,6 +91,7 @@ class Saver:
             self._retry(saving, error)
             return
         self._under_way, self.saved, self._failed = None, saving.iteration, None
+        self.seconds = max(self.seconds, time.monotonic() - self._since)
         self.damaged = tuple(i for i in self.damaged if i != saving.iteration)
 
     def _retry(self, saving: Saving, error: OSError) -> None:

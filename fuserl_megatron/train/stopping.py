@@ -10,19 +10,27 @@ checkpoint. Nothing heavy is imported here: signals are held from the first mome
 """
 
 import contextlib
+import math
 import os
 import shlex
 import signal
+import statistics
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from fuserl_megatron.config.words import seconds_of
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 MARKER = "REQUEUE"
 SAME_SIGNAL_S = 2.0
 """A launcher and the process group may both hand on one signal: what comes within this time is not a second one."""
+
+MARGIN_S = 5.0
+STARTED = time.time()
 
 _received: list[signal.Signals] = []
 
@@ -67,12 +75,46 @@ def _listen() -> None:
 class Stopping:
     """Whether a run is to stop now. Every rank has one; `check` is called by all of them at the same time."""
 
-    def __init__(self, device):
+    def __init__(self, device, max_time_per_run: str | None = None, environ: Mapping[str, str] = os.environ):
+        """Know the limits.
+
+        Args:
+            device: for the ranks' agreement.
+            max_time_per_run: DD:HH:MM:SS from the start of this process; None: no limit.
+            environ: SLURM says there when the job ends.
+        """
         self.device = device
+        self.save_s = 0.0
+        """Seconds that writing a checkpoint takes, so far as is known."""
+        limits = []
+        if max_time_per_run is not None:
+            name = f"the time limit exp_manager.max_time_per_run={max_time_per_run}"
+            limits.append((STARTED + seconds_of(max_time_per_run), name))
+        if "SLURM_JOB_END_TIME" in environ:
+            limits.append((float(environ["SLURM_JOB_END_TIME"]), "the end of the SLURM job"))
+        self.deadline, self.limit = min(limits, default=(math.inf, ""))
+        self._told: str | None = None
+        self._units: deque[float] = deque(maxlen=20)
+        self._last: float | None = None
 
     def wanted(self) -> bool:
-        """Whether this rank was told to stop."""
-        return bool(_received)
+        """Whether this rank was told to stop, or sees that time runs out. To be called once a step or batch.
+
+        Something is done at every start, or a run with too little time would be continued for ever.
+        """
+        now = time.time()
+        if self._last is not None:
+            self._units.append(now - self._last)
+        self._last = now
+        if _received:
+            self._told = _received[0].name
+        elif self._units and now + self.needed_s() > self.deadline:
+            self._told = self.limit
+        return self._told is not None
+
+    def needed_s(self) -> float:
+        """Seconds for one more step or batch and for saving: half as long again as usual, and a little."""
+        return 1.5 * (statistics.median(self._units) + self.save_s) + MARGIN_S
 
     def check(self) -> None:
         """Between two batches, or before the first step (one small reduction).
@@ -90,7 +132,7 @@ class Stopping:
         import torch.distributed as dist
 
         heard = [None] * dist.get_world_size()
-        dist.all_gather_object(heard, _received[0].name if _received else None)
+        dist.all_gather_object(heard, self._told)
         named = [f"{why} (rank {rank})" for rank, why in enumerate(heard) if why]
         return named[0] if named else "request"
 

@@ -1,4 +1,4 @@
-"""What rank 0 says before the first step."""
+"""What rank 0 says before the first step and after the last."""
 
 import importlib.metadata
 import platform
@@ -13,8 +13,9 @@ from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.data.pairs import PreparedSet
 from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.mcore.parallel import Layout
-from fuserl_megatron.train.logging import say
+from fuserl_megatron.train.logging import duration, say
 from fuserl_megatron.train.meters import describe_peak, step_flops
+from fuserl_megatron.train.stopping import resume_command
 
 
 def num_parameters(shape: ModelShape) -> int:
@@ -27,6 +28,18 @@ def versions() -> str:
     core = importlib.metadata.version("megatron-core")
     others = f"torch {torch.__version__}, megatron-core {core}, Python {platform.python_version()}"
     return f"fuserl-megatron {fuserl_megatron.__version__} | {others}"
+
+
+def describe_end(config: Config, done: int, step: int, total: int, saved: int, seconds: float) -> None:
+    """What there is now and where, and the command that was typed: again, it goes on from the last checkpoint."""
+    directory = config.run.results_dir
+    took = f"{step - done} of them now, " if done else ""
+    say(f"done       {step} of {total} steps ({took}{duration(seconds)}); metrics in {directory}/metrics.jsonl")
+    if saved:
+        say(f"checkpoint step {saved} in {directory}/checkpoints")
+    if config.run.export:
+        say(f"model      {directory}/hf")
+    say(f"again      {resume_command()}")
 
 
 def describe_start(

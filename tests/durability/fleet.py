@@ -7,6 +7,7 @@ forks every rank from there; the rank then runs the real command line with the e
 import json
 import multiprocessing as mp
 import os
+import socket
 import sys
 import time
 from pathlib import Path
@@ -61,23 +62,24 @@ class Fleet:
 
     def start(self, overrides: list[str], log: Path, world: int = 2, prelude=None) -> "Run":
         """Start `fuserl train` on `world` ranks; prelude(rank) is called in each before it begins."""
-        from fuserl_megatron.launch.local import free_port, rank_environment
+        from fuserl_megatron.launch.local import rank_environment, reserved_port
 
-        port, ranks = free_port(), []
+        reserved, ranks = reserved_port(), []
+        port = reserved.getsockname()[1]
         for rank in range(world):
             environment = rank_environment(rank, world, port, {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
             words = ["train", *overrides]
             process = self._context.Process(target=_rank, args=(words, environment, str(log), prelude))
             process.start()
             ranks.append(process)
-        return Run(ranks, log)
+        return Run(ranks, log, reserved)
 
 
 class Run:
     """The ranks of one run."""
 
-    def __init__(self, ranks: list, log: Path):
-        self.ranks, self.log = ranks, Path(log)
+    def __init__(self, ranks: list, log: Path, port: socket.socket):
+        self.ranks, self.log, self._port = ranks, Path(log), port
 
     def alive(self) -> bool:
         """Whether any rank still runs."""
@@ -123,7 +125,8 @@ class Run:
         return found
 
 
-def records(directory, name: str = "metrics.jsonl") -> list[dict]:
-    """Lines of a JSONL file of a run; [] while it is not there."""
+def records(directory, name: str = "metrics.jsonl", whole: bool = True) -> list[dict]:
+    """Lines of a JSONL file of a run; [] while it is not there. whole=False: the last may have been cut off."""
     path = Path(directory) / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if whole or line.endswith("\n")]

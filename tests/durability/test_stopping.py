@@ -128,6 +128,36 @@ def test_without_the_callback_a_signal_kills(fleet, case, tmp_path):
     assert run.wait(10) == [-signal.SIGTERM] * 2
 
 
+def test_a_time_limit_stops_as_a_signal_does_but_never_without_a_step(fleet, case, tmp_path):
+    more = "exp_manager.max_time_per_run=00:00:00:01"
+    for start in (1, 2):
+        run = fleet.start(settings(case, tmp_path, more), tmp_path / "log")
+        assert run.wait(SOON_S * 2) == [0, 0], run.text()
+        first, command = (tmp_path / "run" / "REQUEUE").read_text().splitlines()
+        assert first == (
+            "stopped by the time limit exp_manager.max_time_per_run=00:00:00:01 (rank 0) "
+            f"after step {start} of 6, saved at step {start}"
+        )
+        assert more in command
+
+
+def test_the_time_for_a_step_and_a_save_is_left(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(stopping.time, "time", lambda: now[0])
+    monkeypatch.setattr(stopping, "STARTED", 1000.0)
+    both = stopping.Stopping(None, "00:00:10:00", {"SLURM_JOB_END_TIME": "1500"})
+    assert both.deadline == 1500.0 and both.limit == "the end of the SLURM job"
+    assert stopping.Stopping(None, "00:00:08:00", {"SLURM_JOB_END_TIME": "1500"}).deadline == 1480.0
+    assert not stopping.Stopping(None, None, {}).wanted()
+    both.save_s = 60.0
+    asked = []
+    for _ in range(30):
+        asked.append(both.wanted())
+        now[0] += 20.0
+    # 20 s a step, 60 s a save: 1.5 x 80 + 5 before the end
+    assert asked.index(True) == next(i for i in range(30) if 20 * i + 125 > 500)
+
+
 @pytest.mark.parametrize(
     "environ, front",
     [

@@ -1,0 +1,49 @@
+"""The end of a run: which weights become a Hugging Face directory, and what is written beside them."""
+
+import dataclasses
+import time
+from pathlib import Path
+
+from fuserl_megatron.config.schema import Config
+from fuserl_megatron.data.dataset import FusedDataset
+from fuserl_megatron.mcore import checkpoint, parallel, weights
+from fuserl_megatron.mcore.model import gather_parameters
+from fuserl_megatron.mcore.step import Engine
+from fuserl_megatron.train.logging import say
+from fuserl_megatron.train.validation import History
+
+
+def load_best(engine: Engine, checkpoints: Path, history: History, step: int) -> int:
+    """The step to export: the best checkpoint, loaded, where a metric is monitored; the last step otherwise."""
+    for best in parallel.from_main_rank(history.kept_steps(), engine.layout.device):
+        if best == step:
+            return step
+        damage = checkpoint.damage_of(checkpoints, best, engine.layout)
+        if damage is None:
+            checkpoint.load(engine, checkpoints, best)
+        if engine.layout.is_main and damage is None:
+            say(f"best {history.monitor}: step {best}, whose weights are exported")
+        elif engine.layout.is_main:
+            say(f"WARNING: best {history.monitor}: step {best}, whose checkpoint is damaged ({damage}): the next best")
+        if damage is None:
+            return best
+    return step
+
+
+def export(config: Config, engine: Engine, dataset: FusedDataset, destination: Path, total: int) -> None:
+    """Write the weights to `destination`, with the lineage for the model card. All ranks call it."""
+    lineage = {
+        "run": config.run.name,
+        "stage": config.objective.stage,
+        "target": config.model.path,
+        "sources": list(dataset.sources),
+        "data_set": dataset.hash,
+        "optimizer_steps": total,
+        "config": dataclasses.asdict(config),
+    }
+    started = time.monotonic()
+    tokenizer = config.model.tokenizer or config.model.path
+    gather_parameters(engine.wrapped)
+    weights.export_hf(engine.target, engine.layout, str(destination), source_dir=tokenizer, lineage=lineage)
+    if engine.layout.is_main:
+        say(f"\nHugging Face model written to {destination} in {time.monotonic() - started:.1f} s")

@@ -1,0 +1,115 @@
+"""Signs of life: the file heartbeat.json, one log a rank, and a watchdog that ends a run which hangs.
+
+    results_dir/heartbeat.json    {"step": 120, "time": 1790000000.0}, by rank 0, by rename, once a second at most
+    results_dir/logs/rank_3.log   what rank 3 says (rank 0 has the terminal), and any rank's stacks when it hangs
+
+A rank that waits in a collective sits in C code, so the watchdog is a thread of its own: after so many minutes without
+a step it writes the stacks of all threads and ends the process. Where even Python's lock is held, faulthandler's
+thread, which needs no lock, does the same a little later.
+"""
+
+import contextlib
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+HUNG = 3
+"""Exit code."""
+OTHERS_MAY_DUMP_S = 5.0
+"""Ranks notice a hang at nearly the same time; the first one to end takes the others' connections away."""
+
+
+def log_path(directory: Path, rank: int) -> Path:
+    """The log of one rank."""
+    return directory / "logs" / f"rank_{rank}.log"
+
+
+class Watchdog:
+    """Watches one rank from its first step on. `tick` is cheap: call it for every step and batch."""
+
+    def __init__(self, minutes: float, directory: Path, rank: int):
+        """minutes: 0 watches nothing; the heartbeat is written all the same."""
+        self.limit_s, self.directory, self.rank = 60 * minutes, directory, rank
+        self._step, self._last, self._beat = 0, time.monotonic(), 0.0
+        self._closed, self._file = threading.Event(), None
+
+    def tick(self, step: int | None = None) -> None:
+        """Something was done: a step (its number, counted from 1; the first one starts the watch), a batch, a save."""
+        self._last = time.monotonic()
+        if step is not None:
+            self._step = step
+            self._write_heartbeat()
+        if self.limit_s and self._step and self._file is None:
+            path = log_path(self.directory, self.rank)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        if self._file:
+            late = self.limit_s + 4 * OTHERS_MAY_DUMP_S
+            faulthandler.dump_traceback_later(late, exit=True, file=self._file)
+
+    def _write_heartbeat(self) -> None:
+        if self.rank == 0 and self._last - self._beat >= 1.0:
+            self._beat, partial = self._last, self.directory / ".heartbeat.partial"
+            partial.write_text(json.dumps({"step": self._step, "time": time.time()}) + "\n", encoding="utf-8")
+            partial.replace(self.directory / "heartbeat.json")
+
+    def _watch(self) -> None:
+        while not self._closed.wait(max(0.05, self._last + self.limit_s - time.monotonic())):
+            if time.monotonic() - self._last >= self.limit_s:
+                self._end()
+
+    def _end(self) -> None:
+        what = f"rank {self.rank}: no step for {self.limit_s / 60:g} minutes after step {self._step}"
+        self._file.write(f"\n{what}\n")
+        self._file.flush()
+        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        line = (
+            f"fuserl: error: {what} (trainer.hang_timeout_minutes): ended. The stacks of all ranks are in "
+            f"{self.directory / 'logs'}: look for the one that is not in a collective. The same command goes on from "
+            "the last checkpoint.\n"
+        )
+        os.write(2, line.encode())
+        time.sleep(OTHERS_MAY_DUMP_S)
+        if not self._closed.is_set() and time.monotonic() - self._last >= self.limit_s:
+            os._exit(HUNG)
+
+    def close(self) -> None:
+        """No more watching."""
+        self._closed.set()
+        if self._file:
+            faulthandler.cancel_dump_traceback_later()
+
+
+@contextlib.contextmanager
+def own_log(directory: Path, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Send what ranks but 0 write to their own files; an error that ends one is seen on the terminal, too."""
+    rank = int(environ.get("RANK", environ.get("SLURM_PROCID", "0")))
+    if rank == 0:
+        yield
+        return
+    path = log_path(directory, rank)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = [os.dup(number) for number in (1, 2)]
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        for number in (1, 2):
+            os.dup2(file, number)
+        print(f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+        yield
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, kept in zip((1, 2), before, strict=True):
+            os.dup2(kept, number)
+            os.close(kept)
+        os.close(file)

@@ -1,0 +1,152 @@
+"""Hangs, logs and signs of life of a run of two ranks; a NaN on one of them."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+from fleet import ROOT, case_settings, records
+
+from fuserl_megatron.train.watchdog import HUNG, Watchdog
+
+TP2, DP2 = "model.tensor_model_parallel_size=2", "optim.use_distributed_optimizer=true"
+
+
+def hang_at_third_step(rank: int) -> None:
+    """Rank 1 never comes to the collectives of step 3."""
+    if rank == 1:
+        from fuserl_megatron.mcore import step
+
+        original, calls = step.forward_backward, []
+
+        def where_it_hangs(*args, **kwargs):
+            calls.append(1)
+            while len(calls) == 3:
+                time.sleep(0.1)
+            return original(*args, **kwargs)
+
+        step.forward_backward = where_it_hangs
+
+
+def test_a_hang_of_one_rank_ends_all_with_their_stacks(fleet, case, tmp_path):
+    run = fleet.start(
+        case_settings(case, tmp_path / "run", TP2, "trainer.max_steps=6", "trainer.hang_timeout_minutes=0.1"),
+        tmp_path / "log",
+        prelude=hang_at_third_step,
+    )
+    assert run.wait(90) == [HUNG, HUNG], run.text()
+    line = "rank 0: no step for 0.1 minutes after step 2 (trainer.hang_timeout_minutes): ended."
+    assert line in run.text() and f"{tmp_path / 'run' / 'logs'}" in run.text()
+    stacks = [(tmp_path / "run" / "logs" / f"rank_{rank}.log").read_text() for rank in range(2)]
+    assert all(f"rank {rank}: no step for 0.1 minutes after step 2" in text for rank, text in enumerate(stacks))
+    assert "where_it_hangs" in stacks[1] and "where_it_hangs" not in stacks[0]
+    assert "forward_backward" in stacks[0]  # which waits for the other
+    assert json.loads((tmp_path / "run" / "heartbeat.json").read_text())["step"] in (1, 2)
+    # the last checkpoint is whole: the same command goes on
+    again = fleet.start(case_settings(case, tmp_path / "run", TP2, "trainer.max_steps=6"), tmp_path / "log")
+    assert again.wait(60) == [0, 0], again.text()
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_watch_starts_with_the_first_step_and_every_tick_counts(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr("fuserl_megatron.train.watchdog.OTHERS_MAY_DUMP_S", 0.0)
+    monkeypatch.setattr("os._exit", ended.append)
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)  # it would end this process
+    watchdog = Watchdog(0.4 / 60, tmp_path, 0)
+    time.sleep(0.6)
+    watchdog.tick()  # a batch of the validation before the first step
+    time.sleep(0.6)
+    assert not (tmp_path / "logs").exists()
+    watchdog.tick(1)
+    for _ in range(6):
+        time.sleep(0.2)
+        watchdog.tick()
+    assert not ended
+    time.sleep(0.8)
+    watchdog.close()
+    assert ended and set(ended) == {HUNG}
+    off = Watchdog(0, tmp_path / "off", 1)
+    off.tick(1)
+    assert off._file is None
+
+
+def plant_nan(rank: int) -> None:
+    """The loss of rank 1's part of the third batch is no number."""
+    if rank == 1:
+        from fuserl_megatron.mcore import step
+
+        original, calls = step.batch_loss, []
+
+        def broken(*args, **kwargs):
+            total, metrics = original(*args, **kwargs)
+            calls.append(1)
+            return (total * math.nan if len(calls) == 3 else total), metrics
+
+        step.batch_loss = broken
+
+
+def test_a_nan_on_one_rank_stops_all_and_names_the_sequences(fleet, case, tmp_path):
+    settings = case_settings(case, tmp_path / "run", DP2, "trainer.max_steps=6", "data.packing.enabled=false")
+    run = fleet.start(settings, tmp_path / "log", prelude=plant_nan)
+    assert run.wait(60) == [1, 1], run.text()
+    (line,) = [line for line in run.text().splitlines() if "not finite" in line]
+    assert "rank 1, micro-batch" in line and "prompts [" in line and "responses [" in line and "rank 0" not in line
+    assert any(f"of {source}" in line for source in ("alpha", "beta", "gamma"))
+    steps = [r["step"] for r in records(tmp_path / "run")]
+    assert steps and steps == list(range(1, len(steps) + 1)) and f"stopped before step {len(steps) + 1}:" in run.text()
+    plain = fleet.start(settings, tmp_path / "log")  # the control: without the plant the same command goes on
+    assert plain.wait(60) == [0, 0], plain.text()
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def say_something(rank: int) -> None:
+    from fuserl_megatron.train import loop
+
+    original = loop.train
+
+    def chatty(config):
+        print(f"rank {rank} says hello", flush=True)
+        return original(config)
+
+    loop.train = chatty
+
+
+def test_each_rank_has_its_log(fleet, case, tmp_path):
+    run = fleet.start(
+        case_settings(case, tmp_path / "run", TP2, "trainer.max_steps=1"), tmp_path / "log", prelude=say_something
+    )
+    assert run.wait(60) == [0, 0], run.text()
+    assert "rank 0 says hello" in run.text() and "rank 1 says hello" not in run.text()
+    assert "rank 1 says hello" in (tmp_path / "run" / "logs" / "rank_1.log").read_text()
+    assert (tmp_path / "run" / "logs" / "rank_0.log").read_text() == ""  # the place for its stacks
+
+
+def python(code, directory):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_hang_that_keeps_pythons_lock_ends_too(tmp_path):
+    code = (
+        "import ctypes\nfrom pathlib import Path\nfrom fuserl_megatron.train import watchdog\n"
+        "watchdog.OTHERS_MAY_DUMP_S = 0.1\nwatchdog.Watchdog(0.3 / 60, Path('.'), 0).tick(1)\n"
+        "def where_it_hangs(): ctypes.PyDLL(None).sleep(50)\nwhere_it_hangs()"
+    )
+    assert python(code, tmp_path).returncode == 1
+    assert "where_it_hangs" in (tmp_path / "logs" / "rank_0.log").read_text()
+
+
+def test_an_error_is_seen_in_both_places(tmp_path):
+    code = (
+        "import os\nfrom pathlib import Path\nfrom fuserl_megatron.train.watchdog import own_log\n"
+        "with own_log(Path('.'), {'SLURM_PROCID': '7'}):\n"
+        "    print('hello', flush=True); os.system('echo from C'); raise ValueError('the disk is gone')"
+    )
+    done = python(code, tmp_path)
+    logged = (tmp_path / "logs" / "rank_7.log").read_text()
+    assert done.stdout == "" and done.stderr.endswith("ValueError: the disk is gone\n")
+    assert "hello\nfrom C\nTraceback" in logged and logged.endswith("ValueError: the disk is gone\n")
