@@ -23,6 +23,8 @@ from fuserl_megatron.data.batch import PackedBatch
 
 def gathered_columns(num_tokens: int, cp_size: int) -> torch.Tensor:
     """Columns [S] of the whole row in the order in which gathered keys come: those of rank 0, of rank 1, ..."""
+    if cp_size == 1:
+        return torch.arange(num_tokens)
     chunks = torch.arange(num_tokens).chunk(2 * cp_size)
     return torch.cat([torch.cat((chunks[r], chunks[-1 - r])) for r in range(cp_size)])
 

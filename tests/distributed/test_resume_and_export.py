@@ -108,8 +108,8 @@ def test_going_back_to_an_older_step_keeps_what_is_written_then(ranks, case, tmp
         (dict(tp=2, distopt=True), 4, dict(distopt=True), 2),
         (dict(distopt=True), 1, dict(distopt=True), 2),
         (dict(cp=2, distopt=True), 2, dict(distopt=True), 1),
-        (dict(tp=2), 2, dict(cp=2), 2),
-        (dict(pp=2, vpp=2), 2, dict(tp=2), 2),
+        pytest.param(dict(tp=2), 2, dict(cp=2), 2, marks=pytest.mark.slow),
+        pytest.param(dict(pp=2, vpp=2), 2, dict(tp=2), 2, marks=pytest.mark.slow),
         (dict(pp=2, distopt=True), 2, dict(pp=2, vpp=2, distopt=True), 2),
     ],
     ids=[
