@@ -14,7 +14,7 @@ import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint import filesystem, planner
@@ -57,11 +57,28 @@ class _ForeignName(pickle.UnpicklingError):
     """A name that no checkpoint needs."""
 
 
-class _IndexUnpickler(pickle.Unpickler):
+_FP8_NAMES = {
+    ("transformer_engine.common.recipe", name): _Inert
+    for name in ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
+    + ("NVFP4BlockScaling", "Format", "_FormatHelper", "MMParams", "QParams")
+} | {
+    ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): _Inert,
+    ("torch._utils", "_rebuild_tensor_v2"): _Inert,
+    ("torch.storage", "_load_from_bytes"): lambda content: _weights_only(io.BytesIO(content)),
+    ("collections", "OrderedDict"): OrderedDict,
+}
+"""What Transformer Engine's extra state may name: its recipes and tensors (the list that core 0.19 checks by)."""
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: BinaryIO, names: dict[tuple[str, str], Any]):
+        super().__init__(stream)
+        self._names = names
+
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _INDEX_NAMES:
+        if (module, name) not in self._names:
             raise _ForeignName(f"{module}.{name}")
-        return _INDEX_NAMES[module, name]
+        return self._names[module, name]
 
 
 def _refused(file: Path, name: str) -> UserError:
@@ -80,7 +97,7 @@ def read_index(folder: str | Path) -> dcp.Metadata:
     file = Path(folder) / INDEX
     try:
         with open(file, "rb") as stream:
-            return _IndexUnpickler(stream).load()
+            return _Unpickler(stream, _INDEX_NAMES).load()
     except FileNotFoundError:
         raise UserError(f"{folder}: no {INDEX}, so not a complete distributed checkpoint; {AGAIN}") from None
     except _ForeignName as error:
@@ -114,21 +131,44 @@ def check_pickles(folder: str | Path) -> None:
                 content = stream.read(place.length)
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{file}: {key} cannot be read ({error}); {AGAIN}") from None
-        for value in torch.utils._pytree.tree_leaves(_load_plain(io.BytesIO(content), file)):
-            raw = isinstance(value, torch.Tensor) and value.dtype == torch.uint8 and value.numel()
-            if raw or (isinstance(value, io.BytesIO) and value.getbuffer().nbytes):
-                raise UserError(  # Transformer Engine would unpickle it
-                    f"{file}: {key} holds FP8 state as a pickle, which is not opened; save the checkpoint without FP8"
-                )
+        _check_fp8(_load_plain(io.BytesIO(content), file), file)
 
 
-def _load_plain(source: Path | io.BytesIO, file: Path) -> Any:
+def _check_fp8(state: Any, file: Path) -> None:
+    """Transformer Engine's state is a pickle inside a tensor of bytes, which it unpickles."""
+    for value in torch.utils._pytree.tree_leaves(state):
+        raw = b""
+        if isinstance(value, io.BytesIO):
+            raw = value.getvalue()
+        elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8:
+            raw = value.numpy().tobytes()
+        try:
+            if raw:
+                _Unpickler(io.BytesIO(raw), _FP8_NAMES).load()
+        except _ForeignName as error:
+            raise _refused(file, str(error)) from None
+        except Exception as error:  # no pickle of such a state
+            raise UserError(
+                f"{file}: FP8 state that is not readable ({type(error).__name__}: {error}); {AGAIN}"
+            ) from None
+
+
+def _weights_only(source: Path | BinaryIO) -> Any:
     """Numbers, text and containers that `torch.save` wrote."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # the loader raises many kinds
         foreign = re.search(r"GLOBAL ([\w.]+)", str(error))
         if foreign:
-            raise _refused(file, foreign[1]) from None
+            raise _ForeignName(foreign[1]) from None
+        raise
+
+
+def _load_plain(source: Path | BinaryIO, file: Path) -> Any:
+    try:
+        return _weights_only(source)
+    except _ForeignName as error:
+        raise _refused(file, str(error)) from None
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(f"{file}: not readable ({type(error).__name__}: {reason}); {AGAIN}") from None
