@@ -10,24 +10,20 @@ import dataclasses
 import hashlib
 import re
 import shlex
-import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.hub import local_model
-from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig, StageName
+from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
 from fuserl_megatron.config.load import compose_root, from_dict, load_config, to_yaml
 from fuserl_megatron.config.objective import uses_reference
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
 from fuserl_megatron.config.validate import validate, validate_build
-from fuserl_megatron.config.words import nearest, show
+from fuserl_megatron.config.words import show
+from fuserl_megatron.launch.sections import ORDER, key_of, load_sections, override, value_of
 
-ORDER: tuple[str, ...] = typing.get_args(StageName)
-BUILDS, TRAININGS = ORDER[1:4], ("fusesft", "reference", "fusepo", "evaluate")
-SECTIONS = ("train", *BUILDS, *TRAININGS)
-"""Sections whose keys are those of `fuserl build` or `fuserl train`."""
 READS = {
     "build_sft": ("import",),
     "build_po": ("import",),
@@ -122,22 +118,8 @@ def load_pipeline(
     Raises:
         UserError: what `fuserl train` or `fuserl build` would refuse in a stage, or stages that do not fit together.
     """
-    own, words = _by_section(overrides)
-    values = compose_root(LaunchConfig, config_name or "config", own, config_dir)
-    from_yaml = {name: values.pop(name, None) or {} for name in (*SECTIONS, "import")}
-    if isinstance(values.get("export"), dict):
-        from_yaml["export"] = {"cluster": values["export"].pop("cluster", {})}
-    _refuse_keys(from_yaml["import"], "import", ["cluster"])
-    known = [field.name for field in dataclasses.fields(LaunchConfig)]
-    _refuse_keys(values, "", [*known, *SECTIONS, "import"])
-    config = from_dict(LaunchConfig, values)
-    root = str(Path(config.run.results_dir).resolve())
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, results_dir=root))
-    for name, section in from_yaml.items():
-        if not isinstance(section, dict):
-            raise UserError(f"{name}={show(section)}: is a section; write {name}.KEY=value.")
-        words[name] = {key: _override(key, value) for key, value in _flat(section)} | words.get(name, {})
-    return _Chain(config, words, config_dir).pipeline()
+    config, sections = load_sections(overrides, config_dir, config_name)
+    return _Chain(config, sections, config_dir).pipeline()
 
 
 class _Chain:
@@ -219,7 +201,7 @@ class _Chain:
         last = self._last("there is no trained model to evaluate") if self.trained else None
         model = str(self.root / "export") if "export" in self.stages else f"{last.run.results_dir}/hf" if last else None
         if command := settings.pop("command", None):
-            words = shlex.split(_value(command))
+            words = shlex.split(value_of(command))
             self._add(name, tuple(word.replace("{model}", model or self.target) for word in words))
             return
         before = "fusepo" if "fusepo" in self.trained else "fusesft"
@@ -228,7 +210,7 @@ class _Chain:
         defaults = {"run.results_dir": str(self.root / name), "model.path": model or self.target} | held_out
         if last and uses_reference(last.objective):
             defaults["objective.reference"] = last.objective.reference or last.model.path
-        words |= {key: _override(key, value) for key, value in defaults.items() if value is not None} | settings
+        words |= {key: override(key, value) for key, value in defaults.items() if value is not None} | settings
         config = self._compose(name, words)
         self._add(name, ("fuserl", "evaluate"), config, config.run.results_dir)
 
@@ -248,14 +230,14 @@ class _Chain:
 
     def _words(self, defaults: Mapping[str, Any], *sections: str) -> dict[str, str]:
         """Overrides by key, later sections over earlier ones over the defaults; resources left out."""
-        words = {key: _override(key, value) for key, value in defaults.items()}
+        words = {key: override(key, value) for key, value in defaults.items()}
         for section in sections:
             words |= self.sections.get(section, {})
         return {key: word for key, word in words.items() if key.partition(".")[0] != "cluster"}
 
     def _compose(self, name: str, words: Mapping[str, str]) -> Config:
-        words = {"run.results_dir": _override("run.results_dir", str(self.root / name))} | dict(words)
-        words = {"run.name": _override("run.name", f"{self.config.run.name}-{name}")} | words
+        words = {"run.results_dir": override("run.results_dir", str(self.root / name))} | dict(words)
+        words = {"run.name": override("run.name", f"{self.config.run.name}-{name}")} | words
         for ours, nemo in (("results_dir", "explicit_log_dir"), ("name", "name")):
             if f"exp_manager.{nemo}" in words and words[f"run.{ours}"] not in self._given(f"run.{ours}"):
                 del words[f"run.{ours}"]  # a default of the chain, no second opinion
@@ -283,7 +265,7 @@ class _Chain:
         words = [word for key, word in self.sections.get(name, {}).items() if key.startswith("cluster.")]
         values = compose_root(LaunchConfig, "config", words)["cluster"] if words else {}
         alone = {} if trains else dict(nodes=1, ntasks_per_node=1, gpus_per_node=None)
-        changed = {key: values[key] for key in (_key(word).partition(".")[2] for word in words)}
+        changed = {key: values[key] for key in (key_of(word).partition(".")[2] for word in words)}
         merged = dataclasses.asdict(self.config.cluster) | alone | changed
         cluster = from_dict(LaunchConfig, {"target": "-", "cluster": merged}).cluster
         if cluster.type != self.config.cluster.type:
@@ -322,65 +304,3 @@ def _check_cluster(cluster: ClusterConfig) -> None:
     for pair in cluster.env:
         if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL):
             raise UserError(f"cluster.env=[{pair}]: is no NAME=value; 'cluster.env=[\"NCCL_DEBUG=WARN\"]' would work.")
-
-
-def _by_section(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
-    """The launcher's own overrides, and those of each section by key, the section's name taken off."""
-    own, words = [], {}
-    known = [*SECTIONS, *ORDER, *(field.name for field in dataclasses.fields(LaunchConfig))]
-    for text in overrides:
-        key = _key(text)
-        section, _, rest = key.partition(".")
-        if section not in known:
-            raise UserError(f"{key}: no such key.{nearest(section, known)}")
-        if section in SECTIONS or (rest.startswith("cluster.") and section in ORDER) or section == "import":
-            if section == "import":
-                _refuse_keys({rest.partition(".")[0]: None}, section, ["cluster"])
-            if not rest:
-                raise UserError(f"'{text}': {section} is a section; write {section}.KEY=value.")
-            words.setdefault(section, {})[rest] = text.lstrip("+").removeprefix(f"{section}.")
-        else:
-            own.append(text)
-    return own, words
-
-
-def _key(text: str) -> str:
-    return text.lstrip("+").partition("=")[0]
-
-
-def _refuse_keys(values: Mapping[str, Any] | None, section: str, known: Iterable[str]) -> None:
-    for key in values or {}:
-        if key not in known:
-            full = f"{section}.{key}" if section else key
-            raise UserError(f"{full}: no such key.{nearest(key, known)}")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """The leaves of nested dictionaries with their dotted keys."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _override(key: str, value: Any) -> str:
-    """key=value in hydra's grammar, so that it reads back as the same value."""
-    return f"{key}={_grammar(value)}"
-
-
-def _grammar(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(_grammar(item) for item in value) + "]"
-    if not isinstance(value, str):
-        return show(value)
-    plain = re.fullmatch(r"[A-Za-z_./~][\w./~@%+-]*", value) and value.lower() not in ("null", "true", "false", "nan")
-    if plain and value.lower() not in ("inf", "on", "off", "yes", "no"):
-        return value
-    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', value) + '"'
-
-
-def _value(word: str) -> str:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    return str(OverridesParser.create().parse_override(word).value())

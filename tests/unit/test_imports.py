@@ -134,6 +134,7 @@ def test_every_module_imports():
 
 
 def test_packages_in_pyproject_are_the_folders():
-    expected = {name for name, path in modules().items() if path.name == "__init__.py"} | {"fuserl_megatron.conf"}
+    expected = {name for name, path in modules().items() if path.name == "__init__.py"}
+    expected |= {"fuserl_megatron.conf", "fuserl_megatron.slurm"}
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     assert set(setuptools["packages"]) == expected

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     skip = shutil.ignore_patterns("__pycache__", "*.egg-info")
-    for name in ("fuserl_megatron", "conf"):
+    for name in ("fuserl_megatron", "conf", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=skip)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -31,6 +31,7 @@ def test_the_wheel_carries_every_module_and_every_conf_file(wheel):
     actual = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fuserl_megatron").rglob("*.py")}
     conf = {f"fuserl_megatron/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    conf |= {f"fuserl_megatron/{path.relative_to(ROOT)}" for path in (ROOT / "slurm").glob("*.sbatch")}
     assert modules | conf <= actual
     others = {name for name in actual - modules - conf if ".dist-info/" not in name}
     assert not others and any(name.endswith("licenses/LICENSE") for name in actual)
