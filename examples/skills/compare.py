@@ -38,8 +38,6 @@ METHODS = {
     "FuseSFT + WRPO": ("FuseSFT", "po", "own", ["objective=wrpo", "objective.target_source=target", *PO]),
     "SFT(best) + DPO": ("SFT(best)", "po", "po", [*DPO, "data.reward_temperature=0"]),
     "FuseSFT + more FuseSFT": ("FuseSFT", "po", "po", ["objective=fusesft", "optim.lr=3e-4"]),
-    "FuseSFT + FusePO-LN-DPO": ("FuseSFT", "po", "po", ["objective=fusepo_ln_dpo", *PO]),
-    "uniform SFT + uniform DPO": ("uniform SFT", "po", "po", [*DPO, "data.reward_temperature=inf"]),
 }
 
 
@@ -75,20 +73,16 @@ def own_samples(model: Path, output: Path, seed: int, num_samples: int = 4) -> P
     with ONE_AT_A_TIME:
         network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(model)
-    with open(output, "w", encoding="utf-8") as out:
+    partial = output.with_suffix(".partial")
+    with open(partial, "w", encoding="utf-8") as out:
         for _ in range(num_samples):
             for prompt, text in zip(prompts, sample(network, tokenizer, prompts, 0.9), strict=True):
                 response = text.split(tokenizer.eos_token)[0].strip()
                 if response:
                     record = dict(prompt=prompt, source="target", response=response, reward=reward(prompt, response))
                     out.write(json.dumps(record) + "\n")
+    partial.rename(output)
     return output
-
-
-def own_data(place: Path, model: Path, seed: int) -> Path:
-    """The FusePO data set with the model's own samples as one more source."""
-    own = own_samples(model, place / "own.jsonl", seed)
-    return build(place / "own", [f"{HERE}/data/train_po.*.jsonl", str(own)])
 
 
 def train_and_score(
@@ -121,7 +115,9 @@ def one_seed(root: Path, seed: int, data: dict[str, Path], sft_epochs: int) -> d
     """Train and evaluate every method with one seed; returns the scores."""
     place, models, scores = root / f"seed{seed}", {"target": HERE / "target"}, {}
     for name, (start, recipe, which, settings) in METHODS.items():
-        chosen = own_data(place, models[start], seed) if which == "own" else data[which]
+        chosen = data.get(which) or build(
+            place / "own", [f"{HERE}/data/train_po.*.jsonl", str(own_samples(models[start], place / "own.jsonl", seed))]
+        )
         epochs = [f"trainer.max_epochs={sft_epochs}"] if recipe == "sft" else []
         models[name], scores[name] = train_and_score(
             place, name, recipe, models[start], chosen, seed, [*settings, *epochs]

@@ -13,7 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from compare import HERE, build, own_data, train_and_score
+from compare import HERE, build, train_and_score
 from evaluate import read_jsonl
 from skills import SKILLS, make_tasks
 
@@ -21,7 +21,7 @@ NUM_PROMPTS = 200  # per skill
 TASK_SEED = 4242
 ONE_PASS = ["trainer.max_epochs=1"]
 
-# loss -> (recipe's objective, settings to try)
+# loss -> settings to try
 GRID = {
     "DPO": [
         "beta=0.1 lr=1e-4",
@@ -34,21 +34,14 @@ GRID = {
     ],
     "SimPO": ["beta=2 lr=1e-4 min_reward_gap=0.4", "beta=2 lr=3e-4 rpo_alpha=1", "beta=10 lr=3e-4 rpo_alpha=1"],
     "RLOO": ["lr=3e-5", "lr=1e-4 rpo_alpha=1", "lr=3e-4 rpo_alpha=1"],
-    "LN-DPO": ["lr=3e-4 rpo_alpha=1"],
-    "WRPO": ["beta=0.01 lr=3e-4 rpo_alpha=1"],
-    "SFT": ["lr=1e-4", "lr=3e-4"],  # no preference loss: more FuseSFT on the same prompts
 }
-OBJECTIVES = {
-    "DPO": "fusepo_dpo", "SimPO": "fusepo_simpo", "RLOO": "fusepo_rloo",
-    "LN-DPO": "fusepo_ln_dpo", "WRPO": "wrpo", "SFT": "fusesft",
-}  # fmt: skip
 
 
 def settings_of(loss: str, short: str) -> list[str]:
     """The command line's settings of one entry of GRID."""
-    return [f"objective={OBJECTIVES[loss]}"] + [
-        ("optim." if part.startswith("lr=") else "objective.") + part for part in short.split()
-    ]
+    sections = ["optim" if part.startswith("lr=") else "objective" for part in short.split()]
+    named = [f"{section}.{part}" for section, part in zip(sections, short.split(), strict=True)]
+    return [f"objective=fusepo_{loss.lower()}", *named]
 
 
 def fresh_prompts(path: Path) -> Path:
@@ -76,10 +69,9 @@ def main() -> int:
         start, score = train_and_score(place, "FuseSFT", "sft", HERE / "target", data["sft"], seed, ONE_PASS, prompts)
         found = {"FuseSFT": score["mean"]}
         for loss, grid in GRID.items():
-            chosen = own_data(place, start, seed) if loss == "WRPO" else data["po"]
             for short in grid:
                 settings = settings_of(loss, short)
-                _, score = train_and_score(place, f"{loss} {short}", "po", start, chosen, seed, settings, prompts)
+                _, score = train_and_score(place, f"{loss} {short}", "po", start, data["po"], seed, settings, prompts)
                 found[f"{loss} {short}"] = score["mean"]
                 print(f"seed {seed}: {loss} {short:50s} {100 * score['mean']:.1f}", flush=True)
         return found

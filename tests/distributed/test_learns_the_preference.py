@@ -79,7 +79,7 @@ def test_true_rewards_are_learned_and_shuffled_ones_are_not(ranks, case, tmp_pat
         )
         for (loss, data), directory in runs.items()
     ]
-    assert ranks.run(train_all, 1, configs)[0] == [0] * len(configs)
+    assert ranks.run(train_all, 1, configs, timeout=600)[0] == [0] * len(configs)
     gains = {}
     for run, directory in runs.items():
         first, last = lines(directory, "validation.jsonl")
@@ -132,7 +132,7 @@ def test_degenerate_data_and_huge_margins_have_defined_results(ranks, case, tmp_
         if key[0] == "margin":  # this beta makes rounding visible: step 1 is not exactly log 2
             config = replace(config, run=replace(config.run, disable_checks=("first_step_loss",)))
         configs.append(config)
-    assert ranks.run(train_all, 1, configs)[0] == [0] * len(configs)
+    assert ranks.run(train_all, 1, configs, timeout=600)[0] == [0] * len(configs)
     for key, (_, prompts, loss) in wanted.items():
         first, second = lines(directories[key], "metrics.jsonl")
         assert first["prompts"] == prompts and all(math.isfinite(r["loss"]) for r in (first, second)), key

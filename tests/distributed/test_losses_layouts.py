@@ -49,7 +49,7 @@ def test_the_other_losses(ranks, case, expected, tmp_path, layout):
     changes, world = LAYOUTS[layout]
     names = [name for name in LOSSES if name not in MAIN]
     configs = [make_config(case, LOSSES[name], **changes) for name in names]
-    by_rank = ranks.run(several, world, configs, str(tmp_path / "reference"))
+    by_rank = ranks.run(several, world, configs, str(tmp_path / "reference"), timeout=600)
     for name, *results in zip(names, *by_rank, strict=True):
         compare(results, expected(name))
 
@@ -69,7 +69,7 @@ def test_a_ragged_last_batch_is_divided_by_its_own_prompts(ranks, case, expected
 @pytest.mark.parametrize("fault, world", [("divide_by_rows", 1), ("divide_by_local_count", 2)])
 def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, fault, world):
     configs = [make_config(case, LOSSES[name]) for name in MAIN]
-    found = ranks.run(planted, world, fault, configs, str(tmp_path / "reference"))[0]
+    found = ranks.run(planted, world, fault, configs, str(tmp_path / "reference"), timeout=600)[0]
     errors = {n: worst_relative_error(f[3], expected(n)[1]) for n, f in zip(MAIN, found, strict=True)}
     print(fault, errors)
     assert min(errors.values()) > 1000 * BOUND
