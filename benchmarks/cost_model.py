@@ -258,7 +258,9 @@ def main() -> None:
         low, high = BF16_RANGE
         found = mfu(job, fit)
         off = max(low / found - 1, found / high - 1, 0.0)
-        errors.append(dict(row=job.name, published=BF16_RANGE, predicted=found, error=off if found > high else -off))
+        errors.append(
+            dict(row=job.name, published=BF16_RANGE, predicted=found, error=off if found > high else 0.0 - off)
+        )
         print(f"{job.name:24s} {low:.0%}-{high:.0%} MFU   {found:6.1%} {errors[-1]['error']:+7.1%}")
     sizes = [abs(e["error"]) for e in errors]
     of_rows = sizes[: len(ROWS)]
