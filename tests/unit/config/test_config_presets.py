@@ -16,7 +16,7 @@ SHAPES = {
     "70b": SimpleNamespace(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64),
 }
 for shape in SHAPES.values():
-    vars(shape).update(num_query_groups=8, vocab_size=128256, max_position_embeddings=131072)
+    vars(shape).update(num_query_groups=8, head_dim=128, vocab_size=128256, max_position_embeddings=131072)
 
 
 def parameters(shape):
@@ -28,7 +28,10 @@ def states_gb(config, shape, data_parallel):
     """Weights and gradients of one rank, master weights and moments split over the data-parallel ranks."""
     model = config.model
     own = parameters(shape) / (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
-    optimizer = 12
+    size = {"fp32": 4, "bf16": 2}
+    moments = size[config.optim.exp_avg_dtype] + size[config.optim.exp_avg_sq_dtype]
+    # the precision-aware optimizer keeps of the fp32 master weights what the bf16 weights lack
+    optimizer = moments + (2 if config.optim.use_precision_aware_optimizer else 4)
     assert config.optim.use_distributed_optimizer
     return own * (2 + 4 + optimizer / data_parallel) / 1e9
 
@@ -63,5 +66,6 @@ def test_all_presets_are_here():
     assert [file.stem for file in PRESETS] == [
         "llama31_70b_32gpu",
         "llama31_70b_64gpu",
+        "llama31_8b_1gpu",
         "llama31_8b_8gpu",
     ]
