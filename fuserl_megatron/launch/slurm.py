@@ -46,7 +46,8 @@ def job_script(pipeline: Pipeline, stage: Stage) -> str:
         variables["FUSERL_CONTAINER_MOUNTS"] = ",".join(cluster.container_mounts)
     settings = {
         "results_dir": stage.results_dir,
-        "logs": str(folder / "logs" / stage.name),
+        # training keeps its ranks' logs in its folder; that of build and convert is replaced as a whole when they end
+        "logs": f"{stage.results_dir}/logs" if stage.trains else str(folder / "logs" / stage.name),
         "done_file": str(done_file(pipeline, stage)),
         "done_hash": stage.hash,
     }

@@ -41,7 +41,7 @@ def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, setti
     assert models[0] == models[1] != Path(case["policy"], "model.safetensors").read_bytes()
     # one log a rank, appended to by the second start
     logs = sorted((tmp_path / "preempted" / "logs").iterdir())
-    assert [file.name for file in logs] == ["rank-0.log", "rank-1.log"]
+    assert [file.name for file in logs] == ["rank_0.log", "rank_1.log"]
     assert all(line in log for line in logs[0].read_text().splitlines()) and "resuming after step" in log
 
 
