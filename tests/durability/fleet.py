@@ -4,6 +4,7 @@ A fork server (multiprocessing's) imports torch, core and the product once, star
 forks every rank from there; the rank then runs the real command line with the environment that a launcher sets.
 """
 
+import gc
 import json
 import multiprocessing as mp
 import os
@@ -13,7 +14,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOADED = ("fuserl_megatron.train.loop", "fuserl_megatron.cli", "hydra", "omegaconf", "torch.utils.tensorboard")
+PRELOADED = (
+    *("fuserl_megatron.train.loop", "fuserl_megatron.cli", "fuserl_megatron.launch.local", "hydra", "omegaconf"),
+    *("pandas", "pyarrow.compute", "torch.profiler"),  # which others import when they need them
+)
 
 
 def case_settings(case: dict, results, *overrides: str) -> list[str]:
@@ -36,7 +40,8 @@ def case_settings(case: dict, results, *overrides: str) -> list[str]:
 
 
 def _rank(words: list[str], environment: dict[str, str], log: str, prelude) -> None:
-    os.setsid()  # children of core's checkpoint writers can be ended with their rank
+    gc.freeze()  # what is inherited is no garbage: core collects at every save
+    os.setsid()
     os.environ.update(environment)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(out, 1)

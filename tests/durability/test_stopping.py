@@ -68,7 +68,8 @@ def finish(fleet, case, directory, *more):
 
 
 @pytest.mark.parametrize(
-    "number, rank", [(signal.SIGUSR1, None), (signal.SIGTERM, 1)], ids=["USR1", "TERM to one rank"]
+    "number, rank",
+    [pytest.param(signal.SIGUSR1, None, id="USR1", marks=pytest.mark.slow), pytest.param(signal.SIGTERM, 1, id="TERM")],
 )
 def test_a_signal_in_the_first_step_saves_after_it(fleet, case, tmp_path, number, rank):
     marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.mcore.step", "forward_backward", number=number, rank=rank)
@@ -80,6 +81,7 @@ def test_a_signal_in_the_first_step_saves_after_it(fleet, case, tmp_path, number
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_a_signal_before_anything_is_loaded(fleet, case, tmp_path):
     marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.config.load", "load_config")
     assert marker[0] == "stopped by SIGTERM (rank 0) before the first step"
@@ -118,6 +120,7 @@ def test_a_second_signal_ends_at_once(fleet, case, tmp_path):
     assert not (tmp_path / "run" / "REQUEUE").exists()
 
 
+@pytest.mark.slow
 def test_without_the_callback_a_signal_kills(fleet, case, tmp_path):
     flag = tmp_path / "there"
     prelude = partial(slow, "fuserl_megatron.mcore.step", "forward_backward", str(flag), 0.3)
@@ -128,6 +131,7 @@ def test_without_the_callback_a_signal_kills(fleet, case, tmp_path):
     assert run.wait(10) == [-signal.SIGTERM] * 2
 
 
+@pytest.mark.slow
 def test_a_time_limit_stops_as_a_signal_does_but_never_without_a_step(fleet, case, tmp_path):
     more = "exp_manager.max_time_per_run=00:00:00:01"
     for start in (1, 2):
