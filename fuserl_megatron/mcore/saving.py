@@ -6,7 +6,7 @@
     checkpoints/latest_checkpointed_iteration.txt the pointer, moved last, by rename
 
 A checkpoint under way lives in a hidden sibling directory and gets its name only when it is whole and on the disk.
-Core says what belongs into it and which rank writes which part; the files are written here (0.16's own writer forks the
+Core says what belongs into it and who holds which part; the files are written here (0.16's own writer forks the
 training process, and either core's starts a process that outlives a killed rank). In the background it is a thread that
 writes: it dies with its rank, so that nothing writes into the folders of the run that comes after.
 """
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedObject, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
 from fuserl_megatron.mcore.dist_format import (
@@ -63,15 +63,17 @@ class Saving:
         self._common, self._progress = copy.deepcopy(common), copy.deepcopy(progress)
         self._tensors: list[tuple[str, tuple, tuple, tuple, torch.Tensor]] = []
         self._objects: dict[str, list] = defaultdict(list)
-        for part in nested_values(sharded):
-            if not is_main_replica(part.replica_id):
-                continue
+        parts = list(nested_values(sharded))
+        own = _own_chunks(layout, [part for part in parts if isinstance(part, ShardedTensor)])
+        for part in parts:
             if isinstance(part, ShardedObject):
-                self._objects[part.unique_key].append(copy.deepcopy(part.data))
-                continue
-            sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
-            data = snapshot(part.data) if background else part.data.detach()
-            self._tensors.append((part.key, tuple(part.global_shape), tuple(part.global_offset), sizes, data))
+                if is_main_replica(part.replica_id):
+                    self._objects[part.unique_key].append(copy.deepcopy(part.data))
+            elif (chunk := (part.key, part.global_offset)) in own:
+                own.remove(chunk)
+                sizes = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+                data = snapshot(part.data) if background else part.data.detach()
+                self._tensors.append((part.key, tuple(part.global_shape), tuple(part.global_offset), sizes, data))
         self.start()
 
     def start(self) -> None:
@@ -160,6 +162,21 @@ class Saving:
             if self.layout.is_main and self._partial:
                 shutil.rmtree(self._partial, ignore_errors=True)
             raise OSError(f"{iteration_directory(self.root, self.iteration)}: not written ({failed[0]})")
+
+
+def _own_chunks(layout: Layout, tensors: Sequence[ShardedTensor]) -> set[tuple[str, tuple]]:
+    """What this rank writes: data-parallel ranks hold the same, and share the work by bytes. The same plan on all."""
+    held: list[dict] = [{}] * layout.world_size
+    dist.all_gather_object(held, {(t.key, t.global_offset): t.data.nbytes for t in tensors})
+    load, own = [0] * layout.world_size, set()
+    for chunk, size in sorted(
+        {c: n for chunks in held for c, n in chunks.items()}.items(), key=lambda c: (-c[1], c[0])
+    ):
+        writer = min((rank for rank in range(layout.world_size) if chunk in held[rank]), key=lambda rank: load[rank])
+        load[writer] += size
+        if writer == layout.rank:
+            own.add(chunk)
+    return own
 
 
 def snapshot(tensor: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,13 @@ def check_meters(directory):
         assert row["model_tflops_per_device"] > 0 and "mfu" not in row  # a CPU has no peak in the table
 
 
+def data_seen(directory):
+    """What tells one global batch from another: prompts, tokens and responses scored, sources."""
+    names = ("prompts", "real_tokens", "scored_tokens", "effective_number_of_sources", "epoch")
+    rows = map(json.loads, (Path(directory) / "metrics.jsonl").read_text().splitlines())
+    return {row["step"]: [row[name] for name in names] for row in rows}
+
+
 def four_steps(ranks, case, directory, world, objective=SFT, **layout):
     config = make_config(
         case, objective, global_batch_size=3, max_steps=4, every=2, results_dir=str(directory), **layout
@@ -111,6 +118,7 @@ def test_going_back_to_an_older_step_keeps_what_is_written_then(ranks, case, tmp
         pytest.param(dict(tp=2), 2, dict(cp=2), 2, marks=pytest.mark.slow),
         pytest.param(dict(pp=2, vpp=2), 2, dict(tp=2), 2, marks=pytest.mark.slow),
         (dict(pp=2, distopt=True), 2, dict(pp=2, vpp=2, distopt=True), 2),
+        (dict(tp=2, distopt=True), 2, dict(tp=2, pp=2, distopt=True), 4),
     ],
     ids=[
         "tp2 to pp2",
@@ -120,6 +128,7 @@ def test_going_back_to_an_older_step_keeps_what_is_written_then(ranks, case, tmp
         "tp2 to cp2",
         "pp2 vpp2 to tp2",
         "pp2 distopt to vpp2",
+        "2 to 4 ranks",
     ],
 )
 def test_another_layout_continues_the_run(ranks, case, tmp_path, first, world, second, world2):
@@ -130,6 +139,8 @@ def test_another_layout_continues_the_run(ranks, case, tmp_path, first, world, s
     for step in (3, 4):
         assert resumed[step] == pytest.approx(whole[step], rel=2e-5)
         assert resumed[step][0] == pytest.approx(whole[step][0], abs=1e-6)
+    expected, actual = data_seen(tmp_path / "whole"), data_seen(tmp_path / "resumed")
+    assert actual == {step: expected[step] for step in (3, 4)} and expected[3] != expected[4]
 
 
 @pytest.mark.parametrize("tie", [False, True])

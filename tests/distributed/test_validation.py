@@ -95,6 +95,7 @@ def test_the_best_checkpoint_is_kept_and_exported_and_early_stopping_survives_a_
     ranks.run(to_hf, 1, str(directory / "checkpoints" / f"iter_{best:07d}"), str(tmp_path / "best"))
     expected = load_file(tmp_path / "best" / "model.safetensors")
     assert all(torch.equal(exported[n], expected[n]) for n in expected)
+    (directory / "validation.jsonl").unlink()  # best value and patience are in the checkpoint
     assert ranks.run(run, 2, config) == [0, 0]  # the same command again: nothing more to do
     assert {r["step"]: r["val_loss"] for r in lines(directory, "validation.jsonl")} == history
     again = load_file(directory / "hf" / "model.safetensors")

@@ -172,8 +172,11 @@ def test_the_same_settings_work(workplace, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "hf" / "model.safetensors").is_file()
     shutil.rmtree(tmp_path / "run" / "hf")
+    pointer = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
+    pointer.write_text("garbage")
     again = fuserl("train", *TRAIN, "trainer.max_steps=1", f"run.results_dir={tmp_path / 'run'}", cwd=workplace)
     assert again.returncode == 0 and Path(tmp_path / "run" / "hf" / "config.json").is_file()
+    assert f"{pointer} says 'garbage', which is no number. Step 1 is used instead" in again.stdout
     other = fuserl(
         "train", *TRAIN, "trainer.max_steps=1", "run.seed=7", f"run.results_dir={tmp_path / 'run'}", cwd=workplace
     )
@@ -190,3 +193,6 @@ def test_the_same_settings_work(workplace, tmp_path):
         )
         refused(other, change.split("=")[0].removeprefix("data."))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
+    (tmp_path / "run" / "checkpoints" / "iter_0000001" / "common.pt").write_bytes(b"")
+    lost = fuserl("train", *TRAIN, "trainer.max_steps=1", f"run.results_dir={tmp_path / 'run'}", cwd=workplace)
+    refused(lost, "holds no whole checkpoint (", "iter_0000001: common.pt has 0 bytes instead of", "put one back")
