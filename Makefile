@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-durability test-gpu bench lint clean
+.PHONY: help venv demo test test-slow test-durability test-gpu test-nemo bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
@@ -31,6 +31,11 @@ test-durability: $(INSTALLED)  ## 200 runs killed at random instants and resumed
 test-gpu: $(INSTALLED)  ## what needs a CUDA device
 	$(PYTEST) -m gpu
 
+test-nemo:  ## the stages through nemo-run, in an environment of its own (.venv-nemo, 540 MB more)
+	@$(MAKE) --no-print-directory VENV=$(VENV)-nemo venv
+	@$(VENV)-nemo/bin/python -m pip install --quiet --disable-pip-version-check -e '.[nemo]'  # leptonai wants an older anyio than constraints.txt
+	$(VENV)-nemo/bin/python -m pytest tests/slurm/test_nemo.py
+
 bench: $(INSTALLED)  ## every script in benchmarks/, in short (its --help says how to get the figures of docs/performance.md)
 	@test -n "$(BENCHMARKS)" || { echo "make bench: there are no scripts in benchmarks/ yet" >&2; exit 2; }
 	@set -e; for script in $(BENCHMARKS); do echo "$$script --quick"; $(BIN)/python $$script --quick; done
@@ -39,7 +44,7 @@ lint: $(INSTALLED)  ## ruff
 	$(BIN)/ruff check .
 
 clean:  ## remove the virtual environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-nemo
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found: install python3.11, or type make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }

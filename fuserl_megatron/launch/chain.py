@@ -14,7 +14,7 @@ from pathlib import Path
 import fuserl_megatron
 from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.launch import slurm
+from fuserl_megatron.launch import nemo, slurm
 from fuserl_megatron.launch.pipeline import Pipeline, Stage
 
 MARKER = "REQUEUE"
@@ -34,8 +34,11 @@ def launch(pipeline: Pipeline, overrides: Sequence[str], dry_run: bool) -> int:
         if stage not in todo:
             print(f"{stage.name}: done ({slurm.done_file(pipeline, stage)})")
     on_slurm = pipeline.config.cluster.type == "slurm"
+    by_nemo = pipeline.config.launcher == "nemo"
     if dry_run:
         print(_plan(pipeline, todo, on_slurm))
+        if by_nemo and todo:
+            nemo.hand_over(pipeline, todo, local_command, dry_run=True)
         return 0
     if not todo:
         return 0
@@ -48,15 +51,22 @@ def launch(pipeline: Pipeline, overrides: Sequence[str], dry_run: bool) -> int:
             ids = " ".join(jobs[name] for name in there)
             raise UserError(f"{pipeline.root}: in the queue from before: {held}; wait, or type scancel {ids}.")
         _freeze(pipeline, todo, overrides)
-        submitted = slurm.submit(pipeline, todo)
+        submitted = nemo.hand_over(pipeline, todo, local_command) if by_nemo else slurm.submit(pipeline, todo)
         _write(record, json.dumps(jobs | submitted, indent=2) + "\n")
         for stage in todo:
-            print(f"{stage.name}: job {submitted[stage.name]}, log {pipeline.folder / stage.name}.log")
+            log = "in $NEMORUN_HOME" if by_nemo else f"{pipeline.folder / stage.name}.log"
+            print(f"{stage.name}: job {submitted[stage.name]}, log {log}")
         ids = submitted.values()
         print(f"follow: squeue --jobs={','.join(ids)}    cancel: scancel {' '.join(ids)}")
         return 0
     _freeze(pipeline, todo, overrides)
-    return _run_here(pipeline, todo)
+    if not by_nemo:
+        return _run_here(pipeline, todo)
+    nemo.hand_over(pipeline, todo, local_command)
+    for stage in unfinished(pipeline)[:1]:
+        print(f"{stage.name} did not come to its end; the same command goes on with it", file=sys.stderr)
+        return 1
+    return 0
 
 
 def unfinished(pipeline: Pipeline) -> list[Stage]:
@@ -85,6 +95,8 @@ def _plan(pipeline: Pipeline, stages: Sequence[Stage], on_slurm: bool) -> str:
     for stage in stages:
         if stage.config:
             parts.append(f"# ---- {stage.config_path}\n{stage.config}")
+        if pipeline.config.launcher == "nemo":
+            continue
         if not on_slurm:
             parts.append(f"# ---- {stage.name}\n{shlex.join(local_command(stage))}\n")
             continue
@@ -101,7 +113,7 @@ def _freeze(pipeline: Pipeline, stages: Sequence[Stage], overrides: Sequence[str
         (folder / "logs" / stage.name).mkdir(parents=True, exist_ok=True)
         if stage.config:
             _write(Path(stage.config_path), stage.config)
-        if stage.cluster.type == "slurm":
+        if stage.cluster.type == "slurm" and pipeline.config.launcher == "fuserl":
             _write(folder / f"{stage.name}.sbatch", slurm.job_script(pipeline, stage))
         with contextlib.suppress(FileNotFoundError):
             slurm.done_file(pipeline, stage).unlink()

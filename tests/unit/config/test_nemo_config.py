@@ -57,8 +57,6 @@ def test_dpo():
     settings, by_key = fates("dpo")
     unsupported = {key: fate.why for key, fate in by_key.items() if fate.status == "unsupported"}
     assert set(unsupported) == {
-        "trainer.max_time",
-        "exp_manager.max_time_per_run",
         "trainer.dpo.val_check_interval",
         "trainer.dpo.limit_val_batches",
         "pretrained_checkpoint.restore_from_path",
@@ -72,6 +70,7 @@ def test_dpo():
     assert "0.1" in unsupported["trainer.dpo.val_check_interval"]
     assert settings["objective"] == {"stage": "fusepo", "loss": "ln_dpo", "beta": 0.2, "rpo_alpha": 0.5}
     assert settings["trainer"]["gradient_clip_val"] == 0.0
+    assert settings["exp_manager"]["max_time_per_run"] == "00:03:50:00"
     assert by_key["exp_manager.wandb_logger_kwargs.project"].status == "ignored"
 
 
