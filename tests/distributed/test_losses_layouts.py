@@ -10,6 +10,7 @@ from test_layouts import BOUND, check, compare, planted
 
 MAIN = ["simpo", "rloo", "wrpo", "kto"]
 LAYOUTS = {
+    "tp2 sp": (dict(tp=2, sp=True), 2),
     "cp2": (dict(cp=2), 2),
     "pp2": (dict(pp=2), 2),
     "tp2 pp2 sp": (dict(tp=2, pp=2, sp=True), 4),
