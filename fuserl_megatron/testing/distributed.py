@@ -48,14 +48,28 @@ def _worker(connection, path: list[str]) -> None:
 
         try:
             parallel.shutdown()
-            # Models and optimizers are cycles that hold process groups, and every gloo group has two threads that poll:
-            # left to the collector's own pace there are hundreds of them, and they take both cores.
-            gc.collect()
+            _let_go()
         except Exception:
             result = (False, f"{result[1]}\nand leaving the process groups failed:\n{traceback.format_exc()}")
         if not gc.get_freeze_count():
             gc.freeze()  # torch and core stay: later collections need not look at them
         connection.send(result)
+
+
+def _let_go() -> None:
+    """Free what the job left: every gloo group has two threads that poll, and hundreds of them take both cores.
+
+    Models and optimizers are cycles that hold process groups; those of core's DDP go through autograd nodes, where the
+    collector cannot follow, so they are cut.
+    """
+    from fuserl_megatron.mcore.model import DistributedDataParallel
+
+    for left in gc.get_objects():
+        if type(left) is DistributedDataParallel:
+            for parameter in left.parameters():
+                parameter.__dict__.clear()
+            left.__dict__.clear()
+    gc.collect()
 
 
 class Ranks:
