@@ -15,7 +15,7 @@ import fuserl_megatron
 from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.launch import nemo, slurm
-from fuserl_megatron.launch.pipeline import Pipeline, Stage
+from fuserl_megatron.launch.stages import Pipeline, Stage
 
 MARKER = "REQUEUE"
 """The file that a training leaves in its results_dir when it was stopped to be continued (train/stopping.py)."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.launch import slurm
-from fuserl_megatron.launch.pipeline import Pipeline, Stage
+from fuserl_megatron.launch.stages import Pipeline, Stage
 
 RANKS = """\
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}

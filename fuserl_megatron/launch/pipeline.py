@@ -11,7 +11,6 @@ import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from fuserl_megatron.config.schema import BuildConfig, Config, UserError
 from fuserl_megatron.config.validate import validate, validate_build
 from fuserl_megatron.config.words import show
 from fuserl_megatron.launch.sections import ORDER, key_of, load_sections, override, value_of
+from fuserl_megatron.launch.stages import Pipeline, Stage
 
 READS = {
     "build_sft": ("import",),
@@ -34,74 +34,6 @@ READS = {
     "export": ("fusesft", "fusepo"),
     "evaluate": ("import", "build_heldout", "fusesft", "fusepo", "export"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """One job of the chain."""
-
-    name: str
-    command: tuple[str, ...]
-    """Program and words, the same on every rank; the first is `fuserl`, or the user's own program."""
-    depends_on: tuple[str, ...] = ()
-    """Stages of this chain that must have succeeded."""
-    cluster: ClusterConfig
-    """Resources and environment of this stage."""
-    trains: bool = False
-    """Whether it runs ranks of the trainer; the others are one process, without a GPU unless their own section asks."""
-    config: str = ""
-    """Text of the frozen settings, to be written to config_path before the stage starts."""
-    config_path: str = ""
-    results_dir: str
-    """Where it writes; a stage that trains leaves its requeue marker there."""
-    hash: str
-    """Of command, settings and those of every stage it depends on: a stage finished under the same hash is done."""
-
-    @property
-    def nodes(self) -> int:
-        """Nodes to ask for."""
-        return self.cluster.nodes
-
-    @property
-    def gpus_per_node(self) -> int:
-        """GPUs to ask for on each node."""
-        return self.cluster.gpus_per_node or 0
-
-    @property
-    def ranks_per_node(self) -> int:
-        """Processes on each node."""
-        return self.cluster.ntasks_per_node or self.gpus_per_node or 1
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes over all nodes."""
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def time(self) -> str | None:
-        """Wall-clock limit."""
-        return self.cluster.time
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pipeline:
-    """A whole chain, resolved."""
-
-    config: LaunchConfig
-    stages: tuple[Stage, ...]
-    """In an order in which each stands after those it depends on."""
-    notes: tuple[str, ...] = ()
-    """Which of the stages asked for have nothing to do, and why."""
-
-    @property
-    def root(self) -> Path:
-        """run.results_dir, absolute."""
-        return Path(self.config.run.results_dir)
-
-    @property
-    def folder(self) -> Path:
-        """Frozen settings, job scripts, logs, markers."""
-        return self.root / "launch"
 
 
 def load_pipeline(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.launch.pipeline import Pipeline, Stage
+from fuserl_megatron.launch.stages import Pipeline, Stage
 
 BODY_FROM = "# From here on"
 
