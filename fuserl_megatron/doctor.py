@@ -92,9 +92,9 @@ def print_report(report: Report, as_json: bool = False) -> None:
 # --- packages ---
 
 _EXTRAS = (
-    ("nemo-run", "nemo", "not used by this version yet"),
-    ("wandb", "track", "not used by this version yet"),
-    ("mlflow", "track", "not used by this version yet"),
+    ("nemo-run", "nemo", "fuserl launch launcher=nemo"),
+    ("wandb", "track", "exp_manager.create_wandb_logger"),
+    ("mlflow", "track", "exp_manager.create_mlflow_logger"),
 )
 
 
