@@ -83,8 +83,7 @@ class Saving:
         if self.layout.is_main:
             name = iteration_directory(self.root, self.iteration).name
             try:
-                for left in self.root.glob(".iter_*.partial"):
-                    shutil.rmtree(left, ignore_errors=True)
+                remove_leftovers(self.root)
                 # a name of its own: nothing left over from a killed run can write into it
                 partial = self.root / f".{name}.{secrets.token_hex(4)}.partial"
                 partial.mkdir(parents=True)
@@ -164,6 +163,17 @@ class Saving:
             raise OSError(f"{iteration_directory(self.root, self.iteration)}: not written ({failed[0]})")
 
 
+def remove_leftovers(root: Path) -> None:
+    """What a killed run was writing or removing, none of it under its name. One rank, while no save is under way."""
+    for left in root.glob(".iter_*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    _new_pointer(root).unlink(missing_ok=True)
+
+
+def _new_pointer(root: Path) -> Path:
+    return root / f".{POINTER}.tmp"
+
+
 def _own_chunks(layout: Layout, tensors: Sequence[ShardedTensor]) -> set[tuple[str, tuple]]:
     """What this rank writes: data-parallel ranks hold the same, and share the work by bytes. The same plan on all."""
     held: list[dict] = [{}] * layout.world_size
@@ -188,7 +198,7 @@ def _rename(root: Path, partial: Path, final: Path, iteration: int) -> None:
     _remove(final)
     partial.rename(final)
     sync(root)
-    pointer = root / f".{POINTER}.tmp"
+    pointer = _new_pointer(root)
     pointer.write_text(f"{iteration}\n")
     sync(pointer)
     pointer.rename(root / POINTER)

@@ -10,7 +10,7 @@ from pathlib import Path
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore import parallel
 from fuserl_megatron.mcore.checkpoint import begin_save
-from fuserl_megatron.mcore.saving import Saving
+from fuserl_megatron.mcore.saving import Saving, remove_leftovers
 from fuserl_megatron.mcore.step import Engine
 from fuserl_megatron.train.logging import say
 
@@ -44,6 +44,8 @@ class Saver:
         """What a checkpoint takes until it is on the disk: the longest so far, or a guess before the first."""
         self._under_way: tuple[Saving, Sequence[int]] | None = None
         self._tries = 0
+        if engine.layout.is_main:  # a run killed after its last save has no further one that would
+            remove_leftovers(checkpoints)
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this many steps by their number or by the clock of rank 0."""

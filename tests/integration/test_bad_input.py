@@ -174,9 +174,12 @@ def test_the_same_settings_work(workplace, tmp_path):
     shutil.rmtree(tmp_path / "run" / "hf")
     pointer = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     pointer.write_text("garbage")
+    left = pointer.with_name(".iter_0000001.ab.partial")  # as a run leaves it that is killed in its last save
+    left.mkdir()
     again = fuserl("train", *TRAIN, "trainer.max_steps=1", f"run.results_dir={tmp_path / 'run'}", cwd=workplace)
     assert again.returncode == 0 and Path(tmp_path / "run" / "hf" / "config.json").is_file()
     assert f"{pointer} says 'garbage', which is no number. Step 1 is used instead" in again.stdout
+    assert not left.exists()
     other = fuserl(
         "train", *TRAIN, "trainer.max_steps=1", "run.seed=7", f"run.results_dir={tmp_path / 'run'}", cwd=workplace
     )
