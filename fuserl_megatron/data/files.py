@@ -20,7 +20,8 @@ def sync(file: IO) -> None:
     os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Bring a file or a directory, by name, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -30,7 +31,7 @@ def _sync_directory(path: Path) -> None:
 
 def replace_directory(partial: Path, output: Path) -> None:
     """Put the finished directory in the place of the old one; if that fails the old one is put back."""
-    _sync_directory(partial)
+    sync_path(partial)
     old = output.parent / f".{output.name}.old-{os.getpid()}"
     try:
         if output.exists():
@@ -40,7 +41,7 @@ def replace_directory(partial: Path, output: Path) -> None:
         if old.exists() and not output.exists():
             os.rename(old, output)
         raise
-    _sync_directory(output.parent)
+    sync_path(output.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

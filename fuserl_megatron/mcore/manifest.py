@@ -6,32 +6,22 @@ share the files between them.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from fuserl_megatron.data.files import file_sha256
+from fuserl_megatron.data.files import file_sha256, sync_path
 
 MANIFEST = "manifest.json"
 THREADS = 4
 """Files hashed at a time by one process: hashing leaves Python's lock alone."""
 
 
-def sync(path: Path) -> None:
-    """Bring a file or a directory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def describe(files: Iterable[Path]) -> dict[str, dict]:
     """Bring the files to the disk; their entries of the manifest by name."""
 
     def entry(file: Path) -> dict:
-        sync(file)
+        sync_path(file)
         return {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
 
     files = list(files)
@@ -43,8 +33,8 @@ def write_manifest(directory: Path, iteration: int, files: dict[str, dict]) -> N
     """Write manifest.json and bring it and the directory to the disk."""
     content = {"format": 1, "iteration": iteration, "files": files}
     (directory / MANIFEST).write_text(_with_own_hash(content), encoding="utf-8")
-    sync(directory / MANIFEST)
-    sync(directory)
+    sync_path(directory / MANIFEST)
+    sync_path(directory)
 
 
 def _with_own_hash(content: dict) -> str:

@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
+from fuserl_megatron.data.files import sync_path
 from fuserl_megatron.mcore.dist_format import (
     COMMON,
     CONFIG,
@@ -36,7 +37,7 @@ from fuserl_megatron.mcore.dist_format import (
     iteration_directory,
     saved_iterations,
 )
-from fuserl_megatron.mcore.manifest import describe, sync, write_manifest
+from fuserl_megatron.mcore.manifest import describe, write_manifest
 from fuserl_megatron.mcore.parallel import Layout, any_rank, from_main_rank
 
 PROGRESS = "progress.json"
@@ -197,12 +198,12 @@ def snapshot(tensor: torch.Tensor) -> torch.Tensor:
 def _rename(root: Path, partial: Path, final: Path, iteration: int) -> None:
     _remove(final)
     partial.rename(final)
-    sync(root)
+    sync_path(root)
     pointer = _new_pointer(root)
     pointer.write_text(f"{iteration}\n")
-    sync(pointer)
+    sync_path(pointer)
     pointer.rename(root / POINTER)
-    sync(root)
+    sync_path(root)
 
 
 def _remove(directory: Path) -> None:
