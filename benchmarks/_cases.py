@@ -3,12 +3,14 @@
 Shapes: none; sizes are tokens.
 """
 
+import argparse
 import dataclasses
 import json
 import os
 import platform
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fuserl_megatron.config.schema import (
@@ -40,6 +42,21 @@ def machine() -> dict:
         torch=torch.__version__,
         threads=torch.get_num_threads(),
     )
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """--threads, --json, --plot."""
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", default=None, help="write the figures to this file")
+    parser.add_argument("--plot", default=None, help="write a plot to this file")
+
+
+def write_up(options: argparse.Namespace, rows: list[dict], plot: Callable[[list[dict], str], None]) -> None:
+    """The figures and their plot into the files that were asked for."""
+    if options.json:
+        Path(options.json).write_text(json.dumps(machine() | dict(threads=options.threads, rows=rows), indent=2) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
 
 
 def save_model(directory: Path, **shape: int) -> None:
@@ -111,6 +128,17 @@ def build_data(inputs: list[Path], tokenizer: Path, output: Path, max_length: in
         ),
         progress=False,
     )
+
+
+def prepare_case(root: Path, case: str) -> None:
+    """Model and data set: `demo` as examples/skills has it, else 3 million weights, prompt : response 4 : 1."""
+    if case == "demo":
+        save_model(root / "model")
+        build_data([SKILLS / "data" / "train_po.00.jsonl"], root / "model", root / "data", 64)
+    else:
+        save_model(root / "model", max_position_embeddings=512, hidden_size=256, intermediate_size=768, head_dim=64)
+        write_records(root / "records.jsonl", 48, 4, 160, 40)
+        build_data([root / "records.jsonl"], root / "model", root / "data", 512)
 
 
 def run_config(

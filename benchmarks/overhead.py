@@ -15,26 +15,14 @@ twice (its logits are recomputed in the backward pass, to save memory): that is 
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
-from _cases import DPO, SKILLS, Trainer, build_data, machine, run_config, save_model, write_records
+from _cases import DPO, Trainer, add_common_options, prepare_case, run_config, write_up
 from _turns import Requests, ratio, take_turns
 
 GOAL = 0.15
 LAYOUT = {"demo": dict(seq_length=256, rows=4, prompts=24), "tiny": dict(seq_length=1024, rows=1, prompts=8)}
-
-
-def prepare(root: Path, case: str) -> None:
-    """Model and data set of one case."""
-    if case == "demo":
-        save_model(root / "model")
-        build_data([SKILLS / "data" / "train_po.00.jsonl"], root / "model", root / "data", 64)
-    else:
-        save_model(root / "model", max_position_embeddings=512, hidden_size=256, intermediate_size=768, head_dim=64)
-        write_records(root / "records.jsonl", 48, 4, 160, 40)
-        build_data([root / "records.jsonl"], root / "model", root / "data", 512)
 
 
 class Bare:
@@ -126,7 +114,7 @@ def worker(side: str, root: Path, case: str) -> None:
 def measure(case: str, turns: int, steps: int, threads: int) -> dict:
     """One row."""
     with tempfile.TemporaryDirectory(prefix="fuserl-overhead-") as folder:
-        prepare(Path(folder), case)
+        prepare_case(Path(folder), case)
         commands = {side: [__file__, "--worker", side, folder, case] for side in ("ours", "bare")}
         times, _ = take_turns(commands, turns, steps, threads)
     found = ratio(times["ours"], times["bare"])
@@ -159,10 +147,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=list(LAYOUT), default=list(LAYOUT))
     parser.add_argument("--turns", type=int, default=11)
     parser.add_argument("--steps", type=int, default=6, help="of each side in one turn")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="3 turns of 3 steps")
-    parser.add_argument("--json", default=None, help="write the figures to this file")
-    parser.add_argument("--plot", default=None, help="write a plot to this file")
+    add_common_options(parser)
     parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -170,10 +156,7 @@ def main() -> None:
         return worker(side, Path(folder), case)
     turns, steps = (3, 3) if options.quick else (options.turns, options.steps)
     rows = [measure(case, turns, steps, options.threads) for case in options.cases]
-    if options.json:
-        Path(options.json).write_text(json.dumps(machine() | dict(threads=options.threads, rows=rows), indent=2) + "\n")
-    if options.plot:
-        plot(rows, options.plot)
+    write_up(options, rows, plot)
 
 
 if __name__ == "__main__":

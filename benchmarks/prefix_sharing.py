@@ -11,11 +11,10 @@ grows faster: the model is wide enough (7 million weights) for the matrix produc
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
-from _cases import SFT, Trainer, build_data, machine, run_config, save_model, write_records
+from _cases import SFT, Trainer, add_common_options, build_data, run_config, save_model, write_records, write_up
 from _turns import Requests, ratio, take_turns
 
 SHAPES = [(160, 40, 8), (100, 100, 8), (40, 160, 8), (160, 40, 4), (100, 100, 4), (160, 40, 2)]
@@ -99,10 +98,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="of each side in one turn")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="2 shapes, 3 turns")
-    parser.add_argument("--json", default=None, help="write the figures to this file")
-    parser.add_argument("--plot", default=None, help="write a plot to this file")
+    add_common_options(parser)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -114,10 +111,7 @@ def main() -> None:
         rows = [measure(Path(folder), shape, turns, steps, options.threads) for shape in shapes]
     off = max(abs(r["ratio"]["median"] / r["law"] - 1) for r in rows)
     print(f"furthest from the law: {off:.1%} (goal: within {GOAL:.0%})")
-    if options.json:
-        Path(options.json).write_text(json.dumps(machine() | dict(threads=options.threads, rows=rows), indent=2) + "\n")
-    if options.plot:
-        plot(rows, options.plot)
+    write_up(options, rows, plot)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ and the faster one counts. (TRL has no weights of sequences or pairs: it trains 
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
 
-from _cases import DPO, SFT, SKILLS, Trainer, build_data, machine, run_config, save_model, write_records
+from _cases import DPO, SFT, Trainer, add_common_options, prepare_case, run_config, write_up
 from _turns import Requests, ratio, take_turns
 
 CASES = ("demo", "long")
@@ -28,17 +27,6 @@ LAYOUT = {
     "long": dict(seq_length=1024, rows=1, prompts=8),
 }
 PROMPTS = {"demo": 24, "long": 8}
-
-
-def prepare(root: Path, case: str) -> None:
-    """Model and data set of one case."""
-    if case == "demo":
-        save_model(root / "model")
-        build_data([SKILLS / "data" / "train_po.00.jsonl"], root / "model", root / "data", 64)
-    else:
-        save_model(root / "model", max_position_embeddings=512, hidden_size=256, intermediate_size=768, head_dim=64)
-        write_records(root / "records.jsonl", 48, 4, 160, 40)
-        build_data([root / "records.jsonl"], root / "model", root / "data", 512)
 
 
 def settings(root: Path, case: str, objective: str):
@@ -145,7 +133,7 @@ def measure(case: str, turns: int, steps: int, threads: int) -> list[dict]:
     found = []
     with tempfile.TemporaryDirectory(prefix="fuserl-trl-") as folder:
         root = Path(folder)
-        prepare(root, case)
+        prepare_case(root, case)
         for ours, theirs in (("dpo", ("dpo", "dpo_live")), ("sft", ("sft", "sft_padding_free"))):
             sides = {"ours": ("ours", ours)} | {name: ("trl", name) for name in theirs}
             commands = {
@@ -190,10 +178,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="of each side in one turn")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="3 turns of 2 steps")
-    parser.add_argument("--json", default=None, help="write the figures to this file")
-    parser.add_argument("--plot", default=None, help="write a plot to this file")
+    add_common_options(parser)
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -201,10 +187,7 @@ def main() -> None:
         return worker(side, Path(folder), case, objective)
     turns, steps = (3, 2) if options.quick else (options.turns, options.steps)
     rows = [row for case in options.cases for row in measure(case, turns, steps, options.threads)]
-    if options.json:
-        Path(options.json).write_text(json.dumps(machine() | dict(threads=options.threads, rows=rows), indent=2) + "\n")
-    if options.plot:
-        plot(rows, options.plot)
+    write_up(options, rows, plot)
 
 
 if __name__ == "__main__":
