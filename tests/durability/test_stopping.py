@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 from fleet import case_settings, records
 
+from fuserl_megatron.mcore.manifest import find_damage
 from fuserl_megatron.train import stopping
 
 TP2 = "model.tensor_model_parallel_size=2"
+ASYNC = "exp_manager.checkpoint_callback_params.async_save=true"
 SOON_S = 30.0
 
 
@@ -59,8 +61,8 @@ def stop_at(fleet, case, directory, module, function, *more, number=signal.SIGTE
     return marker
 
 
-def finish(fleet, case, directory, *more):
-    run = fleet.start(settings(case, directory, *more), directory / "log")
+def finish(fleet, directory, words):
+    run = fleet.start(words, directory / "log")
     assert run.wait(120) == [0, 0], run.text()
     assert not (directory / "run" / "REQUEUE").exists()
     assert (directory / "run" / "hf" / "model.safetensors").exists()
@@ -77,7 +79,7 @@ def test_a_signal_in_the_first_step_saves_after_it(fleet, case, tmp_path, number
     assert marker[0] == f"stopped by {told} (rank {rank or 0}) after step 1 of 6, saved at step 1"
     # the command is the one that was typed, quoted for a shell
     assert shlex.split(marker[1]) == ["cd", os.getcwd(), "&&", "fuserl", "train", *settings(case, tmp_path)]
-    assert "resuming after step 1" in finish(fleet, case, tmp_path).text()
+    assert "resuming after step 1" in finish(fleet, tmp_path, settings(case, tmp_path)).text()
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
@@ -86,7 +88,7 @@ def test_a_signal_before_anything_is_loaded(fleet, case, tmp_path):
     marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.config.load", "load_config")
     assert marker[0] == "stopped by SIGTERM (rank 0) before the first step"
     assert not list((tmp_path / "run").glob("checkpoints/iter_*"))
-    finish(fleet, case, tmp_path)
+    finish(fleet, tmp_path, settings(case, tmp_path))
 
 
 def test_a_signal_during_validation(fleet, case, tmp_path):
@@ -94,7 +96,7 @@ def test_a_signal_during_validation(fleet, case, tmp_path):
     more = (f"data.validation_path={case['data']}", "trainer.val_check_interval=1")
     marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.train.validation", "evaluate", *more)
     assert marker[0] == "stopped by SIGTERM (rank 0) before the first step"
-    finish(fleet, case, tmp_path, *more)
+    finish(fleet, tmp_path, settings(case, tmp_path, *more))
     assert [r["step"] for r in records(tmp_path / "run", "validation.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
 
 
@@ -102,7 +104,82 @@ def test_a_signal_during_the_reference_pass(fleet, case, tmp_path):
     more = ("objective=fusepo_dpo", "objective.beta=0.3", f"objective.reference={case['reference']}")
     marker = stop_at(fleet, case, tmp_path, "fuserl_megatron.train.reference", "score", *more)
     assert marker[0] == "stopped by SIGTERM (rank 0) before the first step"
-    finish(fleet, case, tmp_path, *more)
+    finish(fleet, tmp_path, settings(case, tmp_path, *more))
+
+
+def hold_the_writer(flag: str, forgetful: bool, rank: int) -> None:
+    """The writer of the first checkpoint may begin only when the run waits for it, and the step after it takes until
+    the signal is there. forgetful: the mistake of leaving without waiting."""
+    import threading
+
+    from fuserl_megatron.mcore import saving
+    from fuserl_megatron.train import loop, saver
+
+    awaited, writers, step_of = threading.Event(), [], loop.train_step
+    write, publish = saving.Saving._write, saving.Saving.publish
+
+    def held_write(self):
+        writers.append(self.iteration)
+        if len(writers) == 1:
+            awaited.wait(SOON_S)
+        write(self)
+
+    def awaited_publish(self, *args):
+        awaited.set()
+        return publish(self, *args)
+
+    def told_step(*args, **kwargs):
+        if writers == [2]:
+            Path(f"{flag}{rank}").touch()
+            while not stopping._received:
+                time.sleep(0.01)
+        return step_of(*args, **kwargs)
+
+    saving.Saving._write, saving.Saving.publish, loop.train_step = held_write, awaited_publish, told_step
+    if forgetful:
+        saver.Saver.wait = lambda self: True
+
+
+def checkpoints_of(directory):
+    """What stands in checkpoints/: for each step what is wrong with it, and the names of all else."""
+    root = directory / "run" / "checkpoints"
+    steps = {int(p.name[5:]): find_damage(p, int(p.name[5:])) for p in root.glob("iter_*")}
+    return steps, {p.name for p in root.iterdir() if not p.name.startswith("iter_")}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(TP2, id="tp2", marks=pytest.mark.slow),
+        pytest.param("optim.use_distributed_optimizer=true", id="dp2 distributed optimizer"),
+    ],
+)
+def test_a_signal_while_a_checkpoint_is_written_in_the_background(fleet, case, tmp_path, more):
+    """Both are on the disk when the run leaves: the one under way, and the one of the step it was stopped after."""
+    words = {
+        name: case_settings(case, tmp_path / name / "run", "trainer.max_steps=6", more, *switches)
+        for name, switches in {"stopped": [ASYNC], "undisturbed": [], "control": [ASYNC]}.items()
+    }
+    for name in ("stopped", "control"):
+        (tmp_path / name).mkdir()
+        prelude = partial(hold_the_writer, str(tmp_path / name / "there"), name == "control")
+        run = fleet.start(words[name], tmp_path / name / "log", prelude=prelude)
+        run.until(partial(all_there, tmp_path / name / "there"))
+        assert checkpoints_of(tmp_path / name)[0] == {}  # the writer has not begun
+        run.send(signal.SIGTERM)
+        assert run.wait(SOON_S) == [0, 0], run.text()
+        marker = (tmp_path / name / "run" / "REQUEUE").read_text().splitlines()
+        whole = checkpoints_of(tmp_path / name) == ({2: None, 3: None}, {"latest_checkpointed_iteration.txt"})
+        assert whole == (name == "stopped") and (", saved at step 3" in marker[0]) == whole, marker
+    (tmp_path / "undisturbed").mkdir()
+    for name in ("stopped", "undisturbed"):
+        finish(fleet, tmp_path / name, words[name])
+    assert "resuming after step 3" in (tmp_path / "stopped" / "log").read_text()
+    results = [tmp_path / name / "run" for name in ("stopped", "undisturbed")]
+    losses = [[(r["step"], r["loss"], r["grad_norm"]) for r in records(result)] for result in results]
+    assert losses[0] == losses[1] and len(losses[0]) == 6
+    weights = [(result / "hf" / "model.safetensors").read_bytes() for result in results]
+    assert weights[0] == weights[1]
 
 
 def test_a_second_signal_ends_at_once(fleet, case, tmp_path):
