@@ -1,11 +1,13 @@
 """What a run says: one line a step, metrics.jsonl, TensorBoard and other trackers, a progress bar where a person
 watches. Rank 0 alone speaks."""
 
+import contextlib
 import json
 import math
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
@@ -54,6 +56,37 @@ def cut_back(path: Path, step: int) -> None:
     partial.replace(path)
 
 
+class Lines:
+    """Records appended to a JSONL file. What a full disk does not take waits in memory: a run does not end for its log,
+    and a checkpoint that failed for the same reason soon gives its room back."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None] = say):
+        self.path, self._warn, self._waiting, self._warned = path, warn, b"", False
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (unbuffered: it says how much was taken)
+
+    def add(self, record: dict) -> None:
+        """Append one record, at once where there is room."""
+        self._waiting += json.dumps(record).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not self._warned:
+                self._warn(f"WARNING: {self.path}: {error.strerror}: its lines wait in memory until there is room")
+            self._warned = True
+
+    def close(self) -> None:
+        """Try once more, and say what is lost."""
+        with contextlib.suppress(OSError):
+            self._write()
+        if self._waiting:
+            self._warn(f"WARNING: {self.path}: no room for its last {self._waiting.count(10)} lines")
+        self._file.close()
+
+    def _write(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+
 class RunLog:
     """Log of one run; does nothing on ranks other than 0."""
 
@@ -65,7 +98,7 @@ class RunLog:
             return
         directory.mkdir(parents=True, exist_ok=True)
         cut_back(directory / "metrics.jsonl", first_step)
-        self._file = open(directory / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._file = Lines(directory / "metrics.jsonl", self._print)
         self._trackers = Trackers(config, directory, first_step, self._print)
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -81,8 +114,7 @@ class RunLog:
             return
         record = record | {"memory_gb": round(peak_memory_gb(), 3)}
         finite = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._file.add(finite)
         self._trackers.log(finite, record["step"])
         if record["step"] % self.config.trainer.log_every_n_steps == 0 or record["step"] == self.total:
             self._print(self._line(record))

@@ -1,6 +1,7 @@
 """One training run, read top to bottom: data, model, reference, steps, checkpoints, export."""
 
 import dataclasses
+import errno
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,11 @@ def train(config: Config) -> int:
     except Stopped as stopped:
         stopping.leave(Path(config.run.results_dir), str(stopped) or "before the first step", layout.is_main)
         return 0
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{config.run.results_dir}: {error.strerror}"
+        raise UserError(f"{where}: make room there; the same command goes on from the last checkpoint.") from error
     finally:
         parallel.shutdown()
 
@@ -190,21 +196,24 @@ def _run(
         watchdog.close()
         profiler.close()
         log.close(complete=step == total or stop)
+        history.close()
     if stop and layout.is_main:
         say(f"stopped after step {step}: no better {history.monitor} for {history.stopping.patience} validations")
     failure = saver.failure()
     if failure and layout.is_main:
         say(failure)
-    if config.run.export:
+    exported = config.run.export
+    if exported:
         try:
             export(config, engine, dataset, directory / "hf", load_best(engine, checkpoints, history, step))
         except (UserError, OSError) as error:
             if not failure:
                 raise
+            exported = False
             if layout.is_main:
                 say(f"nor could the model be exported: {error}")
     if layout.is_main:
-        describe_end(config, done, step, total, saver.saved, time.monotonic() - started)
+        describe_end(config, done, step, total, saver.saved, exported, time.monotonic() - started)
     return 1 if failure else 0
 
 

@@ -30,14 +30,14 @@ def versions() -> str:
     return f"fuserl-megatron {fuserl_megatron.__version__} | {others}"
 
 
-def describe_end(config: Config, done: int, step: int, total: int, saved: int, seconds: float) -> None:
+def describe_end(config: Config, done: int, step: int, total: int, saved: int, exported: bool, seconds: float) -> None:
     """What there is now and where, and the command that was typed: again, it goes on from the last checkpoint."""
     directory = config.run.results_dir
     took = f"{step - done} of them now, " if done else ""
     say(f"done       {step} of {total} steps ({took}{duration(seconds)}); metrics in {directory}/metrics.jsonl")
     if saved:
         say(f"checkpoint step {saved} in {directory}/checkpoints")
-    if config.run.export:
+    if exported:
         say(f"model      {directory}/hf")
     say(f"again      {resume_command()}")
 

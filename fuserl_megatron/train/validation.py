@@ -14,6 +14,7 @@ from pathlib import Path
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore.step import Engine, evaluate, reduced
 from fuserl_megatron.train.feed import Feed, step_values
+from fuserl_megatron.train.logging import Lines
 
 FILE = "validation.jsonl"
 
@@ -59,7 +60,7 @@ class History:
         params = config.exp_manager.checkpoint_callback_params
         self.monitor, self.mode, self.top_k = params.monitor, params.mode, params.save_top_k
         self.stopping = config.exp_manager.early_stopping_callback_params
-        self.records = list(records)
+        self.records, self._lines = list(records), None
         if is_main:
             directory.mkdir(parents=True, exist_ok=True)
         if is_main and (self.records or self.path.exists()):  # a file is there only where something was validated
@@ -69,8 +70,13 @@ class History:
         """Append one validation (rank 0)."""
         record = {"step": step} | {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._lines = self._lines or Lines(self.path)
+        self._lines.add(record)
+
+    def close(self) -> None:
+        """Write the rest."""
+        if self._lines:
+            self._lines.close()
 
     def lacks(self, step: int) -> bool:
         """Whether the validation after this step is not recorded: the run was stopped in the middle of it."""

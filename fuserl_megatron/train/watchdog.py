@@ -57,8 +57,9 @@ class Watchdog:
     def _write_heartbeat(self) -> None:
         if self.rank == 0 and self._last - self._beat >= 1.0:
             self._beat, partial = self._last, self.directory / ".heartbeat.partial"
-            partial.write_text(json.dumps({"step": self._step, "time": time.time()}) + "\n", encoding="utf-8")
-            partial.replace(self.directory / "heartbeat.json")
+            with contextlib.suppress(OSError):  # a full disk ends no run; the file's age tells
+                partial.write_text(json.dumps({"step": self._step, "time": time.time()}) + "\n", encoding="utf-8")
+                partial.replace(self.directory / "heartbeat.json")
 
     def _watch(self) -> None:
         while not self._closed.wait(max(0.05, self._last + self.limit_s - time.monotonic())):

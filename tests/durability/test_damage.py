@@ -1,4 +1,4 @@
-"""Damaged checkpoints and full disks: always noticed and named, the last good checkpoint used or a clear stop."""
+"""Damaged checkpoints and saves that fail: always noticed and named, the last good checkpoint used or a clear stop."""
 
 import contextlib
 import dataclasses
