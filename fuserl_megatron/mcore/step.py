@@ -217,14 +217,19 @@ def _stop_if_not_finite(engine: Engine, reports: list, batches: Sequence[PackedB
         bad = [i for i, ok in enumerate(finite) if not ok]
     if not any_rank(bool(bad), engine.layout.device):
         return
+    raise NonFiniteError(f"the loss is not finite: {_named_everywhere(engine, batches, bad)}")
+
+
+def _named_everywhere(engine: Engine, batches: Sequence[PackedBatch], which: Sequence[int]) -> str:
+    """The sequences in those micro-batches of every rank. All ranks call it."""
     mine = [
         f"rank {engine.layout.rank}, micro-batch {i}, prompts {sorted(set(batches[i].prompt_ids_N.tolist()))}, "
         f"responses {_named(batches[i], engine.source_names)}"
-        for i in bad
+        for i in which
     ]
     gathered = [None] * engine.layout.world_size
     dist.all_gather_object(gathered, mine)
-    raise NonFiniteError("the loss is not finite: " + "; ".join(text for part in gathered for text in part))
+    return "; ".join(text for part in gathered for text in part)
 
 
 def _named(batch: PackedBatch, source_names: Sequence[str]) -> str:
@@ -258,10 +263,10 @@ def train_step(
         norm = gradient_norm(engine.optimizer)
     infinite, stop = on_any_rank([not (norm < float("inf")), stop_wanted()], engine.layout.device)
     if infinite:
-        prompts = sorted({p for b in batches for p in b.prompt_ids_N.tolist()})
-        raise NonFiniteError(
-            f"the gradient is not finite (norm {norm}); rank {engine.layout.rank} had prompts {prompts}"
-        )
+        # it is summed over the ranks by now: any of the sequences may be the one
+        own = engine.layout.is_last_stage and engine.layout.tp_rank == engine.layout.cp_rank == 0
+        named = _named_everywhere(engine, batches, [i for i, b in enumerate(batches) if own and b.num_sequences])
+        raise NonFiniteError(f"the gradient is not finite (norm {norm}), every loss is; one of {named}")
     with engine.clock.part("optimizer"):
         set_learning_rate(engine.optimizer, lr, weight_decay)
         clip_and_update(engine.optimizer, norm, max_norm)

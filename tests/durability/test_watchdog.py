@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 
+import pytest
 from fleet import ROOT, case_settings, records
 
 from fuserl_megatron.train.watchdog import HUNG, Watchdog
@@ -73,8 +75,8 @@ def test_the_watch_starts_with_the_first_step_and_every_tick_counts(tmp_path, mo
     assert off._file is None
 
 
-def plant_nan(rank: int) -> None:
-    """The loss of rank 1's part of the third batch is no number."""
+def plant_nan(where: str, rank: int) -> None:
+    """The loss of rank 1's part of the third batch is no number, or only its gradient."""
     if rank == 1:
         from fuserl_megatron.mcore import step
 
@@ -83,17 +85,21 @@ def plant_nan(rank: int) -> None:
         def broken(*args, **kwargs):
             total, metrics = original(*args, **kwargs)
             calls.append(1)
-            return (total * math.nan if len(calls) == 3 else total), metrics
+            if len(calls) == 3 and where == "gradient":
+                total.register_hook(lambda gradient: gradient * math.nan)
+            return (total * math.nan if len(calls) == 3 and where == "loss" else total), metrics
 
         step.batch_loss = broken
 
 
-def test_a_nan_on_one_rank_stops_all_and_names_the_sequences(fleet, case, tmp_path):
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_nan_on_one_rank_stops_all_and_names_the_sequences(fleet, case, tmp_path, where):
     settings = case_settings(case, tmp_path / "run", DP2, "trainer.max_steps=6", "data.packing.enabled=false")
-    run = fleet.start(settings, tmp_path / "log", prelude=plant_nan)
+    run = fleet.start(settings, tmp_path / "log", prelude=partial(plant_nan, where))
     assert run.wait(60) == [1, 1], run.text()
     (line,) = [line for line in run.text().splitlines() if "not finite" in line]
-    assert "rank 1, micro-batch" in line and "prompts [" in line and "responses [" in line and "rank 0" not in line
+    assert all(word in line for word in (f"the {where} is not", "rank 1, micro-batch", "prompts [", "responses ["))
+    assert ("rank 0" in line) == (where == "gradient")  # which is summed over the ranks when it is looked at
     assert any(f"of {source}" in line for source in ("alpha", "beta", "gamma"))
     steps = [r["step"] for r in records(tmp_path / "run")]
     assert steps and steps == list(range(1, len(steps) + 1)) and f"stopped before step {len(steps) + 1}:" in run.text()
