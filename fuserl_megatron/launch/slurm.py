@@ -45,7 +45,6 @@ def job_script(pipeline: Pipeline, stage: Stage) -> str:
         variables["FUSERL_CONTAINER"] = cluster.container
         variables["FUSERL_CONTAINER_MOUNTS"] = ",".join(cluster.container_mounts)
     settings = {
-        "results_dir": stage.results_dir,
         # training keeps its ranks' logs in its folder; that of build and convert is replaced as a whole when they end
         "logs": f"{stage.results_dir}/logs" if stage.trains else str(folder / "logs" / stage.name),
         "done_file": str(done_file(pipeline, stage)),

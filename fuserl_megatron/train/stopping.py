@@ -144,12 +144,17 @@ class Stopping:
             print(f"{why}; continue with: {resume_command()}", flush=True)
 
 
-def leave_marker(directory: Path, why: str) -> None:
-    """Write REQUEUE: what happened, and the command that goes on. By rename: it is whole or not there."""
+def leave_marker(directory: Path, why: str, environ: Mapping[str, str] = os.environ) -> None:
+    """Write REQUEUE: what happened, and the command that goes on. By rename: it is whole or not there.
+
+    A batch script does not know which folder the settings name; FUSERL_MARKER is a file where it looks as well.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / f".{MARKER}.partial"
-    partial.write_text(f"{why}\n{resume_command()}\n", encoding="utf-8")
-    partial.replace(directory / MARKER)
+    also = [Path(environ["FUSERL_MARKER"])] if environ.get("FUSERL_MARKER") else []
+    for file in (directory / MARKER, *also):
+        partial = file.with_name(f".{file.name}.partial")
+        partial.write_text(f"{why}\n{resume_command()}\n", encoding="utf-8")
+        partial.replace(file)
 
 
 def remove_marker(directory: Path, environ: Mapping[str, str] = os.environ) -> None:

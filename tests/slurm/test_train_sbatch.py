@@ -18,14 +18,15 @@ def steps_of(results):
 
 
 def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, settings, tmp_path):
+    """The settings put the results elsewhere than the script sees: it asks the run whether to queue it again."""
     two_nodes = ["--nodes=2", "--ntasks-per-node=1"]
-    settings = [*settings, "model.tensor_model_parallel_size=2", "trainer.max_steps=40"]
+    settings = [*settings, "model.tensor_model_parallel_size=2", "trainer.max_steps=40", "exp_manager.version=v1"]
     jobs = {}
     for name in ("undisturbed", "preempted"):
         results = tmp_path / name
         jobs[name] = submit(cluster, case, f"{results}.log", two_nodes, *settings, f"run.results_dir={results}")
         deadline = time.monotonic() + 240
-        while name == "preempted" and len(steps_of(results)) < 3 and time.monotonic() < deadline:
+        while name == "preempted" and len(steps_of(results / "v1")) < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
         if name == "preempted":
             cluster.run("scancel", "--batch", "--signal=USR1", jobs[name])
@@ -33,11 +34,11 @@ def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, setti
     log = (tmp_path / "preempted.log").read_text()
     assert f"job {jobs['preempted']}, start 0, 2 ranks on n[1-2]" in log and "start 1, 2 ranks" in log
     assert f"job {jobs['preempted']} is back in the queue" in log
-    assert not (tmp_path / "preempted" / "REQUEUE").exists()
-    runs = {name: steps_of(tmp_path / name) for name in jobs}
+    assert not (tmp_path / "preempted" / "v1" / "REQUEUE").exists()
+    runs = {name: steps_of(tmp_path / name / "v1") for name in jobs}
     assert [r["step"] for r in runs["undisturbed"]] == [r["step"] for r in runs["preempted"]] == list(range(1, 41))
     assert [r["loss"] for r in runs["undisturbed"]] == [r["loss"] for r in runs["preempted"]]
-    models = [(tmp_path / name / "hf" / "model.safetensors").read_bytes() for name in jobs]
+    models = [(tmp_path / name / "v1" / "hf" / "model.safetensors").read_bytes() for name in jobs]
     assert models[0] == models[1] != Path(case["policy"], "model.safetensors").read_bytes()
     # one log a rank, appended to by the second start
     logs = sorted((tmp_path / "preempted" / "logs").iterdir())
