@@ -20,6 +20,10 @@ RANKS = """\
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export CUDA_DEVICE_MAX_CONNECTIONS=1 FUSERL_COMMAND="scontrol requeue $SLURM_JOB_ID"
+if [ -z "${SLURM_JOB_END_TIME:-}" ]; then
+  end=$(squeue --noheader --format=%e --jobs="$SLURM_JOB_ID") || end=""
+  case $end in [0-9]*T*) export SLURM_JOB_END_TIME="$(date -d "$end" +%s)" ;; esac
+fi
 """
 """Before srun: one task a rank needs no torchrun, whose fixed port 29500 two jobs on a node would share."""
 INSTALL = "pip install 'fuserl-megatron[nemo]'"

@@ -4,6 +4,8 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "slurm" / "train.sbatch"
 
 
@@ -44,6 +46,20 @@ def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, setti
     logs = sorted((tmp_path / "preempted" / "logs").iterdir())
     assert [file.name for file in logs] == ["rank_0.log", "rank_1.log"]
     assert all(line in log for line in logs[0].read_text().splitlines()) and "resuming after step" in log
+
+
+@pytest.mark.slow
+def test_the_end_of_the_job_stops_the_run_in_time(cluster, case, settings, tmp_path):
+    """By SLURM's own limit, which is a minute at least; no signal that means anything is sent."""
+    words = [*settings, "trainer.max_steps=100000", f"run.results_dir={tmp_path}/run"]
+    job = submit(cluster, case, f"{tmp_path}/log", ["--time=1", "--signal=B:URG@1"], *words)
+    deadline, log = time.monotonic() + 120, tmp_path / "log"
+    while not (log.is_file() and "is back in the queue" in log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    cluster.run("scancel", job)
+    steps = len(steps_of(tmp_path / "run"))
+    said = f"stopped by the end of the SLURM job (rank 0) after step {steps} of 100000, saved at step {steps}"
+    assert said in log.read_text() and f"job {job} is back in the queue" in log.read_text()
 
 
 def test_an_array_of_two_seeds(cluster, case, settings, tmp_path):
