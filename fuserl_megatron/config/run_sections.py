@@ -48,9 +48,9 @@ class TrainerConfig:
     distributed_timeout_minutes: float = 30.0
     """How long a collective may wait for a rank before the run is given up."""
     hang_timeout_minutes: float = 20.0
-    """Minutes without a step (or a batch of validation, or a save), after the first one, until every rank writes its
+    """Minutes without a step, a batch of validation or a save, once the model is ready, until every rank writes its
     stacks to results_dir/logs and ends; 0: never. Keep it below distributed_timeout_minutes, which ends a run without
-    stacks, and above the time that one step or one save takes."""
+    stacks, and above the time that the first step or one save takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,6 +149,7 @@ def _run(
     stopping.save_s = saver.seconds
     profiler = StepProfiler(config.exp_manager, directory, layout.rank)
     watchdog = Watchdog(config.trainer.hang_timeout_minutes, directory, layout.rank)
+    watchdog.tick(done)
 
     def between_batches() -> None:
         watchdog.tick()

@@ -31,21 +31,21 @@ def log_path(directory: Path, rank: int) -> Path:
 
 
 class Watchdog:
-    """Watches one rank from its first step on. `tick` is cheap: call it for every step and batch."""
+    """Watches one rank from its first `tick` with a step on. `tick` is cheap: call it for every step and batch."""
 
     def __init__(self, minutes: float, directory: Path, rank: int):
         """minutes: 0 watches nothing; the heartbeat is written all the same."""
         self.limit_s, self.directory, self.rank = 60 * minutes, directory, rank
-        self._step, self._last, self._beat = 0, time.monotonic(), 0.0
+        self._step, self._last, self._beat = None, time.monotonic(), 0.0
         self._closed, self._file = threading.Event(), None
 
     def tick(self, step: int | None = None) -> None:
-        """Something was done: a step (its number, counted from 1; the first one starts the watch), a batch, a save."""
+        """Something was done: a batch, a save, a step (how many are done now; the first such call starts the watch)."""
         self._last = time.monotonic()
         if step is not None:
             self._step = step
             self._write_heartbeat()
-        if self.limit_s and self._step and self._file is None:
+        if self.limit_s and self._step is not None and self._file is None:
             path = log_path(self.directory, self.rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115

@@ -62,6 +62,32 @@ def test_the_end_of_the_job_stops_the_run_in_time(cluster, case, settings, tmp_p
     assert said in log.read_text() and f"job {job} is back in the queue" in log.read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("told", "state"),
+    [(["--batch", "--signal=TERM"], "FAILED"), ([], "CANCELLED")],
+    ids=["TERM", "a plain scancel"],
+)
+def test_told_to_end_it_saves_and_stays_away_and_nothing_that_waits_starts(
+    cluster, case, settings, tmp_path, told, state
+):
+    results, log = tmp_path / "run", tmp_path / "log"
+    words = [*settings, "trainer.max_steps=100000", "model.tensor_model_parallel_size=2", f"run.results_dir={results}"]
+    job = submit(cluster, case, log, ["--nodes=2", "--ntasks-per-node=1"], *words)
+    waits = ["--parsable", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", f"--output={tmp_path}/waits"]
+    then = cluster.run("sbatch", *waits, "--wrap=true")
+    deadline = time.monotonic() + 240
+    while len(steps_of(results)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    cluster.run("scancel", *told, job)
+    assert cluster.wait(job) == state and cluster.wait(then) == "CANCELLED", log.read_text()
+    shown = cluster.run("scontrol", "-o", "show", "job", job)
+    assert "ExitCode=75:0" in shown and "Restarts=0" in shown
+    assert f"job {job} ends before its work is done; submit it again to go on" in log.read_text()
+    step = int((results / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    assert f"after step {step} of 100000, saved at step {step}" in (results / "REQUEUE").read_text()
+
+
 def test_an_array_of_two_seeds(cluster, case, settings, tmp_path):
     words = [*settings, "trainer.max_steps=1", "run.seed=%a", f"run.results_dir={tmp_path}/seed_%a", "run.export=false"]
     job = submit(cluster, case, f"{tmp_path}/%j.log", ["--array=3,5"], *words)
