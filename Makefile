@@ -25,7 +25,7 @@ test: lint  ## lint and all tests but the slow and the GPU ones
 test-slow: $(INSTALLED)  ## the long proofs
 	$(PYTEST) -m "slow and not gpu"
 
-test-durability: $(INSTALLED)  ## 200 runs killed at random instants and resumed, bit for bit (about an hour)
+test-durability: $(INSTALLED)  ## 200 runs killed at random instants and resumed, bit for bit (a quarter of an hour on 2 cores)
 	$(BIN)/python tests/durability/crash.py --runs 200 --seed 1
 
 test-gpu: $(INSTALLED)  ## what needs a CUDA device
