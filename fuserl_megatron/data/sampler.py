@@ -58,6 +58,10 @@ class StepPlan:
     micro_batches: tuple[tuple[tuple[Unit, Placement], ...], ...]
     """Content of the micro-batches before they are dealt out."""
 
+    def normalizer(self, nll_reduction: str | None) -> float:
+        """What the global batch's loss is divided by, once."""
+        return self.sum_weighted_tokens if nll_reduction == "weighted_token_mean" else float(self.num_prompts)
+
 
 class GlobalBatchSampler:
     """Deals a prepared set out in steps and micro-batches.

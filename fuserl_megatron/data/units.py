@@ -20,7 +20,7 @@ from fuserl_megatron.config.schema import ObjectiveConfig, UserError
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.rewards import RewardTable
-from fuserl_megatron.objectives.loss_table import LOSSES, NEEDS_REWARD_GAPS, NEEDS_SOURCE_LOGPS, PreferenceLoss, Unit
+from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit
 from fuserl_megatron.objectives.weights import (
     best_and_worst_indices,
     effective_number_of_sources,
@@ -76,13 +76,13 @@ def _pairs(selection: Selection, loss: PreferenceLoss) -> PreparedSet:
     groups_P, sources_P, weights_GK, counts = _weighted_pairs(selection)
     ids_P2 = [ids_GK.numpy()[groups_P, sources_P] for ids_GK in _ids(selection)]
     beside: dict[str, np.ndarray] = {}
-    if loss in NEEDS_REWARD_GAPS:
+    if loss is PreferenceLoss.MAPPO:
         rewards_P2 = [torch.from_numpy(selection.dataset.rewards[ids_P]) for ids_P in ids_P2]
         try:
             beside["reward_gaps_P"] = reward_gaps(*rewards_P2).numpy()
         except ValueError as error:
             raise UserError(f"{selection.dataset.path}: {error}") from None
-    if loss in NEEDS_SOURCE_LOGPS:
+    if loss is PreferenceLoss.INFIFPO:
         beside |= _source_logps(selection.dataset, *ids_P2)
     return _of_pairs(selection, groups_P, sources_P, ids_P2, weights_GK, counts, Unit.PAIRS, beside)
 

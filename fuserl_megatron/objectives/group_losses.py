@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fuserl_megatron.objectives.logps import log_sigmoid
 from fuserl_megatron.objectives.preference import PairLoss
-from fuserl_megatron.objectives.reduce import SumCount, sum_count
 
 
 def rloo(
@@ -100,33 +99,18 @@ def kto(
     return torch.where(desirable_N, good_N, bad_N)
 
 
-def kto_kl_sum_count(
-    policy_mismatched_logps_N: Tensor, reference_mismatched_logps_N: Tensor, mask_N: Tensor | None = None
-) -> SumCount:
-    """This part's share of KTO's KL estimate: sum and number of the h of mismatched (prompt, response) pairs.
+def kto_kl(policy_mismatched_logps_N: Tensor, reference_mismatched_logps_N: Tensor) -> Tensor:
+    """KTO's reference point kl = max(0, mean h of mismatched (prompt, response) pairs); 0 if there are none.
 
     Args:
-        policy_mismatched_logps_N: [N] log pi(y' | x), y' a response to another prompt.
+        policy_mismatched_logps_N: [N] log pi(y' | x), y' a response to another prompt; of the whole global batch.
         reference_mismatched_logps_N: [N] log pi_ref(y' | x).
-        mask_N: [N] bool, False for padding.
 
     Returns:
-        (sum, count), detached, to be added over the whole global batch before `kto_kl`.
+        0-d float64, >= 0, in nats, detached.
     """
-    return sum_count(policy_mismatched_logps_N - reference_mismatched_logps_N, mask_N)
-
-
-def kto_kl(log_ratio_sum: Tensor, count: Tensor) -> Tensor:
-    """KTO's reference point kl = max(0, mean h of mismatched pairs), detached; 0 if there are none.
-
-    Args:
-        log_ratio_sum: 0-d, summed over the global batch.
-        count: 0-d, summed over the global batch.
-
-    Returns:
-        0-d, >= 0, in nats.
-    """
-    return (log_ratio_sum.detach() / count.clamp(min=1)).clamp(min=0)
+    log_ratios_N = (policy_mismatched_logps_N - reference_mismatched_logps_N).detach().double()
+    return (log_ratios_N.sum() / max(log_ratios_N.numel(), 1)).clamp(min=0)
 
 
 def wrpo(

@@ -19,7 +19,7 @@ from fuserl_megatron.data.prepared import PreparedSet, mismatched
 from fuserl_megatron.data.sampler import GlobalBatchSampler, StepPlan
 from fuserl_megatron.mcore.losses import StepValues
 from fuserl_megatron.mcore.step import Engine, score
-from fuserl_megatron.objectives.group_losses import kto_kl, kto_kl_sum_count, wrpo_alpha
+from fuserl_megatron.objectives.group_losses import kto_kl, wrpo_alpha
 from fuserl_megatron.train.reference import LiveReference, Reference, stored_references
 
 
@@ -105,4 +105,4 @@ def _kto_kl(engine: Engine, feed: Feed | None, plan: StepPlan) -> float:
     ids_N, logps_N = score(engine, batches)
     order_N = ids_N.argsort()  # ranks hand in their parts in an order that depends on the layout
     reference_N = feed.reference.scores(batches).lookup(ids_N[order_N])
-    return kto_kl(*kto_kl_sum_count(logps_N[order_N], reference_N.double())).item()
+    return kto_kl(logps_N[order_N], reference_N).item()

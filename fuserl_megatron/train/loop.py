@@ -219,12 +219,11 @@ def one_step(
         batches = feed.batches(plan, engine.layout.dp_rank)
         check_batches(config, feed.prepared.unit, batches, engine.layout)
     values = step_values(config, engine, feed, plan, step, total)
-    weighted = config.objective.nll_reduction == "weighted_token_mean"
     lr = lr_at(step, total, config.optim)
     result = train_step(
         engine,
         batches,
-        normalizer=plan.sum_weighted_tokens if weighted else float(plan.num_prompts),
+        normalizer=plan.normalizer(config.objective.nll_reduction),
         values=values,
         lr=lr,
         weight_decay=config.optim.weight_decay,

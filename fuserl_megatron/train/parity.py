@@ -139,14 +139,12 @@ def _steps(config: Config, layout: parallel.Layout, steps: int, dtype: torch.dty
         wrapped = wrap_for_training(target, config.optim)
         optimizer = build_optimizer(wrapped, config.optim, config.trainer, train_dtype)
         engine = dataclasses.replace(engine, wrapped=wrapped, optimizer=optimizer)
-    weighted_tokens = config.objective.nll_reduction == "weighted_token_mean"
     for plan in map(feed.sampler.step, range(steps)):
         batches = feed.batches(plan, layout.dp_rank)
         values = step_values(config, engine, feed, plan, 1, 2)  # half-way: WRPO's source response takes part
         for part in target.chunks:
             part.zero_grad()
-        normalizer = plan.sum_weighted_tokens if weighted_tokens else float(plan.num_prompts)
-        loss = forward_backward(engine, batches, normalizer, values)[0]
+        loss = forward_backward(engine, batches, plan.normalizer(config.objective.nll_reduction), values)[0]
         norm = gradient_norm(engine.optimizer) if engine.optimizer else math.nan
         yield loss, norm, weights.gather_hf_tensors(target, layout, _gradient)
 

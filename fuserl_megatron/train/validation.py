@@ -43,8 +43,7 @@ def validate(
         values = step_values(config, engine, feed, plan, step, total)
         part_M2 = evaluate(engine, feed.batches(plan, engine.layout.dp_rank), values)
         totals_M2 = part_M2 if totals_M2 is None else totals_M2 + part_M2
-        weighted = config.objective.nll_reduction == "weighted_token_mean"
-        normalizer += plan.sum_weighted_tokens if weighted else plan.num_prompts
+        normalizer += plan.normalizer(config.objective.nll_reduction)
         sums += plan.num_prompts
     loss, metrics = reduced(engine, totals_M2)
     return {"val_loss": loss / normalizer, **{f"val_{k}": v for k, v in metrics.items()}, "val_prompts": sums}

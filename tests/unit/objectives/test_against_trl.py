@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from fuserl_megatron.objectives import group_losses, preference  # noqa: E402
-from fuserl_megatron.objectives.logps import sequence_lengths, sequence_logps  # noqa: E402
+from fuserl_megatron.objectives.logps import sequence_logps  # noqa: E402
 
 PAIRS = [
     {"prompt": "w1 w2 w3", "chosen": " w4 w5 w6 w7", "rejected": " w8 w9"},
@@ -64,7 +64,7 @@ def response_sums(model, input_ids_BS, attention_mask_BS, scored_BS):
     scored_BS = scored_BS[:, 1:].bool()
     rows_T = scored_BS.nonzero()[:, 0]
     rows = input_ids_BS.shape[0]
-    return sequence_logps(token_logps_BS[scored_BS], rows_T, rows), sequence_lengths(rows_T, rows)
+    return sequence_logps(token_logps_BS[scored_BS], rows_T, rows), rows_T.bincount(minlength=rows)
 
 
 def assert_same(trl_loss, trl_model, loss, model):
@@ -226,7 +226,7 @@ def test_kto_trainer(tmp_path, tokenizer):
         reference_N, _ = response_sums(reference, *matched)
         policy_kl_N, _ = response_sums(ours, *mismatched)
         reference_kl_N, _ = response_sums(reference, *mismatched)
-    kl = group_losses.kto_kl(*group_losses.kto_kl_sum_count(policy_kl_N, reference_kl_N))
+    kl = group_losses.kto_kl(policy_kl_N, reference_kl_N)
     assert kl > 0.01  # otherwise the clamp would hide it
     desirable_N = torch.as_tensor(batch["label"], dtype=torch.bool)
     losses_N = group_losses.kto(policy_N, reference_N, desirable_N, kl, **settings)
