@@ -4,7 +4,6 @@ Rooms are imported inside the functions, after everything that can be checked wi
 """
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
@@ -49,9 +48,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.reference_only:
         _check_reference(config)
     if options.dry_run:
-        from fuserl_megatron.config.objective import with_defaults
+        from fuserl_megatron.config.objective import with_loss_defaults
 
-        filled = dataclasses.replace(config, objective=with_defaults(config.objective))  # as the run writes it down
+        filled = with_loss_defaults(config)  # as the run writes it down
         print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
         return 0
     config = with_local_models(config)

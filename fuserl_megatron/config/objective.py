@@ -5,7 +5,7 @@ What each loss reads stands in objectives/loss_table.py, which is plain data (no
 
 import dataclasses
 
-from fuserl_megatron.config.schema import ObjectiveConfig, UserError
+from fuserl_megatron.config.schema import Config, ObjectiveConfig, UserError
 from fuserl_megatron.config.words import show
 from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit, checked_options, needs_reference
 
@@ -63,6 +63,11 @@ def with_defaults(objective: ObjectiveConfig) -> ObjectiveConfig:
     if uses_reference(objective):
         options["reference_mode"] = objective.reference_mode or "cache"
     return dataclasses.replace(objective, **options)
+
+
+def with_loss_defaults(config: Config) -> Config:
+    """The run with its objective's null fields filled; see `with_defaults`."""
+    return dataclasses.replace(config, objective=with_defaults(config.objective))
 
 
 def uses_reference(objective: ObjectiveConfig) -> bool:

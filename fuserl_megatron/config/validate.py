@@ -4,7 +4,7 @@ Every error is one line: field, value, rule, and a value that would work. What f
 comes back as plain lines, which `fuserl train` prints.
 """
 
-from fuserl_megatron.config.facts import batch_fact, layout_fact, num_steps, num_warmup_steps, steps_fact
+from fuserl_megatron.config.facts import batch_fact, layout_fact, steps_fact, steps_per_epoch, total_steps, warmup_steps
 from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_layout, check_model
 from fuserl_megatron.config.objective import check_objective
 from fuserl_megatron.config.rules import (
@@ -55,9 +55,9 @@ def validate(
         check_model(config, model_shape, data_set)
     facts = [layout_fact(config, world_size, data_parallel_size), batch_fact(config, data_parallel_size)]
     num_prompts = None if data_set is None else data_set.num_prompts
-    steps = num_steps(config, num_prompts)
-    if steps is not None:
-        warmup = num_warmup_steps(config, steps)
+    if num_prompts is not None or config.trainer.max_epochs is None:
+        steps = total_steps(config.trainer, 0 if num_prompts is None else steps_per_epoch(config, num_prompts))
+        warmup = warmup_steps(config.optim, steps)
         if config.optim.sched.warmup_steps is not None and warmup >= steps:
             refuse(config, "optim.sched.warmup_steps", f"must be smaller than the run's {steps} steps", steps // 10)
         facts.append(steps_fact(config, steps, warmup, num_prompts))

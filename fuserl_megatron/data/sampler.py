@@ -7,7 +7,7 @@ the prompts that are left.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +18,6 @@ from fuserl_megatron.data.assemble import Unit, assemble, attended_keys_of, chun
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.packing import Placement, fits, measure_sharing, pack
 from fuserl_megatron.data.prepared import PreparedSet
-from fuserl_megatron.data.reference import ReferenceCache
 from fuserl_megatron.objectives.loss_table import Unit as LossUnit
 
 UNIT_WORDS = {
@@ -122,22 +121,19 @@ class GlobalBatchSampler:
         for step, start in enumerate(range(0, prompts.size, size)):
             yield self._plan(step, 0, prompts[start : start + size])
 
-    def micro_batches(self, plan: StepPlan, dp_rank: int, reference: ReferenceCache | None = None) -> list[PackedBatch]:
+    def micro_batches(self, plan: StepPlan, dp_rank: int) -> list[PackedBatch]:
         """The micro-batches of one data-parallel rank; only these are built.
 
         Args:
             plan: from `step` or `scoring_plans`.
             dp_rank: 0 <= dp_rank < dp_size.
-            reference: fills reference_logps_N when given.
         """
         batches = []
         for i in range(plan.num_microbatches):
             m = i * self.dp_size + dp_rank
             items = plan.micro_batches[m] if m < len(plan.micro_batches) else ()
-            batch = assemble(self.prepared, items, self.data.micro_batch_size, self.data.seq_length, self.share_prefix)
-            if reference is not None:
-                batch = replace(batch, reference_logps_N=reference.lookup(batch.response_ids_N))
-            batches.append(batch)
+            rows, length = self.data.micro_batch_size, self.data.seq_length
+            batches.append(assemble(self.prepared, items, rows, length, self.share_prefix))
         return batches
 
     def _order(self, epoch: int) -> np.ndarray:

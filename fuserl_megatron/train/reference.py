@@ -41,17 +41,6 @@ class Scores:
         return self.logps_N[torch.searchsorted(self.ids_N, ids)]
 
 
-class StoredReference:
-    """Mode cache."""
-
-    def __init__(self, cache: ReferenceCache):
-        self.cache = cache
-
-    def scores(self, batches: Sequence[PackedBatch]) -> ReferenceCache:
-        """Something with `lookup(response ids)` for the global batch whose part `batches` is."""
-        return self.cache
-
-
 class LiveReference:
     """Modes resident and swap. Every rank makes one and calls `scores` at the same time."""
 
@@ -88,12 +77,13 @@ class LiveReference:
         return Scores(ids_N[order_N], logps_N[order_N].float())
 
 
-Reference = StoredReference | LiveReference
+Reference = ReferenceCache | LiveReference
+"""Something whose `scores(batches)`, for the global batch whose part they are, has `lookup(response ids)`."""
 
 
 def stored_hash(reference: Reference | None) -> str | None:
     """The sha256 of stored log-probabilities, None where there are none."""
-    return reference.cache.sha256 if isinstance(reference, StoredReference) else None
+    return reference.sha256 if isinstance(reference, ReferenceCache) else None
 
 
 def reference_path(config: Config) -> str:
@@ -106,7 +96,7 @@ def stored_references(
     engine: Engine,
     jobs: Sequence[tuple[PreparedSet, GlobalBatchSampler, Path]],
     between_batches: Callable[[], None],
-) -> list[StoredReference]:
+) -> list[ReferenceCache]:
     """Caches of the sequences of each job (prepared set, sampler, directory); what is not there yet is scored now.
 
     The reference's weights are loaded into the engine's model, once and only if something has to be scored.
@@ -123,9 +113,9 @@ def stored_references(
                 weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
                 loaded = True
             _score_missing(config, engine, prepared, sampler, cache, missing, between_batches)
-        elif engine.layout.is_main:
-            say(f"reference: log-probabilities of {reference_path(config)} found in {directory}")
-        found.append(StoredReference(cache or ReferenceCache.open(directory, key, prepared.dataset.num_responses)))
+        else:
+            say(f"reference: log-probabilities of {reference_path(config)} found in {directory}", engine.layout.is_main)
+        found.append(cache or ReferenceCache.open(directory, key, prepared.dataset.num_responses))
     return found
 
 
@@ -179,9 +169,8 @@ def _score_missing(
     if layout.is_main:
         problem = _problem_of(cache.finish, prepared.response_ids)
     _refuse_everywhere(problem, layout)  # nobody reads before everything is written, either
-    if layout.is_main:
-        seconds = time.monotonic() - started
-        say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s")
+    seconds = time.monotonic() - started
+    say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s", layout.is_main)
 
 
 def _problem_of(action: Callable, *args) -> str | None:

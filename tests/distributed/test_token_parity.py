@@ -66,7 +66,7 @@ def packed(config, num_tokens, fault=None, by_span=False):
 
     layout = parallel.initialize(config.model, config.trainer)
     data = FusedDataset(config.data.path)
-    feed = make_feed(config, data, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
+    feed = make_feed(config, data, layout)
     target = m.build_model(read_config(config.model.path), config.model, layout, torch.float32)
     weights.load_hf_weights(target, config.model.path, layout)
     wrapped = m.wrap_for_training(target, config.optim)

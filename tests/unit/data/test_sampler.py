@@ -245,10 +245,10 @@ def test_scoring_covers_everything_once_and_skips_what_is_there(data, prepare_st
     cache.write(prepared.response_ids[prepared.sequence_offsets[10] : prepared.sequence_offsets[11]][:1], [-1.0])
     rest = list(sampler.scoring_plans(cache.missing_mask))
     assert np.concatenate([p.prompts for p in rest]).tolist() == list(range(10, NUM_PROMPTS))
-    (batch, *_) = sampler.micro_batches(plans[0], 0, cache)
-    assert torch.equal(batch.reference_logps_N, -batch.response_ids_N.float())
+    (batch, *_) = sampler.micro_batches(plans[0], 0)
+    assert torch.equal(cache.lookup(batch.response_ids_N), -batch.response_ids_N.float())
     with pytest.raises(UserError, match="has no reference log-probability: run the scoring pass again"):
-        sampler.micro_batches(plans[3], 0, cache)
+        cache.lookup(sampler.micro_batches(plans[3], 0)[0].response_ids_N)
 
 
 def test_sharing_is_decided_from_the_measured_lengths(build_dataset, make_record, prepare_stage):
