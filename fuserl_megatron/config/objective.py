@@ -21,6 +21,7 @@ OF_STAGE = {
         "max_reward_gap",
     ),
 }
+DEFAULT_TOP_M = 4
 EXAMPLES = {"label_smoothing": 0.1, "target_source": "llama-3.1-8b-instruct"}
 
 
@@ -56,7 +57,7 @@ def with_defaults(objective: ObjectiveConfig) -> ObjectiveConfig:
         selection = objective.selection or "per_source"
         chosen = dict(selection=selection, nll_reduction=objective.nll_reduction or "token_mean")
         if selection == "top_m":
-            chosen["top_m"] = objective.top_m or 4
+            chosen["top_m"] = objective.top_m or DEFAULT_TOP_M
         return dataclasses.replace(objective, **chosen)
     check_objective(objective)
     options = checked_options(objective.loss, loss_options(objective))

@@ -7,6 +7,7 @@ import math
 import random
 
 import torch
+from groups import read_group
 
 from fuserl_megatron.config.schema import (
     BuildConfig,
@@ -315,7 +316,7 @@ def twin(paths, objective, dtype=torch.float64):
     ]
     data, prompts = FusedDataset(paths["data"]), []
     for g in range(data.num_groups):
-        group = data.group(g)
+        group = read_group(data, g)
         prompt, by_source = group.prompt_tokens.tolist(), {}
         for n, (response, source, reward) in enumerate(
             zip(group.responses, group.source_ids, group.rewards, strict=True)
