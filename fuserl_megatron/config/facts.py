@@ -2,7 +2,12 @@
 
 import math
 
-from fuserl_megatron.config.schema import Config, OptimConfig, TrainerConfig
+from fuserl_megatron.config.schema import Config, ModelConfig, OptimConfig, TrainerConfig
+
+
+def replica_ranks(model: ModelConfig) -> int:
+    """TP x PP x CP: the ranks that hold the model once."""
+    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
 
 
 def steps_per_epoch(config: Config, num_prompts: int) -> int:

@@ -25,7 +25,6 @@ def validate(
     model_shape: ModelShape | None = None,
     *,
     data_set: DataSet | None = None,
-    device: str | None = None,
 ) -> list[str]:
     """Check a training run and say what follows from its settings.
 
@@ -34,7 +33,6 @@ def validate(
         world_size: ranks over all nodes.
         model_shape: the target model, or None when only the settings can be checked.
         data_set: manifest of the fused data set, where known; gives the number of steps.
-        device: "cpu" or "cuda" where known; trainer.accelerator decides otherwise.
 
     Returns:
         Lines to print: layout, batch, steps.
@@ -42,14 +40,12 @@ def validate(
     Raises:
         UserError: the first rule that does not hold.
     """
-    if device is None and config.trainer.accelerator != "auto":
-        device = {"cpu": "cpu", "gpu": "cuda"}[config.trainer.accelerator]
     check_numbers(config)
-    check_trainer(config, device)
+    check_trainer(config)
     check_objective(config.objective)
     check_validation(config)
     check_manager(config)
-    check_optimizer(config, device)
+    check_optimizer(config)
     data_parallel_size = check_layout(config, world_size)
     if model_shape is not None:
         check_model(config, model_shape, data_set)
