@@ -36,12 +36,9 @@ class StepPlan:
     epoch: int
     prompts: np.ndarray
     """Indices into the prepared set."""
-    group_ids: np.ndarray
-    """The same prompts as groups of the data set."""
     num_prompts: int
     """Prompts of the global batch: the normaliser of all objectives but weighted_token_mean."""
     num_sequences: int
-    num_pairs: int
     scored_tokens: int
     """Response tokens with a label."""
     real_tokens: int
@@ -68,7 +65,6 @@ class GlobalBatchSampler:
     Attributes:
         steps_per_epoch: the last step may have fewer prompts.
         share_prefix: whether prompts are computed once for all their responses.
-        sharing_saves: share of all positions that prefix sharing saves (or would save) on this set, 0 to 1.
         sharing_reason: one phrase for the start-up log.
     """
 
@@ -159,10 +155,8 @@ class GlobalBatchSampler:
             step=step,
             epoch=epoch,
             prompts=prompts,
-            group_ids=prepared.group_ids[prompts],
             num_prompts=prompts.size,
             num_sequences=sequences.size,
-            num_pairs=sum(len(u.pairs) for u in units),
             scored_tokens=int(prepared.lengths[sequences].sum()),
             real_tokens=real,
             attended_keys=sum(attended_keys_of(prepared, u, self.share_prefix) for u in units),
@@ -173,31 +167,25 @@ class GlobalBatchSampler:
         )
 
     def _decide_sharing(self) -> None:
-        prepared, packing = self.prepared, self.data.packing
-        sharing = measure_sharing(
-            prepared.prompt_lengths, prepared.sequence_offsets, prepared.lengths, self.data.seq_length
-        )
-        self.sharing_saves = sharing.saving
+        prepared, packing, length = self.prepared, self.data.packing, self.data.seq_length
         if packing.share_prefix == "on" and not packing.enabled:
             raise UserError("data.packing.share_prefix=on needs data.packing.enabled=true (or set share_prefix=off)")
-        if packing.share_prefix == "auto":
-            self.share_prefix = packing.enabled and sharing.worth_it
-            if not packing.enabled:
-                why = "packing is off"
-            elif self.share_prefix:
-                why = f"saves {sharing.saving:.1%} of the positions"
-            elif sharing.longest_group > self.data.seq_length:
-                why = (
-                    f"the longest group would need {sharing.longest_group} positions, a row has {self.data.seq_length}"
-                )
-            else:
-                why = f"it would save only {sharing.saving:.1%} of the positions"
-            self.sharing_reason = f"auto: {why}"
-        else:
+        sharing = measure_sharing(prepared.prompt_lengths, prepared.sequence_offsets, prepared.lengths, length)
+        saved = f"{sharing.saving:.1%} of the positions"
+        if packing.share_prefix != "auto":
             self.share_prefix = packing.share_prefix == "on"
-            self.sharing_reason = (
-                f"set: {'saves' if self.share_prefix else 'would save'} {sharing.saving:.1%} of the positions"
-            )
+            self.sharing_reason = f"set: {'saves' if self.share_prefix else 'would save'} {saved}"
+            return
+        self.share_prefix = packing.enabled and sharing.worth_it
+        if not packing.enabled:
+            why = "packing is off"
+        elif self.share_prefix:
+            why = f"saves {saved}"
+        elif sharing.longest_group > length:
+            why = f"the longest group would need {sharing.longest_group} positions, a row has {length}"
+        else:
+            why = f"it would save only {saved}"
+        self.sharing_reason = f"auto: {why}"
 
     def _units(self, prompt: int) -> list[Unit]:
         """What of a prompt stays in one micro-batch: all of it where it fits, otherwise what its loss needs together.

@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,25 +124,21 @@ def _open(
     config: Config, layout: parallel.Layout, prepared: PreparedSet, directory: Path
 ) -> tuple[ReferenceCache | None, str, np.ndarray]:
     """The cache (rank 0 only, open for writing), its key and which responses of the data set it lacks."""
-    dataset, cache, key, problem, missing = prepared.dataset, None, None, None, None
-    if layout.is_main:
-        try:
-            key = _key(config, prepared, directory)
-            cache = ReferenceCache.open_or_create(directory, key, dataset.num_responses)
-            missing = cache.missing_mask
-        except (UserError, OSError) as error:
-            problem = str(error)
-    _refuse_everywhere(problem, layout)
-    key, missing = parallel.from_main_rank((key, missing), layout.device)
-    return cache, key, missing
+    cache = None
+
+    def opened() -> tuple[str, np.ndarray]:
+        nonlocal cache
+        key = _key(config, prepared, directory)
+        cache = ReferenceCache.open_or_create(directory, key, prepared.dataset.num_responses)
+        return key, cache.missing_mask
+
+    return cache, *_on_main_rank(layout, opened)
 
 
 def _key(config: Config, prepared: PreparedSet, directory: Path) -> str:
     """What the numbers depend on; with the check switched off, whatever the directory says."""
-    if "reference_hash" in config.run.disable_checks:
-        stored = ReferenceCache.stored_key(directory)
-        if stored is not None:
-            return stored
+    if "reference_hash" in config.run.disable_checks and (stored := ReferenceCache.stored_key(directory)) is not None:
+        return stored
     model = hash_model_directory(reference_path(config))
     key = reference_key(model, prepared.dataset.manifest, config.trainer.precision)
     if isinstance(prepared.dataset, NextPrompts):  # which prompt a response stands under depends on the prompts kept
@@ -158,34 +155,35 @@ def _score_missing(
     missing: np.ndarray,
     between_batches: Callable[[], None],
 ) -> None:
-    layout, started, num_scored, problem = engine.layout, time.monotonic(), 0, None
+    layout, started, num_scored = engine.layout, time.monotonic(), 0
+
+    def write(ids: torch.Tensor, logps: torch.Tensor) -> None:
+        cache.write(ids, logps)
+        cache.flush()
+
     for plan in sampler.scoring_plans(missing):
         between_batches()
-        ids, logps = score(engine, sampler.micro_batches(plan, layout.dp_rank))
+        _on_main_rank(layout, write, *score(engine, sampler.micro_batches(plan, layout.dp_rank)))
         num_scored += plan.num_sequences
-        if layout.is_main:
-            problem = _problem_of(cache.write, ids, logps) or _problem_of(cache.flush)
-        _refuse_everywhere(problem, layout)
-    if layout.is_main:
-        problem = _problem_of(cache.finish, prepared.response_ids)
-    _refuse_everywhere(problem, layout)  # nobody reads before everything is written, either
+    # nobody reads before everything is written, either
+    _on_main_rank(layout, lambda: cache.finish(prepared.response_ids))
     seconds = time.monotonic() - started
     say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s", layout.is_main)
 
 
-def _problem_of(action: Callable, *args) -> str | None:
-    """What keeps rank 0 from doing something with the file that is its alone."""
-    try:
-        action(*args)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _refuse_everywhere(problem: str | None, layout: parallel.Layout) -> None:
-    """Raise what rank 0 met on every rank: the others would wait for it in the next collective until the timeout."""
-    if problem := parallel.from_main_rank(problem, layout.device):
+def _on_main_rank(layout: parallel.Layout, action: Callable[..., Any], *args: Any) -> Any:
+    """What rank 0 alone does, and its result on all ranks. What keeps it from that is raised on all of them: the others
+    would wait for it in the next collective until the timeout."""
+    result = problem = None
+    if layout.is_main:
+        try:
+            result = action(*args)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    result, problem = parallel.from_main_rank((result, problem), layout.device)
+    if problem:
         raise UserError(problem)
+    return result
 
 
 def _parameters(engine: Engine) -> list[torch.nn.Parameter]:
