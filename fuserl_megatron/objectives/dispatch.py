@@ -75,45 +75,41 @@ def preference_losses(
     policy = (policy_logps_N[chosen], policy_logps_N[rejected])
     lengths = (batch.lengths_N[chosen], batch.lengths_N[rejected])
 
-    def reference(*indices: Tensor) -> list[Tensor]:
+    def reference(*indices: Tensor) -> tuple[Tensor, ...]:
         logps_N = need("reference_logps_N").to(policy_logps_N.dtype)
-        return [logps_N[index_P] for index_P in indices or (chosen, rejected)]
+        return tuple(logps_N[index_P] for index_P in indices or (chosen, rejected))
 
     learned = chosen  # the response an SFT term learns
     match loss:
         case PreferenceLoss.DPO:
-            pairs = preference.dpo(*policy, *reference(), **options)
+            pairs = preference.dpo(policy, reference(), **options)
         case PreferenceLoss.LN_DPO:
-            pairs = preference.ln_dpo(*policy, *reference(), *lengths, **options)
+            pairs = preference.ln_dpo(policy, reference(), lengths, **options)
         case PreferenceLoss.CDPO:
-            pairs = preference.cdpo(*policy, *reference(), **options)
+            pairs = preference.cdpo(policy, reference(), **options)
         case PreferenceLoss.ROBUST:
-            pairs = preference.robust(*policy, *reference(), **options)
+            pairs = preference.robust(policy, reference(), **options)
         case PreferenceLoss.HINGE:
-            pairs = preference.hinge(*policy, *reference(), **options)
+            pairs = preference.hinge(policy, reference(), **options)
         case PreferenceLoss.IPO:
-            pairs = preference.ipo(*policy, *reference(), *lengths, **options)
+            pairs = preference.ipo(policy, reference(), lengths, **options)
         case PreferenceLoss.MAPPO:
-            pairs = preference.mappo(*policy, *reference(), need("reward_gaps_P"), **options)
+            pairs = preference.mappo(policy, reference(), need("reward_gaps_P"), **options)
         case PreferenceLoss.SIMPO:
             gamma = options["beta"] * options["gamma_beta_ratio"]
-            pairs = preference.simpo(*policy, *lengths, beta=options["beta"], gamma=gamma)
+            pairs = preference.simpo(policy, lengths, beta=options["beta"], gamma=gamma)
         case PreferenceLoss.CPO:
-            pairs = preference.cpo(*policy, lengths[0], **options)
+            pairs = preference.cpo(policy, lengths, **options)
         case PreferenceLoss.ORPO:
-            pairs = preference.orpo(*policy, *lengths, **options)
+            pairs = preference.orpo(policy, lengths, **options)
         case PreferenceLoss.INFIFPO:
-            names = ("source_chosen_mean_logps_PK", "source_rejected_mean_logps_PK", "source_present_PK")
-            pairs = infifpo.infifpo(*policy, *reference(), *lengths, *map(need, names), **options)
+            source = need("source_chosen_mean_logps_PK"), need("source_rejected_mean_logps_PK")
+            pairs = infifpo.infifpo(policy, reference(), lengths, source, need("source_present_PK"), **options)
         case PreferenceLoss.WRPO:
             learned = need("source_index_P")
-            pairs = group_losses.wrpo(
-                policy_logps_N[learned],
-                *policy,
-                *reference(learned, chosen, rejected),
-                beta=options["beta"],
-                alpha=_given(loss, "alpha", alpha),
-            )
+            source = policy_logps_N[learned], *reference(learned)
+            alpha = _given(loss, "alpha", alpha)
+            pairs = group_losses.wrpo(policy, reference(), *source, beta=options["beta"], alpha=alpha)
     return _pair_terms(pairs, policy_logps_N[learned], batch.lengths_N[learned], lengths, rpo_alpha)
 
 

@@ -99,7 +99,7 @@ def named(pair_loss, lengths=None, **options):
     """A loss over (policy, reference, lengths) halves."""
 
     def call(policy, reference, halves):
-        return pair_loss(*policy, *reference, *(halves if lengths else ()), **options)
+        return pair_loss(policy, reference, *([halves] if lengths else []), **options)
 
     return call
 
@@ -133,9 +133,8 @@ def test_the_comparison_would_notice_the_other_ipo(tmp_path, tokenizer):
     inputs = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     policy_N, lengths_N = response_sums(ours, *inputs)
     reference_N, _ = response_sums(reference, *inputs)
-    result = preference.ipo(
-        *policy_N.chunk(2), *reference_N.chunk(2), *lengths_N.chunk(2), beta=BETA, length_normalized=False
-    )
+    halves = policy_N.chunk(2), reference_N.chunk(2), lengths_N.chunk(2)
+    result = preference.ipo(*halves, beta=BETA, length_normalized=False)
     with pytest.raises(AssertionError):
         assert_same(trainer.compute_loss(trainer.model, batch), trainer.model, result.losses_P.mean(), ours)
 
@@ -170,9 +169,9 @@ def test_cpo_trainer(name, tmp_path, tokenizer):
     batch = next(iter(trainer.get_train_dataloader()))
     policy_N, lengths_N = response_sums(ours, *concatenated(trainer, batch, trainer.pad_token_id))
     if name == "simpo":
-        result = preference.simpo(*policy_N.chunk(2), *lengths_N.chunk(2), beta=BETA, gamma=0.5)
+        result = preference.simpo(policy_N.chunk(2), lengths_N.chunk(2), beta=BETA, gamma=0.5)
     else:
-        result = preference.cpo(*policy_N.chunk(2), lengths_N.chunk(2)[0], beta=BETA, cpo_alpha=0.7)
+        result = preference.cpo(policy_N.chunk(2), lengths_N.chunk(2), beta=BETA, cpo_alpha=0.7)
     trl_loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
     assert_same(trl_loss, trainer.model, result.losses_P.mean(), ours)
 
@@ -195,7 +194,7 @@ def test_orpo_trainer(tmp_path, tokenizer):
     input_ids_BS, attention_mask_BS, scored_BS = concatenated(trainer, batch, trainer.padding_value)
     policy_N, lengths_N = response_sums(ours, input_ids_BS, attention_mask_BS, scored_BS)
     everything_N, counts_N = response_sums(ours, input_ids_BS, attention_mask_BS, attention_mask_BS)
-    result = preference.orpo(*policy_N.chunk(2), *lengths_N.chunk(2), beta=BETA)
+    result = preference.orpo(policy_N.chunk(2), lengths_N.chunk(2), beta=BETA)
     nll_response, nll_everything = -policy_N[0] / lengths_N[0], -everything_N[0] / counts_N[0]
     assert abs((nll_response - nll_everything).item()) > 1e-3
     trl_loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)

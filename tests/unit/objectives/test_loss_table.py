@@ -115,16 +115,13 @@ def test_dispatch_gathers_pairs_by_index():
     inputs = full_inputs()
     policy, reference, lengths = inputs.policy_logps_N, inputs.reference_logps_N, inputs.lengths_N
     c, r, s = inputs.chosen_index_P, inputs.rejected_index_P, inputs.source_index_P
+    both, reference_both, lengths_both = ((values[c], values[r]) for values in (policy, reference, lengths))
     expected = {
-        "dpo": preference.dpo(policy[c], policy[r], reference[c], reference[r], beta=0.01),
-        "ln_dpo": preference.ln_dpo(
-            policy[c], policy[r], reference[c], reference[r], lengths[c], lengths[r], beta=10.0
-        ),
-        "simpo": preference.simpo(policy[c], policy[r], lengths[c], lengths[r], beta=10.0, gamma=3.0),
-        "cpo": preference.cpo(policy[c], policy[r], lengths[c], beta=0.1, cpo_alpha=1.0),
-        "wrpo": group_losses.wrpo(
-            policy[s], policy[c], policy[r], reference[s], reference[c], reference[r], beta=0.01, alpha=0.1
-        ),
+        "dpo": preference.dpo(both, reference_both, beta=0.01),
+        "ln_dpo": preference.ln_dpo(both, reference_both, lengths_both, beta=10.0),
+        "simpo": preference.simpo(both, lengths_both, beta=10.0, gamma=3.0),
+        "cpo": preference.cpo(both, lengths_both, beta=0.1, cpo_alpha=1.0),
+        "wrpo": group_losses.wrpo(both, reference_both, policy[s], reference[s], beta=0.01, alpha=0.1),
     }
     for loss, pairs in expected.items():
         actual = terms(loss)
