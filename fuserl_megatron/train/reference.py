@@ -132,7 +132,8 @@ def _open(
         cache = ReferenceCache.open_or_create(directory, key, prepared.dataset.num_responses)
         return key, cache.missing_mask
 
-    return cache, *_on_main_rank(layout, opened)
+    key, missing = _on_main_rank(layout, opened)
+    return cache, key, missing
 
 
 def _key(config: Config, prepared: PreparedSet, directory: Path) -> str:
