@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 from fusion_case import make_case, make_config, worst_relative_error
+from groups import read_group
 
 BOUND = 1e-5
 ALL_RESPONSES = dict(stage="fusepo", loss="rloo")
@@ -41,7 +42,7 @@ def twin(paths):
     model = AutoModelForCausalLM.from_pretrained(paths["policy"], dtype=torch.float64, attn_implementation="eager")
     data, values, loss = FusedDataset(paths["data"]), {}, 0.0
     for g in range(data.num_groups):
-        group = data.group(g)
+        group = read_group(data, g)
         prompt = group.prompt_tokens.tolist()
         for n, response in enumerate(group.responses, group.first_response_id):
             row = torch.tensor([prompt + response.tolist()])
@@ -66,7 +67,7 @@ def packed(config, num_tokens, fault=None, band="cheapest"):
 
     layout = parallel.initialize(config.model, config.trainer)
     data = FusedDataset(config.data.path)
-    feed = make_feed(config, data, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
+    feed = make_feed(config, data, layout)
     target = m.build_model(read_config(config.model.path), config.model, layout, torch.float32)
     weights.load_hf_weights(target, config.model.path, layout)
     wrapped = m.wrap_for_training(target, config.optim)
