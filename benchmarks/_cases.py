@@ -184,41 +184,27 @@ class Trainer:
             config: the run.
             random_weights: load nothing (model.path needs a config.json only); reference log-probabilities are 0.
         """
+        from fuserl_megatron.config.objective import with_loss_defaults
         from fuserl_megatron.convert.hf_config import read_config
         from fuserl_megatron.data.dataset import FusedDataset
         from fuserl_megatron.mcore import parallel, weights
-        from fuserl_megatron.mcore.model import build_model, wrap_for_training
-        from fuserl_megatron.mcore.optimizer import build_optimizer
-        from fuserl_megatron.mcore.precision import parameter_dtype
-        from fuserl_megatron.mcore.step import Engine
-        from fuserl_megatron.train.feed import make_feed, with_references
+        from fuserl_megatron.train.feed import make_engine, make_feed, with_optimizer, with_references
         from fuserl_megatron.train.logging import RunLog
-        from fuserl_megatron.train.loop import with_loss_defaults
         from fuserl_megatron.train.stopping import Stopping
 
         self.config = config = with_loss_defaults(config)
+        shape, dataset = read_config(config.model.path), FusedDataset(config.data.path)
         directory = Path(config.run.results_dir)
         layout = parallel.initialize(config.model, config.trainer)
-        dataset, shape = FusedDataset(config.data.path), read_config(config.model.path)
-        feed, dtype = make_feed(config, dataset, layout.dp_size, 1), parameter_dtype(config.trainer.precision)
-        target = build_model(shape, config.model, layout, dtype, config.trainer.precision)
-        engine = Engine(
-            target=target,
-            layout=layout,
-            objective=config.objective,
-            source_names=dataset.sources,
-            logprob_chunk_size=config.model.logprob_chunk_size,
-        )
+        feed, engine = make_feed(config, dataset, layout), make_engine(config, layout, shape, dataset.sources)
         if random_weights:
             self.feed = dataclasses.replace(feed, reference=NoReference())
-            for parameter in target.chunks[0].parameters():
+            for parameter in engine.target.chunks[0].parameters():
                 parameter.data.normal_(0, 0.02) if parameter.dim() > 1 else parameter.data.fill_(1)
         else:
-            (self.feed,) = with_references(config, engine, [(feed, directory / "reference")])
-            weights.load_hf_weights(target, config.model.path, layout)
-        wrapped = wrap_for_training(target, config.optim)
-        optimizer = build_optimizer(wrapped, config.optim, config.trainer, dtype)
-        self.engine = dataclasses.replace(engine, wrapped=wrapped, optimizer=optimizer)
+            (self.feed,) = with_references(config, engine, [feed])
+            weights.load_hf_weights(engine.target, config.model.path, layout)
+        self.engine = with_optimizer(config, engine)
         self.total = 10**6
         self.log = RunLog(config, directory, self.total, 0, layout.is_main)
         self.stopping, self.done = Stopping(layout.device), 0

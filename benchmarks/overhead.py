@@ -106,7 +106,7 @@ def worker(side: str, root: Path, case: str) -> None:
     config = run_config(root, DPO, **LAYOUT[case])
     if side == "ours":
         return requests.serve(Trainer(config).step)
-    from fuserl_megatron.train.loop import with_loss_defaults
+    from fuserl_megatron.config.objective import with_loss_defaults
 
     requests.serve(Bare(with_loss_defaults(config), 12).step)
 

@@ -36,9 +36,9 @@ def settings(root: Path, case: str, objective: str):
 
 def sequences(config) -> tuple[list[dict], int]:
     """What TRL trains on, and from how many groups: the sequences, or the pairs, that our sampler hands out."""
+    from fuserl_megatron.config.objective import with_loss_defaults
     from fuserl_megatron.data.dataset import FusedDataset
     from fuserl_megatron.data.pairs import prepare as select
-    from fuserl_megatron.train.loop import with_loss_defaults
 
     config = with_loss_defaults(config)
     data = FusedDataset(config.data.path)

@@ -59,14 +59,13 @@ A mistake in the settings or files ends with one line; FUSERL_DEBUG=1 in the env
 The same command on the same run.results_dir resumes from its newest checkpoint.
 {OVERRIDES}""",
     )
-    train.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: TP x PP x CP)")
     train.add_argument(
         "--dry-run", action="store_true", help="check, print the resolved settings and what follows, stop"
     )
     train.add_argument(
         "--reference-only", action="store_true", help="score what the loss reads of the reference model, stop"
     )
-    _add_config_options(train, "train")
+    _add_config_options(train, "train", ranks=True)
 
     nemo = _command(
         jobs,
@@ -116,10 +115,7 @@ Takes the settings of `fuserl train`. Prints the weighted NLL of each source's b
 objective, its loss and metrics; writes them to run.results_dir/evaluation.json.
 {OVERRIDES}""",
     )
-    evaluate.add_argument(
-        "--nproc", type=int, metavar="N", help="ranks to start on this machine (default: TP x PP x CP)"
-    )
-    _add_config_options(evaluate, "train")
+    _add_config_options(evaluate, "train", ranks=True)
 
     parity = _command(
         jobs,
@@ -136,12 +132,11 @@ Takes the settings of `fuserl train`, computes its first global batch twice, and
 loss, the gradient norm and each group of parameters. Trains and writes nothing. Exit code 1 past the threshold.
 {OVERRIDES}""",
     )
-    parity.add_argument("--nproc", type=int, metavar="N", help="ranks to start on this machine (default: TP x PP x CP)")
     parity.add_argument(
         "--threshold", type=float, metavar="X", help="largest relative error allowed (default: 1e-5; with bf16: 0.2)"
     )
     parity.add_argument("--steps", type=int, default=1, metavar="N", help="global batches to compare (default 1)")
-    _add_config_options(parity, "train")
+    _add_config_options(parity, "train", ranks=True)
 
     convert = _command(
         jobs,
@@ -223,7 +218,10 @@ def _command(jobs, name: str, run, summary: str, epilog: str) -> argparse.Argume
     return command
 
 
-def _add_config_options(command: argparse.ArgumentParser, root: str) -> None:
+def _add_config_options(command: argparse.ArgumentParser, root: str, ranks: bool = False) -> None:
+    if ranks:
+        default = "(default: TP x PP x CP)"
+        command.add_argument("--nproc", type=int, metavar="N", help=f"ranks to start on this machine {default}")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="settings, see below")
     command.add_argument(
         "--config-name", metavar="X", help=f"root file, without .yaml, or a yaml file's path (default {root})"

@@ -4,12 +4,13 @@ Rooms are imported inside the functions, after everything that can be checked wi
 """
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from fuserl_megatron.config.facts import replica_ranks
 from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
 
@@ -49,9 +50,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.reference_only:
         _check_reference(config)
     if options.dry_run:
-        from fuserl_megatron.config.objective import with_defaults
+        from fuserl_megatron.config.objective import with_loss_defaults
 
-        filled = dataclasses.replace(config, objective=with_defaults(config.objective))  # as the run writes it down
+        filled = with_loss_defaults(config)  # as the run writes it down
         print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
         return 0
     config = with_local_models(config)
@@ -79,17 +80,13 @@ def _check_reference(config: Config) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`fuserl evaluate`: as `train`, the figures of model.path on data.path."""
-    from fuserl_megatron.config.load import load_config
 
-    config = load_config("train", options.overrides, options.config_dir, options.config_name)
-    num_ranks = _num_ranks(options, config)
-    check(config, num_ranks)
-    config = with_local_models(config)
-    if _becomes_rank(config, num_ranks):
-        from fuserl_megatron.train.evaluate import evaluate as run
+    def run(config: Config) -> int:
+        from fuserl_megatron.train.evaluate import evaluate
 
-        return run(config)
-    return _start_ranks(options, num_ranks, "evaluate")
+        return evaluate(config)
+
+    return _on_ranks(options, run, "evaluate")
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -111,22 +108,29 @@ def nemo_config(options: argparse.Namespace) -> int:
 
 def parity(options: argparse.Namespace) -> int:
     """`fuserl parity`: as `train`, on the ranks of the run that is asked about."""
-    from fuserl_megatron.config.load import load_config
-
     if options.steps < 1:
         raise UserError(f"--steps {options.steps}: must be at least 1; --steps 1 would work.")
     if options.threshold is not None and not options.threshold > 0:
         raise UserError(f"--threshold {options.threshold}: must be positive; --threshold 1e-5 would work.")
+
+    def run(config: Config) -> int:
+        from fuserl_megatron.train.parity import parity
+
+        return parity(config, steps=options.steps, threshold=options.threshold)
+
+    threshold = [] if options.threshold is None else [f"--threshold={options.threshold!r}"]
+    return _on_ranks(options, run, "parity", f"--steps={options.steps}", *threshold)
+
+
+def _on_ranks(options: argparse.Namespace, run: Callable[[Config], int], *words: str) -> int:
+    """Check everything once, then run as a rank, or start the ranks of the command in `words`."""
+    from fuserl_megatron.config.load import load_config
+
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
     num_ranks = _num_ranks(options, config)
     check(config, num_ranks)
     config = with_local_models(config)
-    if _becomes_rank(config, num_ranks):
-        from fuserl_megatron.train.parity import parity as run
-
-        return run(config, steps=options.steps, threshold=options.threshold)
-    threshold = [] if options.threshold is None else [f"--threshold={options.threshold!r}"]
-    return _start_ranks(options, num_ranks, "parity", f"--steps={options.steps}", *threshold)
+    return run(config) if _becomes_rank(config, num_ranks) else _start_ranks(options, num_ranks, *words)
 
 
 def _num_ranks(options: argparse.Namespace, config: Config) -> int:
@@ -136,8 +140,7 @@ def _num_ranks(options: argparse.Namespace, config: Config) -> int:
     is_rank = local.is_rank()
     if is_rank and options.nproc is not None:
         raise UserError("--nproc: torchrun or srun has started the ranks already; leave it out.")
-    model = config.model
-    smallest = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
+    smallest = replica_ranks(config.model)
     num_ranks = local.launched_world_size() if is_rank else smallest if options.nproc is None else options.nproc
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc {options.nproc}: must be at least 1; --nproc {max(smallest, 1)} would work.")
@@ -193,10 +196,7 @@ def _laid_out(config: Config, num_ranks: int) -> list[str]:
     from fuserl_megatron.data.pairs import prepare
     from fuserl_megatron.data.sampler import GlobalBatchSampler
 
-    model, lines = config.model, []
-    dp_size = num_ranks // (
-        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
-    )
+    lines, dp_size = [], num_ranks // replica_ranks(config.model)
     for path in filter(None, (config.data.path, config.data.validation_path)):
         prepared = prepare(FusedDataset(path, verify=False), config.objective, config.data.reward_temperature)
         sampler = GlobalBatchSampler(prepared, config.data, config.run.seed, dp_size)
@@ -260,9 +260,7 @@ def doctor(options: argparse.Namespace) -> int:
     """`fuserl doctor`."""
     from fuserl_megatron.doctor import examine, print_report
 
-    report = examine()
-    print_report(report, as_json=options.json)
-    return 0 if report.works else 1
+    return 0 if print_report(examine(), options.json) else 1
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -12,7 +12,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 CORE_RANGE = ((0, 16, 1), (0, 20))
@@ -41,52 +41,41 @@ class Finding:
     """What to type."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """All findings, in the order they are printed."""
-
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def works(self) -> bool:
-        """Whether training can work here."""
-        return all(finding.status != "broken" for finding in self.findings)
-
-
-def examine() -> Report:
+def examine() -> list[Finding]:
     """Look at this environment. Takes as long as one import of torch."""
     torch = _ask_torch()
-    on_gpu = bool(torch.get("gpus"))
-    return Report(
-        [
-            _python(),
-            _torch(torch),
-            _core(),
-            *(_required(name) for name in ("transformers", "datasets", "psutil", "safetensors", "hydra-core")),
-            _triton(),
-            _apex(),
-            _transformer_engine(on_gpu),
-            *(_optional(name, extra, gives) for name, extra, gives in _EXTRAS),
-            _slurm(),
-            _driver(),
-            _machine(),
-        ]
-    )
+    return [
+        _python(),
+        _torch(torch),
+        _core(),
+        *(_required(name) for name in ("transformers", "datasets", "psutil", "safetensors", "hydra-core")),
+        _triton(),
+        _apex(),
+        _package(
+            "transformer-engine",
+            "model.transformer_impl=transformer_engine on GPUs",
+            "pip install 'fuserl-megatron[gpu]'" if torch.get("gpus") else "only of use with a GPU",
+        ),
+        *(_package(name, gives, f"pip install 'fuserl-megatron[{extra}]'") for name, extra, gives in _EXTRAS),
+        _slurm(),
+        _driver(),
+        _machine(),
+    ]
 
 
-def print_report(report: Report, as_json: bool = False) -> None:
-    """Print the findings, one per line with its remedy under it, and a verdict."""
+def print_report(findings: list[Finding], as_json: bool) -> bool:
+    """Print the findings, one per line with its remedy under it, and a verdict; returns whether training can work."""
+    broken = [finding.name for finding in findings if finding.status == "broken"]
     if as_json:
-        findings = [asdict(finding) for finding in report.findings]
-        print(json.dumps({"works": report.works, "findings": findings}, indent=2))
-        return
-    for finding in report.findings:
+        print(json.dumps({"works": not broken, "findings": [asdict(finding) for finding in findings]}, indent=2))
+        return not broken
+    for finding in findings:
         gives = f"  [{finding.gives}]" if finding.gives else ""
         print(f"{finding.status:8} {finding.name:20} {finding.found}{gives}")
         if finding.remedy:
             print(f"{'':8} {'':20} -> {finding.remedy}")
-    broken = [finding.name for finding in report.findings if finding.status == "broken"]
     print(f"training cannot work: {', '.join(broken)}" if broken else "training works here")
+    return not broken
 
 
 # --- packages ---
@@ -146,34 +135,34 @@ def _torch(torch: dict) -> Finding:
 
 
 def _core() -> Finding:
-    found = version("megatron-core")
-    low, high = CORE_RANGE
+    found, (low, high) = version("megatron-core"), CORE_RANGE
+    if found and low <= numbers(found) < high:
+        return Finding(name="megatron-core", status="ok", found=found)
+    problem = f"{found} (outside >=0.16.1,<0.20)" if found else "not installed"
     remedy = "pip install 'megatron-core>=0.16.1,<0.20'"
-    if found is None:
-        return Finding(name="megatron-core", status="broken", found="not installed", remedy=remedy)
-    fine = low <= numbers(found) < high
-    rule = "" if fine else " (outside >=0.16.1,<0.20)"
-    status = "ok" if fine else "broken"
-    return Finding(name="megatron-core", status=status, found=found + rule, remedy="" if fine else remedy)
+    return Finding(name="megatron-core", status="broken", found=problem, remedy=remedy)
+
+
+def _package(name: str, gives: str = "", remedy: str = "", needed: bool = False, note: str = "") -> Finding:
+    """A package by its metadata; `note` says more of one that is not there."""
+    if found := version(name):
+        return Finding(name=name, status="ok", found=found, gives=gives)
+    status = "broken" if needed else "missing"
+    return Finding(name=name, status=status, found=f"not installed{note}", gives=gives, remedy=remedy)
 
 
 def _required(name: str) -> Finding:
-    found = version(name)
-    if found:
-        return Finding(name=name, status="ok", found=found)
-    why = " (megatron-core's checkpoints hang without it)" if name == "psutil" else ""
-    return Finding(name=name, status="broken", found="not installed" + why, remedy=f"pip install {name}")
+    note = " (megatron-core's checkpoints hang without it)" if name == "psutil" else ""
+    return _package(name, remedy=f"pip install {name}", needed=True, note=note)
 
 
 def _triton() -> Finding:
     """Core 0.17 and newer import triton; a CUDA torch brings it, a CPU torch does not."""
-    found, core = version("triton"), version("megatron-core")
-    if found:
-        return Finding(name="triton", status="ok", found=found)
+    core = version("megatron-core")
     if core and numbers(core) >= (0, 17):
-        reason = f"not installed, and megatron-core {core} imports it"
-        return Finding(name="triton", status="broken", found=reason, remedy="pip install triton")
-    return Finding(name="triton", status="missing", found="not installed (this megatron-core does without)")
+        note = f", and megatron-core {core} imports it"
+        return _package("triton", remedy="pip install triton", needed=True, note=note)
+    return _package("triton", note=" (this megatron-core does without)")
 
 
 def apex_kind(folder: Path | None) -> str:
@@ -198,20 +187,6 @@ def _apex() -> Finding:
         return Finding(name="apex", status="ok", found="NVIDIA's", gives="fused optimizer and norms on GPUs")
     remedy = "optional; from NVIDIA's repository, never `pip install apex`"
     return Finding(name="apex", status="missing", found="not installed", gives="fused optimizer on GPUs", remedy=remedy)
-
-
-def _transformer_engine(on_gpu: bool) -> Finding:
-    found, gives = version("transformer-engine"), "model.transformer_impl=transformer_engine on GPUs"
-    if found:
-        return Finding(name="transformer-engine", status="ok", found=found, gives=gives)
-    remedy = "pip install 'fuserl-megatron[gpu]'" if on_gpu else "only of use with a GPU"
-    return Finding(name="transformer-engine", status="missing", found="not installed", gives=gives, remedy=remedy)
-
-
-def _optional(name: str, extra: str, gives: str) -> Finding:
-    found = version(name)
-    status, remedy = ("ok", "") if found else ("missing", f"pip install 'fuserl-megatron[{extra}]'")
-    return Finding(name=name, status=status, found=found or "not installed", gives=gives, remedy=remedy)
 
 
 # --- the machine ---

@@ -2,28 +2,31 @@
 
 import math
 
-from fuserl_megatron.config.schema import Config
+from fuserl_megatron.config.schema import Config, ModelConfig, OptimConfig, TrainerConfig
 
 
-def num_steps(config: Config, num_prompts: int | None) -> int | None:
-    """Optimizer steps of the run: the smaller of both limits. None while the size of the data set is not known.
+def replica_ranks(model: ModelConfig) -> int:
+    """TP x PP x CP: the ranks that hold the model once."""
+    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * model.context_parallel_size
 
-    The last batch of an epoch is filled up with groups of weight 0, so an epoch is ceil(prompts / global batch) steps.
-    """
-    trainer = config.trainer
-    by_epochs = None
+
+def steps_per_epoch(config: Config, num_prompts: int) -> int:
+    """The last batch of an epoch is filled up with groups of weight 0."""
+    return math.ceil(num_prompts / config.data.global_batch_size)
+
+
+def total_steps(trainer: TrainerConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run: the smaller of max_epochs and max_steps."""
+    limits = [trainer.max_steps] if trainer.max_steps is not None else []
     if trainer.max_epochs is not None:
-        if num_prompts is None:
-            return None
-        by_epochs = trainer.max_epochs * math.ceil(num_prompts / config.data.global_batch_size)
-    limits = [limit for limit in (by_epochs, trainer.max_steps) if limit is not None]
-    return min(limits) if limits else None
+        limits.append(trainer.max_epochs * steps_per_epoch)
+    return min(limits)
 
 
-def num_warmup_steps(config: Config, steps: int) -> int:
+def warmup_steps(optim: OptimConfig, total: int) -> int:
     """Steps of linear warm-up: warmup_steps where it is set, otherwise warmup_ratio of all steps, rounded up."""
-    sched = config.optim.sched
-    return sched.warmup_steps if sched.warmup_steps is not None else math.ceil(sched.warmup_ratio * steps)
+    sched = optim.sched
+    return sched.warmup_steps if sched.warmup_steps is not None else math.ceil(sched.warmup_ratio * total)
 
 
 FP8_MULTIPLES = {"fp8_delayed": 16, "fp8_current": 16, "fp8_blockwise": 128, "fp8_mxfp8": 32}
@@ -73,7 +76,7 @@ def steps_fact(config: Config, steps: int, warmup: int, num_prompts: int | None)
     """Steps of the run and where the number comes from."""
     source = f"trainer.max_steps={config.trainer.max_steps}"
     if num_prompts is not None and config.trainer.max_epochs is not None:
-        per_epoch = math.ceil(num_prompts / config.data.global_batch_size)
+        per_epoch = steps_per_epoch(config, num_prompts)
         if steps == per_epoch * config.trainer.max_epochs:
             batch, passes = config.data.global_batch_size, config.trainer.max_epochs
             source = f"{num_prompts} prompts / {batch} = {per_epoch} a pass x {passes}"

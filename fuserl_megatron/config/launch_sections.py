@@ -63,6 +63,16 @@ class ClusterConfig:
     env: tuple[str, ...] = ()
     """NAME=value for the environment of every job. Frozen with the run: no secrets."""
 
+    @property
+    def ranks_per_node(self) -> int:
+        """Processes on each node."""
+        return self.ntasks_per_node or self.gpus_per_node or 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Processes over all nodes."""
+        return self.nodes * self.ranks_per_node
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:

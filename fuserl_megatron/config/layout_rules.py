@@ -3,7 +3,7 @@
 import math
 from typing import Protocol
 
-from fuserl_megatron.config.facts import FP8_MULTIPLES, row_multiple
+from fuserl_megatron.config.facts import FP8_MULTIPLES, replica_ranks, row_multiple
 from fuserl_megatron.config.rules import refuse
 from fuserl_megatron.config.schema import Config, UserError
 
@@ -37,7 +37,7 @@ def check_layout(config: Config, world_size: int) -> int:
     if model.virtual_pipeline_model_parallel_size is not None and pp == 1:
         rule = "virtual stages interleave pipeline stages, and model.pipeline_model_parallel_size is 1"
         refuse(config, "model.virtual_pipeline_model_parallel_size", rule, None)
-    unit = tp * pp * cp
+    unit = replica_ranks(model)
     if world_size % unit:
         below = world_size // unit * unit
         choice = f"{below} or {below + unit}" if below else str(unit)

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from fuserl_megatron.config.facts import replica_ranks
 from fuserl_megatron.config.load import _convert, from_dict
 from fuserl_megatron.config.nemo_keys import ANY, TABLE, C, M, Row
 from fuserl_megatron.config.schema import Config, UserError
@@ -60,9 +61,7 @@ def remaining_problem(settings: dict[str, Any]) -> str | None:
     filled = {s: {k: "x" if v == "???" else v for k, v in section.items()} for s, section in settings.items()}
     try:
         config = from_dict(Config, filled)
-        model = config.model
-        sizes = (model.tensor_model_parallel_size, model.pipeline_model_parallel_size, model.context_parallel_size)
-        validate(config, sizes[0] * sizes[1] * sizes[2])
+        validate(config, replica_ranks(config.model))
     except UserError as error:
         return str(error)
     return None
@@ -80,20 +79,6 @@ def report(settings: dict[str, Any], fates: list[Fate]) -> str:
     if problem := remaining_problem(settings):
         lines.append(f"# to put right before it runs: {problem}")
     return "\n".join([*lines, "", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)])
-
-
-def markdown() -> str:
-    """The table of docs/nemo.md."""
-    lines = ["| NeMo-Aligner | here | remark |", "|---|---|---|"]
-    for row in TABLE:
-        here = f"`{row.ours}`" if row.ours else "ignored" if row.values == ANY else "unsupported"
-        remark = [row.note] if row.note else []
-        if row.ours and isinstance(row.values, dict):
-            remark.insert(0, ", ".join(f"{show(k)} → {show(v)}" if k != v else show(k) for k, v in row.values.items()))
-        elif row.ours is None and row.values != ANY and row.values:
-            here = f"ignored when {' or '.join(dict.fromkeys(show(v) for v in row.values))}, otherwise unsupported"
-        lines.append(f"| `{row.nemo}` | {here} | {'; '.join(remark)} |")
-    return "\n".join(lines) + "\n"
 
 
 def _fate(key: str, value: Any, leaves: dict[str, Any]) -> tuple[str, str, dict[str, Any]]:

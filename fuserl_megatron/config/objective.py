@@ -5,7 +5,7 @@ What each loss reads stands in objectives/loss_table.py, which is plain data (no
 
 import dataclasses
 
-from fuserl_megatron.config.schema import ObjectiveConfig, UserError
+from fuserl_megatron.config.schema import Config, ObjectiveConfig, UserError
 from fuserl_megatron.config.words import show
 from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit, checked_options, needs_reference
 
@@ -21,6 +21,7 @@ OF_STAGE = {
         "max_reward_gap",
     ),
 }
+DEFAULT_TOP_M = 4
 EXAMPLES = {"label_smoothing": 0.1, "target_source": "llama-3.1-8b-instruct"}
 
 
@@ -56,13 +57,18 @@ def with_defaults(objective: ObjectiveConfig) -> ObjectiveConfig:
         selection = objective.selection or "per_source"
         chosen = dict(selection=selection, nll_reduction=objective.nll_reduction or "token_mean")
         if selection == "top_m":
-            chosen["top_m"] = objective.top_m or 4
+            chosen["top_m"] = objective.top_m or DEFAULT_TOP_M
         return dataclasses.replace(objective, **chosen)
     check_objective(objective)
     options = checked_options(objective.loss, loss_options(objective))
     if uses_reference(objective):
         options["reference_mode"] = objective.reference_mode or "cache"
     return dataclasses.replace(objective, **options)
+
+
+def with_loss_defaults(config: Config) -> Config:
+    """The run with its objective's null fields filled; see `with_defaults`."""
+    return dataclasses.replace(config, objective=with_defaults(config.objective))
 
 
 def uses_reference(objective: ObjectiveConfig) -> bool:

@@ -82,14 +82,15 @@ def check_numbers(config: Config) -> None:
     check(lambda value: all(0 <= beta < 1 for beta in value), "must lie in [0, 1)", {"optim.betas": (0.9, 0.95)})
 
 
-def check_trainer(config: Config, device: str | None) -> None:
+def check_trainer(config: Config) -> None:
     """Length, layer specification, recompute, packing."""
     trainer, model, packing = config.trainer, config.model, config.data.packing
+    on_cpu = trainer.accelerator == "cpu"  # with auto it shows when the ranks start
     if trainer.max_epochs is None and trainer.max_steps is None:
         refuse(config, "trainer.max_epochs", "the run would not end, for trainer.max_steps is null as well", 1)
-    if model.transformer_impl == "transformer_engine" and device == "cpu":
+    if model.transformer_impl == "transformer_engine" and on_cpu:
         refuse(config, "model.transformer_impl", "Transformer Engine needs CUDA, and this run is on the CPU", "local")
-    if model.attention_backend in ("flex", "te") and device == "cpu":
+    if model.attention_backend in ("flex", "te") and on_cpu:
         refuse(config, "model.attention_backend", "needs CUDA, and this run is on the CPU", "sdpa")
     if model.attention_backend == "te" and packing.share_prefix != "off":
         rule = "Transformer Engine's packed attention knows no shared prefix: it needs data.packing.share_prefix=off"
@@ -97,7 +98,7 @@ def check_trainer(config: Config, device: str | None) -> None:
     if model.attention_backend == "te" and model.context_parallel_size > 1:
         refuse(config, "model.attention_backend", "is not offered with context parallelism", "auto")
     if trainer.precision.startswith("fp8"):
-        if device == "cpu":
+        if on_cpu:
             refuse(config, "trainer.precision", "FP8 needs Transformer Engine on CUDA; this run is on the CPU", "bf16")
         if model.transformer_impl == "local":
             refuse(config, "model.transformer_impl", f"trainer.precision={trainer.precision} needs TE's layers", "auto")
@@ -161,7 +162,7 @@ def check_manager(config: Config) -> None:
             refuse(config, f"{section}.{required}", f"exp_manager.create_{logger}_logger needs it", "fuserl")
 
 
-def check_optimizer(config: Config, device: str | None = None) -> None:
+def check_optimizer(config: Config) -> None:
     """Schedule, overlap, formats and place of the states."""
     optim, sched = config.optim, config.optim.sched
     if sched.min_lr > optim.lr:
@@ -174,7 +175,7 @@ def check_optimizer(config: Config, device: str | None = None) -> None:
         refuse(config, "optim.overlap_param_gather", "needs optim.overlap_grad_reduce=true as well", False)
     aware, needed = "optim.use_precision_aware_optimizer", "is used with optim.use_precision_aware_optimizer=true only"
     if optim.use_precision_aware_optimizer:
-        if device == "cpu":
+        if config.trainer.accelerator == "cpu":
             refuse(config, aware, "Transformer Engine's Adam needs CUDA, and this run is on the CPU", False)
         if not optim.use_distributed_optimizer:
             refuse(config, aware, "needs optim.use_distributed_optimizer=true", False)

@@ -26,8 +26,7 @@ from fuserl_megatron.config.run_sections import WandbConfig as WandbConfig
 
 
 class UserError(ValueError):
-    """Something the user can put right. One line: what, where, what to type instead. Ends a command with exit code
-    2."""
+    """Something the user can put right, in one line: what, where, what to type instead. Ends a command with code 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +62,15 @@ class BuildConfig:
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
     reward_temperature: float = float("nan")
-    """tau of the source weights w = softmax(score / tau). Required: there is no safe default (see
-    docs/data_format.md)."""
+    """tau of the source weights w = softmax(score / tau). Required, no default is safe (docs/data_format.md)."""
     score_aggregation: Literal["max", "mean"] = "max"
     """A source's score from the rewards of its responses."""
     reward_standardization: Literal["none", "prompt", "dataset"] = "none"
     """Rewards to zero mean and unit deviation before the softmax."""
     max_length: int = 2048
-    """Longest prompt + response in tokens. Responses are cut on the right; a prompt that leaves no room is a bad
-    record."""
+    """Longest prompt + response in tokens. Responses are cut on the right; a prompt without room is a bad record."""
     on_bad_record: Literal["stop", "skip"] = "stop"
-    """stop at the first bad record with file and line, or skip: write it with the reason to rejected.jsonl and count
-    it."""
+    """stop at the first bad record with file and line, or skip: write it with the reason to rejected.jsonl."""
     sources: tuple[str, ...] = ()
     """Keep only these sources; empty keeps all."""
     force: bool = False

@@ -4,7 +4,7 @@ Every error is one line: field, value, rule, and a value that would work. What f
 comes back as plain lines, which `fuserl train` prints.
 """
 
-from fuserl_megatron.config.facts import batch_fact, layout_fact, num_steps, num_warmup_steps, steps_fact
+from fuserl_megatron.config.facts import batch_fact, layout_fact, steps_fact, steps_per_epoch, total_steps, warmup_steps
 from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_layout, check_model
 from fuserl_megatron.config.objective import check_objective
 from fuserl_megatron.config.rules import (
@@ -25,7 +25,6 @@ def validate(
     model_shape: ModelShape | None = None,
     *,
     data_set: DataSet | None = None,
-    device: str | None = None,
 ) -> list[str]:
     """Check a training run and say what follows from its settings.
 
@@ -34,7 +33,6 @@ def validate(
         world_size: ranks over all nodes.
         model_shape: the target model, or None when only the settings can be checked.
         data_set: manifest of the fused data set, where known; gives the number of steps.
-        device: "cpu" or "cuda" where known; trainer.accelerator decides otherwise.
 
     Returns:
         Lines to print: layout, batch, steps.
@@ -42,22 +40,20 @@ def validate(
     Raises:
         UserError: the first rule that does not hold.
     """
-    if device is None and config.trainer.accelerator != "auto":
-        device = {"cpu": "cpu", "gpu": "cuda"}[config.trainer.accelerator]
     check_numbers(config)
-    check_trainer(config, device)
+    check_trainer(config)
     check_objective(config.objective)
     check_validation(config)
     check_manager(config)
-    check_optimizer(config, device)
+    check_optimizer(config)
     data_parallel_size = check_layout(config, world_size)
     if model_shape is not None:
         check_model(config, model_shape, data_set)
     facts = [layout_fact(config, world_size, data_parallel_size), batch_fact(config, data_parallel_size)]
     num_prompts = None if data_set is None else data_set.num_prompts
-    steps = num_steps(config, num_prompts)
-    if steps is not None:
-        warmup = num_warmup_steps(config, steps)
+    if num_prompts is not None or config.trainer.max_epochs is None:
+        steps = total_steps(config.trainer, 0 if num_prompts is None else steps_per_epoch(config, num_prompts))
+        warmup = warmup_steps(config.optim, steps)
         if config.optim.sched.warmup_steps is not None and warmup >= steps:
             refuse(config, "optim.sched.warmup_steps", f"must be smaller than the run's {steps} steps", steps // 10)
         facts.append(steps_fact(config, steps, warmup, num_prompts))

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -17,6 +17,15 @@ def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
         if dataclasses.is_dataclass(field.type):
             keys.extend(all_keys(field.type, f"{prefix}{field.name}."))
     return tuple(keys)
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested dictionaries hold, with the dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -2,13 +2,11 @@
 
 Shapes: B rows, S tokens per row, N sequences (responses) in the micro-batch, P pairs.
 
-Packing and prefix sharing are the same structure: a row is a run of *segments*, each token may look at earlier
-tokens of its
-own segment and of its segment's parent. Without sharing, a segment is prompt + response and is its own parent. With
-sharing,
-the prompt without its last token is one segment, and every response is a segment that begins with a copy of that
-last token and
-has the prompt as parent; its positions continue the prompt's, so every position still predicts exactly one label.
+Packing and prefix sharing are the same structure: a row is a run of *segments*, each token may look at earlier tokens
+of its own segment and of its segment's parent. Without sharing, a segment is prompt + response and is its own parent.
+With sharing, the prompt without its last token is one segment, and every response is a segment that begins with a copy
+of that last token and has the prompt as parent; its positions continue the prompt's, so every position still predicts
+exactly one label.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -21,8 +19,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """A micro-batch of B rows holding N sequences, and P pairs of them. Ids index the data set, not the batch,
-    unless said."""
+    """A micro-batch of B rows holding N sequences, and P pairs of them. Ids index the data set unless said."""
 
     tokens_BS: torch.Tensor
     """int64; padding is 0."""
@@ -33,16 +30,13 @@ class PackedBatch:
     segment_ids_BS: torch.Tensor
     """int64; unique inside a row, -1 for padding."""
     parent_ids_BS: torch.Tensor
-    """int64; segment id of the prefix this token may also see; its own segment id when there is none, -1 for
-    padding."""
+    """int64; segment id of the prefix this token may also see; its own where there is none, -1 for padding."""
     sequence_ids_BS: torch.Tensor
-    """int64; index 0..N-1 into this batch of the sequence whose label this position scores, -1 where nothing is
-    scored."""
+    """int64; index 0..N-1 of the sequence whose label this position scores, -1 where nothing is scored."""
     lengths_N: torch.Tensor
     """int64; scored tokens of each sequence (response and end-of-turn token)."""
     weights_N: torch.Tensor
-    """float64; weight of each sequence where the loss is one of sequences (FuseSFT, RLOO, KTO), 0 where it is one of
-    pairs."""
+    """float64; weight of each sequence where the loss is one of sequences (FuseSFT, RLOO, KTO), 0 where of pairs."""
     source_ids_N: torch.Tensor
     """int64; index into the manifest's list of sources."""
     prompt_ids_N: torch.Tensor
@@ -62,8 +56,7 @@ class PackedBatch:
     reward_gaps_P: torch.Tensor | None = None
     """MaPPO: float64; r+ - r- in [0, 1]."""
     source_chosen_mean_logps_PK: torch.Tensor | None = None
-    """InfiFPO: float64; per-token mean log-probability of the chosen response under each source, 0 where there is
-    none."""
+    """InfiFPO: float64; per-token mean log-probability of the chosen response under each source, 0 where none."""
     source_rejected_mean_logps_PK: torch.Tensor | None = None
     """InfiFPO: float64; the same of the rejected response."""
     source_present_PK: torch.Tensor | None = None

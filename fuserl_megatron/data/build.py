@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from fuserl_megatron.config.schema import BuildConfig, ObjectiveConfig, UserError
+from fuserl_megatron.config.validate import validate_build
 from fuserl_megatron.data.dataset import (
     FORMAT_VERSION,
     GROUPS_FILE,
@@ -53,6 +54,7 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
     Raises:
         UserError: anything in config or the records that the user can put right, or a full disk. Nothing is left over.
     """
+    validate_build(config)
     output = _check_output(config)
     partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     tokenizer = ChatTokenizer(config.tokenizer, config.chat_template, config.max_length)
@@ -71,10 +73,7 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
 
 
 def _check_output(config: BuildConfig) -> Path:
-    """The output path, or what is wrong with the request before anything is read."""
-    tau = config.reward_temperature
-    if tau < 0:
-        raise UserError(f"reward_temperature={tau}: it must be 0 (best source), a positive number or inf (uniform)")
+    """The output path, or what is wrong with it before anything is read."""
     output = Path(config.output).resolve()
     if output.exists():
         if not output.is_dir():

@@ -36,8 +36,7 @@ SCHEMA = pa.schema(
     ]
 )
 SOURCE_LOGPS = pa.field("source_mean_logps", pa.list_(pa.float64()))
-"""A further column where records carry it: for each response K values, NaN where a source has none; a row holds them
-flat."""
+"""A further column where records carry it: K values a response, NaN where a source has none; a row holds them flat."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,24 +114,6 @@ class Manifest:
         return cls(**values)
 
 
-@dataclass(frozen=True)
-class Group:
-    """One prompt with its responses (numpy views of the mapped file)."""
-
-    prompt_tokens: np.ndarray
-    """int32."""
-    responses: list[np.ndarray]
-    """int32 each; the scored tokens."""
-    source_ids: np.ndarray
-    """int32, one per response."""
-    rewards: np.ndarray
-    """float64, one per response."""
-    truncated: np.ndarray
-    """bool, one per response."""
-    first_response_id: int
-    """Data set id of responses[0]; the others follow."""
-
-
 class FusedDataset:
     """A fused data set opened for reading. Tokens stay on disk; lengths, sources and rewards are arrays in memory.
 
@@ -143,7 +124,6 @@ class FusedDataset:
         response_lengths: [R] int64 scored tokens.
         source_ids: [R] int64.
         rewards: [R] float64.
-        truncated: [R] bool.
         source_mean_logps: [R, K] float64 nats per token, NaN where a source has no value; None without such records.
     """
 
@@ -178,18 +158,15 @@ class FusedDataset:
 
     def _map_file(self, file: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-        self._batches = batches
+        self._batches = batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._prompts = [_list_views(b.column("prompt")) for b in batches]
-        outer = [_offsets(b.column("responses")) for b in batches]
         self._responses = [_list_views(b.column("responses").values) for b in batches]
-        counts = np.concatenate([np.diff(o) for o in outer])
+        counts = np.concatenate([np.diff(b.column("responses").offsets.to_numpy()) for b in batches])
         self.response_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self.prompt_lengths = np.concatenate([np.diff(o) for o, _ in self._prompts]).astype(np.int64)
         self.response_lengths = np.concatenate([np.diff(o) for o, _ in self._responses]).astype(np.int64)
         self.source_ids = np.concatenate([_values(b.column("source_ids")) for b in batches]).astype(np.int64)
         self.rewards = np.concatenate([_values(b.column("rewards")) for b in batches])
-        self.truncated = np.concatenate([_values(b.column("truncated")) for b in batches])
         self.source_mean_logps = None
         if SOURCE_LOGPS.name in reader.schema.names:
             flat = np.concatenate([_values(b.column(SOURCE_LOGPS.name)) for b in batches])
@@ -236,30 +213,9 @@ class FusedDataset:
     def place(self, response_id: int) -> str:
         """Where a response was read, as file:line (for messages that name a response)."""
         i = int(np.searchsorted(self.response_offsets, response_id, side="right")) - 1
-        batch, row, column = (
-            self._batches[i // ROWS_PER_BATCH],
-            i % ROWS_PER_BATCH,
-            response_id - self.response_offsets[i],
-        )
-        name, line = (batch.column(c)[row][int(column)].as_py() for c in ("inputs", "lines"))
+        batch, within = self._batches[i // ROWS_PER_BATCH], int(response_id - self.response_offsets[i])
+        name, line = (batch.column(c)[i % ROWS_PER_BATCH][within].as_py() for c in ("inputs", "lines"))
         return f"{self.manifest.inputs[name]['name']}:{line}"
-
-    def group(self, i: int) -> Group:
-        """Group i, 0 <= i < num_groups."""
-        start, stop = int(self.response_offsets[i]), int(self.response_offsets[i + 1])
-        return Group(
-            prompt_tokens=self.prompt(i),
-            responses=[self.response(i, r) for r in range(start, stop)],
-            source_ids=self.source_ids[start:stop].astype(np.int32),
-            rewards=self.rewards[start:stop],
-            truncated=self.truncated[start:stop],
-            first_response_id=start,
-        )
-
-
-def _offsets(column: pa.ListArray) -> np.ndarray:
-    """Offsets of a list column relative to its `.values`."""
-    return column.offsets.to_numpy()
 
 
 def _values(column: pa.ListArray) -> np.ndarray:
@@ -267,4 +223,5 @@ def _values(column: pa.ListArray) -> np.ndarray:
 
 
 def _list_views(column: pa.ListArray) -> tuple[np.ndarray, np.ndarray]:
-    return _offsets(column), column.values.to_numpy()
+    """Offsets relative to the values, and these."""
+    return column.offsets.to_numpy(), column.values.to_numpy()

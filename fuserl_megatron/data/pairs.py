@@ -12,23 +12,23 @@ at once.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from fuserl_megatron.config.objective import DEFAULT_TOP_M
 from fuserl_megatron.config.schema import ObjectiveConfig, UserError
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.rewards import RewardTable, reward_table
-from fuserl_megatron.data.units import PairTable, Selection, prepare_preference, source_statistics
+from fuserl_megatron.data.units import PairTable, Selection, of_sequences, prepare_preference
 from fuserl_megatron.objectives.weights import (
     best_and_worst_indices,
     source_weights,
     top_m_mask,
     top_m_weights,
 )
-
-DEFAULT_TOP_M = 4
 
 
 def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperature: float | None = None) -> PreparedSet:
@@ -46,10 +46,10 @@ def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperatur
     tau = manifest.reward_temperature if reward_temperature is None else reward_temperature
     table = reward_table(dataset.response_offsets, dataset.source_ids, dataset.rewards, len(dataset.sources))
     scores_GK = table.scores(manifest.reward_standardization, manifest.score_aggregation)
+    selection = Selection(dataset, objective, tau, table, scores_GK)
     try:
         if objective.stage == "fusepo":
-            pairs = pair_table(dataset, objective, table)
-            return prepare_preference(Selection(dataset, objective, tau, table, scores_GK, pairs))
+            return prepare_preference(replace(selection, pairs=pair_table(dataset, objective, table)))
         if (objective.selection or "per_source") == "per_source":
             weights_GK = source_weights(scores_GK, None, tau)
             best_GK = best_and_worst_indices(table.rewards_GKN, table.mask_GKN)[0]
@@ -63,27 +63,9 @@ def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperatur
     except ValueError as error:
         raise UserError(str(error)) from None
     counts = {"zero_weight": int((selected_GKN & (weights_GKN == 0)).sum())}
-    keep_GKN = selected_GKN & (weights_GKN > 0)
-    ids_N, order_N, offsets = _flat(table.response_ids_GKN, keep_GKN)
-    none, no_pairs = np.zeros(0, np.int64), np.zeros(offsets.size, np.int64)
-    return PreparedSet(
-        dataset=dataset,
-        stage="fusesft",
-        reward_temperature=tau,
-        group_ids=np.arange(dataset.num_groups),
-        sequence_offsets=offsets,
-        response_ids=ids_N,
-        source_ids=dataset.source_ids[ids_N],
-        lengths=dataset.response_lengths[ids_N],
-        weights=weights_GKN.numpy()[keep_GKN.numpy()][order_N],
-        pair_offsets=no_pairs,
-        chosen=none,
-        rejected=none,
-        pair_weights=np.zeros(0),
-        pair_source_ids=none,
-        counts=counts,
-        **source_statistics(dataset, weights_GKN.sum(dim=2)),
-    )
+    ids_N, weights_N = table.flat(selected_GKN & (weights_GKN > 0), weights_GKN)
+    group_ids = np.arange(dataset.num_groups)
+    return of_sequences(selection, group_ids, ids_N, weights_N, weights_GKN.sum(dim=2), counts, None, {})
 
 
 def _top_m(table: RewardTable, scaled_GKN: torch.Tensor, m: int, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,11 +124,3 @@ def _equal_tokens(
         a, b = dataset.response(g, int(first_GK[g, k])), dataset.response(g, int(second_GK[g, k]))
         equal_GK[g, k] = np.array_equal(a, b)
     return equal_GK
-
-
-def _flat(ids_GKN: torch.Tensor, keep_GKN: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids kept in ascending order (so prompt by prompt), the order that sorts them, and offsets [G + 1]."""
-    ids_N = ids_GKN.numpy()[keep_GKN.numpy()]
-    order_N = np.argsort(ids_N)
-    per_group = keep_GKN.sum(dim=(1, 2)).numpy()
-    return ids_N[order_N], order_N, np.concatenate([[0], np.cumsum(per_group)])

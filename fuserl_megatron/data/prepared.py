@@ -24,8 +24,7 @@ class PreparedSet:
         sequence_offsets: [G + 1] first sequence of each prompt.
         response_ids, source_ids, lengths: [N] int64 per sequence (lengths in scored tokens).
         weights: [N] float64; weight of the sequence where the loss is one of sequences (FuseSFT: sums to 1 per
-        prompt; RLOO:
-            that of its source; KTO: half of that), 0 where it is one of pairs or triples.
+            prompt; RLOO: that of its source; KTO: half of that), 0 where it is one of pairs or triples.
         pair_offsets: [G + 1] first pair of each prompt (all 0 where there are none).
         chosen, rejected: [P] int64 sequence index inside the prompt.
         pair_weights: [P] float64, sum to 1 per prompt.

@@ -58,13 +58,8 @@ class Rejects:
             raise UserError(f"{bad}; {remedy}") from None
         self.counts[bad.kind] += 1
         if self.file is not None:
-            line = {
-                "file": bad.place[0],
-                "line": bad.place[1],
-                "kind": bad.kind,
-                "reason": bad.problem,
-                "record": record,
-            }
+            (name, number), reason = bad.place, bad.problem
+            line = {"file": name, "line": number, "kind": bad.kind, "reason": reason, "record": record}
             self.file.write(json.dumps(line, default=str) + "\n")
 
 

@@ -153,6 +153,10 @@ class ReferenceCache:
         """[num_responses] bool, True where no value is stored (for `GlobalBatchSampler.scoring_plans`)."""
         return np.isnan(self._logps)
 
+    def scores(self, batches: object) -> "ReferenceCache":
+        """Itself: whatever the batches, it looks up."""
+        return self
+
     def lookup(self, response_ids: torch.Tensor) -> torch.Tensor:
         """[N] float32 on the CPU.
 

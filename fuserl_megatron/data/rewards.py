@@ -28,6 +28,12 @@ class RewardTable:
             return self.rewards_GKN
         return standardize(self.rewards_GKN, self.mask_GKN, over=standardization)
 
+    def flat(self, keep_GKN: torch.Tensor, *values_GKN: torch.Tensor) -> list[np.ndarray]:
+        """[N] response ids kept, ascending (so prompt by prompt), and the entry of each of the values there."""
+        keep = keep_GKN.numpy()
+        order_N = np.argsort(self.response_ids_GKN.numpy()[keep])
+        return [part_GKN.numpy()[keep][order_N] for part_GKN in (self.response_ids_GKN, *values_GKN)]
+
     def scores(self, standardization: str, aggregation: str) -> torch.Tensor:
         """[G, K] source scores, -inf where a source gave no response."""
         return source_scores(self.scaled(standardization), self.mask_GKN, aggregation)

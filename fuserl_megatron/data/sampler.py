@@ -7,7 +7,7 @@ the prompts that are left.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -18,7 +18,6 @@ from fuserl_megatron.data.assemble import Unit, assemble, attended_keys_of, chun
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.packing import Placement, fits, measure_sharing, pack
 from fuserl_megatron.data.prepared import PreparedSet
-from fuserl_megatron.data.reference import ReferenceCache
 from fuserl_megatron.objectives.loss_table import Unit as LossUnit
 
 UNIT_WORDS = {
@@ -37,12 +36,9 @@ class StepPlan:
     epoch: int
     prompts: np.ndarray
     """Indices into the prepared set."""
-    group_ids: np.ndarray
-    """The same prompts as groups of the data set."""
     num_prompts: int
     """Prompts of the global batch: the normaliser of all objectives but weighted_token_mean."""
     num_sequences: int
-    num_pairs: int
     scored_tokens: int
     """Response tokens with a label."""
     real_tokens: int
@@ -58,6 +54,10 @@ class StepPlan:
     micro_batches: tuple[tuple[tuple[Unit, Placement], ...], ...]
     """Content of the micro-batches before they are dealt out."""
 
+    def normalizer(self, nll_reduction: str | None) -> float:
+        """What the global batch's loss is divided by, once."""
+        return self.sum_weighted_tokens if nll_reduction == "weighted_token_mean" else float(self.num_prompts)
+
 
 class GlobalBatchSampler:
     """Deals a prepared set out in steps and micro-batches.
@@ -65,7 +65,6 @@ class GlobalBatchSampler:
     Attributes:
         steps_per_epoch: the last step may have fewer prompts.
         share_prefix: whether prompts are computed once for all their responses.
-        sharing_saves: share of all positions that prefix sharing saves (or would save) on this set, 0 to 1.
         sharing_reason: one phrase for the start-up log.
     """
 
@@ -118,22 +117,19 @@ class GlobalBatchSampler:
         for step, start in enumerate(range(0, prompts.size, size)):
             yield self._plan(step, 0, prompts[start : start + size])
 
-    def micro_batches(self, plan: StepPlan, dp_rank: int, reference: ReferenceCache | None = None) -> list[PackedBatch]:
+    def micro_batches(self, plan: StepPlan, dp_rank: int) -> list[PackedBatch]:
         """The micro-batches of one data-parallel rank; only these are built.
 
         Args:
             plan: from `step` or `scoring_plans`.
             dp_rank: 0 <= dp_rank < dp_size.
-            reference: fills reference_logps_N when given.
         """
         batches = []
         for i in range(plan.num_microbatches):
             m = i * self.dp_size + dp_rank
             items = plan.micro_batches[m] if m < len(plan.micro_batches) else ()
-            batch = assemble(self.prepared, items, self.data.micro_batch_size, self.data.seq_length, self.share_prefix)
-            if reference is not None:
-                batch = replace(batch, reference_logps_N=reference.lookup(batch.response_ids_N))
-            batches.append(batch)
+            rows, length = self.data.micro_batch_size, self.data.seq_length
+            batches.append(assemble(self.prepared, items, rows, length, self.share_prefix))
         return batches
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -159,10 +155,8 @@ class GlobalBatchSampler:
             step=step,
             epoch=epoch,
             prompts=prompts,
-            group_ids=prepared.group_ids[prompts],
             num_prompts=prompts.size,
             num_sequences=sequences.size,
-            num_pairs=sum(len(u.pairs) for u in units),
             scored_tokens=int(prepared.lengths[sequences].sum()),
             real_tokens=real,
             attended_keys=sum(attended_keys_of(prepared, u, self.share_prefix) for u in units),
@@ -173,31 +167,25 @@ class GlobalBatchSampler:
         )
 
     def _decide_sharing(self) -> None:
-        prepared, packing = self.prepared, self.data.packing
-        sharing = measure_sharing(
-            prepared.prompt_lengths, prepared.sequence_offsets, prepared.lengths, self.data.seq_length
-        )
-        self.sharing_saves = sharing.saving
+        prepared, packing, length = self.prepared, self.data.packing, self.data.seq_length
         if packing.share_prefix == "on" and not packing.enabled:
             raise UserError("data.packing.share_prefix=on needs data.packing.enabled=true (or set share_prefix=off)")
-        if packing.share_prefix == "auto":
-            self.share_prefix = packing.enabled and sharing.worth_it
-            if not packing.enabled:
-                why = "packing is off"
-            elif self.share_prefix:
-                why = f"saves {sharing.saving:.1%} of the positions"
-            elif sharing.longest_group > self.data.seq_length:
-                why = (
-                    f"the longest group would need {sharing.longest_group} positions, a row has {self.data.seq_length}"
-                )
-            else:
-                why = f"it would save only {sharing.saving:.1%} of the positions"
-            self.sharing_reason = f"auto: {why}"
-        else:
+        sharing = measure_sharing(prepared.prompt_lengths, prepared.sequence_offsets, prepared.lengths, length)
+        saved = f"{sharing.saving:.1%} of the positions"
+        if packing.share_prefix != "auto":
             self.share_prefix = packing.share_prefix == "on"
-            self.sharing_reason = (
-                f"set: {'saves' if self.share_prefix else 'would save'} {sharing.saving:.1%} of the positions"
-            )
+            self.sharing_reason = f"set: {'saves' if self.share_prefix else 'would save'} {saved}"
+            return
+        self.share_prefix = packing.enabled and sharing.worth_it
+        if not packing.enabled:
+            why = "packing is off"
+        elif self.share_prefix:
+            why = f"saves {saved}"
+        elif sharing.longest_group > length:
+            why = f"the longest group would need {sharing.longest_group} positions, a row has {length}"
+        else:
+            why = f"it would save only {saved}"
+        self.sharing_reason = f"auto: {why}"
 
     def _units(self, prompt: int) -> list[Unit]:
         """What of a prompt stays in one micro-batch: all of it where it fits, otherwise what its loss needs together.

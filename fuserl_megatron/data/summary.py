@@ -1,44 +1,32 @@
 """What `fuserl build` says at the end: a table where a person watches, plain lines in a log."""
 
 import sys
-from collections.abc import Iterator
-from typing import TextIO
 
 from fuserl_megatron.data.dataset import Manifest
 
 SOURCE_COLUMNS = ("source", "prompts", "responses", "mean reward", "mean weight", "win rate")
 
 
-def print_summary(manifest: Manifest, file: TextIO | None = None) -> None:
-    """Print sources, weights, token counts and everything dropped.
-
-    Args:
-        manifest: of the data set.
-        file: where to; None is standard output.
-    """
-    file = file or sys.stdout
+def print_summary(manifest: Manifest) -> None:
+    """Print sources, weights, token counts and everything dropped."""
+    rows = []
+    for name, s in manifest.per_source.items():
+        numbers = f"{s['mean_reward']:.4f}", f"{s['mean_weight']:.4f}", f"{s['win_rate']:.1%}"
+        rows.append((name, f"{s['prompts']:,}", f"{s['responses']:,}", *numbers))
     head, *tail = summary_lines(manifest)
-    print(head, file=file)
-    if file.isatty():
+    print(head)
+    if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
         table = Table(*SOURCE_COLUMNS)
-        for row in source_rows(manifest):
+        for row in rows:
             table.add_row(*row)
-        Console(file=file).print(table)
+        Console().print(table)
     else:
-        for row in source_rows(manifest):
-            print(", ".join(f"{name} {value}" for name, value in zip(SOURCE_COLUMNS, row, strict=True)), file=file)
-    for line in tail:
-        print(line, file=file)
-
-
-def source_rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
-    """One row of text per source."""
-    for name, s in manifest.per_source.items():
-        numbers = f"{s['mean_reward']:.4f}", f"{s['mean_weight']:.4f}", f"{s['win_rate']:.1%}"
-        yield name, f"{s['prompts']:,}", f"{s['responses']:,}", *numbers
+        for row in rows:
+            print(", ".join(f"{name} {value}" for name, value in zip(SOURCE_COLUMNS, row, strict=True)))
+    print(*tail, sep="\n")
 
 
 def summary_lines(manifest: Manifest) -> list[str]:

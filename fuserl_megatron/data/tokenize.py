@@ -93,8 +93,6 @@ class ChatTokenizer:
         except Exception as error:  # transformers raises whatever its many loaders raise
             raise UserError(f"tokenizer: {path} cannot be opened as a tokenizer ({first_line(error)})") from None
         self.tokenizer.model_max_length = int(1e30)  # the limit is ours; keeps transformers from warning about its own
-        if max_length < 2:
-            raise UserError(f"max_length={max_length}: at least 2 (one prompt and one response token), usually 2048")
         self.max_length = max_length
         if chat_template is not None:
             try:

@@ -10,8 +10,7 @@ Selections, each prompt's weights summing to 1 over the sources that take part:
 Shapes: G prompts (groups), K sources, N responses of a source or sequences of the set, P pairs or triples.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from fuserl_megatron.config.schema import ObjectiveConfig, UserError
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.rewards import RewardTable
-from fuserl_megatron.objectives.loss_table import LOSSES, NEEDS_REWARD_GAPS, NEEDS_SOURCE_LOGPS, PreferenceLoss, Unit
+from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit
 from fuserl_megatron.objectives.weights import (
     best_and_worst_indices,
     effective_number_of_sources,
@@ -42,17 +41,22 @@ class PairTable:
     counts: dict[str, int]
     """Why there is no pair, by name; prompts_without_pair."""
 
+    def ids(self, groups_P: np.ndarray, sources_P: np.ndarray | int) -> list[np.ndarray]:
+        """[P] chosen and [P] rejected responses of these prompts and sources."""
+        return [ids_GK.numpy()[groups_P, sources_P] for ids_GK in (self.chosen_GK, self.rejected_GK)]
+
 
 @dataclass(frozen=True)
 class Selection:
-    """What every preference loss is prepared from."""
+    """What a stage's set is prepared from."""
 
     dataset: FusedDataset
     objective: ObjectiveConfig
     reward_temperature: float
     table: RewardTable
     scores_GK: torch.Tensor
-    pairs: PairTable
+    pairs: PairTable | None = None
+    """None for FuseSFT."""
 
 
 def prepare_preference(selection: Selection) -> PreparedSet:
@@ -74,15 +78,15 @@ def prepare_preference(selection: Selection) -> PreparedSet:
 
 def _pairs(selection: Selection, loss: PreferenceLoss) -> PreparedSet:
     groups_P, sources_P, weights_GK, counts = _weighted_pairs(selection)
-    ids_P2 = [ids_GK.numpy()[groups_P, sources_P] for ids_GK in _ids(selection)]
+    ids_P2 = selection.pairs.ids(groups_P, sources_P)
     beside: dict[str, np.ndarray] = {}
-    if loss in NEEDS_REWARD_GAPS:
+    if loss is PreferenceLoss.MAPPO:
         rewards_P2 = [torch.from_numpy(selection.dataset.rewards[ids_P]) for ids_P in ids_P2]
         try:
             beside["reward_gaps_P"] = reward_gaps(*rewards_P2).numpy()
         except ValueError as error:
             raise UserError(f"{selection.dataset.path}: {error}") from None
-    if loss in NEEDS_SOURCE_LOGPS:
+    if loss is PreferenceLoss.INFIFPO:
         beside |= _source_logps(selection.dataset, *ids_P2)
     return _of_pairs(selection, groups_P, sources_P, ids_P2, weights_GK, counts, Unit.PAIRS, beside)
 
@@ -112,7 +116,7 @@ def _triples(selection: Selection) -> PreparedSet:
     best_G = torch.where(top_GR, ids_GR, torch.iinfo(torch.int64).max).amin(dim=1)
     groups_P = np.flatnonzero(kept_G.numpy())
     best_P = best_G.numpy()[groups_P]
-    ids_P3 = [ids_GK.numpy()[groups_P, target] for ids_GK in _ids(selection)] + [best_P]
+    ids_P3 = [*selection.pairs.ids(groups_P, target), best_P]
     sources_P = dataset.source_ids[best_P]
     weights_GK = torch.zeros_like(selection.scores_GK)
     weights_GK[groups_P, sources_P] = 1.0
@@ -121,14 +125,12 @@ def _triples(selection: Selection) -> PreparedSet:
 
 def _single_responses(selection: Selection) -> PreparedSet:
     groups_P, sources_P, weights_GK, counts = _weighted_pairs(selection)
-    chosen_P, rejected_P = (ids_GK.numpy()[groups_P, sources_P] for ids_GK in _ids(selection))
+    chosen_P, rejected_P = selection.pairs.ids(groups_P, sources_P)
     ids_N = np.sort(np.concatenate([chosen_P, rejected_P]))
     groups_N = np.searchsorted(selection.dataset.response_offsets, ids_N, side="right") - 1
     weights_N = weights_GK.numpy()[groups_N, selection.dataset.source_ids[ids_N]] / 2
-    beside = {"desirable_N": np.isin(ids_N, chosen_P)}
-    return _of_sequences(
-        selection, np.unique(groups_P), ids_N, weights_N, weights_GK, counts, Unit.SINGLE_RESPONSES, beside
-    )
+    beside, group_ids = {"desirable_N": np.isin(ids_N, chosen_P)}, np.unique(groups_P)
+    return of_sequences(selection, group_ids, ids_N, weights_N, weights_GK, counts, Unit.SINGLE_RESPONSES, beside)
 
 
 def _all_responses(selection: Selection) -> PreparedSet:
@@ -144,28 +146,15 @@ def _all_responses(selection: Selection) -> PreparedSet:
     _stop_if_empty(dataset, (~silent_GK & present_GK).any(dim=1), counts, NEED_REWARDS)
     best_GK = best_and_worst_indices(table.rewards_GKN, table.mask_GKN)[0]
     is_best_GKN = torch.zeros_like(table.mask_GKN).scatter_(2, best_GK[..., None], True)
-    keep_GKN = (table.mask_GKN & (weights_GK > 0)[..., None]).numpy()
-    ids_N = table.response_ids_GKN.numpy()[keep_GKN]
-    order_N = np.argsort(ids_N)
-
-    def flat(values_GKN: torch.Tensor) -> np.ndarray:
-        return values_GKN.numpy()[keep_GKN][order_N]
-
-    weights_N = flat(weights_GK[..., None].expand_as(table.rewards_GKN))
-    beside = {"advantages_N": flat(advantages_GKN), "best_N": flat(is_best_GKN)}
-    group_ids = np.arange(dataset.num_groups)
-    return _of_sequences(
-        selection, group_ids, ids_N[order_N], weights_N, weights_GK, counts, Unit.ALL_RESPONSES, beside
-    )
-
-
-def _ids(selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-    return selection.pairs.chosen_GK, selection.pairs.rejected_GK
+    keep_GKN = table.mask_GKN & (weights_GK > 0)[..., None]
+    weights_GKN = weights_GK[..., None].expand_as(table.rewards_GKN)
+    ids_N, weights_N, advantages_N, best_N = table.flat(keep_GKN, weights_GKN, advantages_GKN, is_best_GKN)
+    beside, group_ids = {"advantages_N": advantages_N, "best_N": best_N}, np.arange(dataset.num_groups)
+    return of_sequences(selection, group_ids, ids_N, weights_N, weights_GK, counts, Unit.ALL_RESPONSES, beside)
 
 
 def _weighted_pairs(selection: Selection) -> tuple[np.ndarray, np.ndarray, torch.Tensor, dict[str, int]]:
-    """Groups and sources [P] of the pairs that count, the weights [G, K] over sources with a pair, everything
-    dropped."""
+    """Groups and sources [P] of the pairs that count, the weights [G, K] over sources with a pair, what is dropped."""
     counts, has_pair_GK = dict(selection.pairs.counts), selection.pairs.has_pair_GK
     _stop_if_empty(selection.dataset, has_pair_GK.any(dim=1), counts, NEED_REWARDS)
     weights_GK = source_weights(selection.scores_GK, has_pair_GK, selection.reward_temperature)
@@ -191,62 +180,55 @@ def _of_pairs(
     beside: dict[str, np.ndarray],
 ) -> PreparedSet:
     """A set of pairs (ids: chosen, rejected) or triples (and the source response); a response has one place in it."""
-    dataset, group_ids = selection.dataset, np.unique(groups_P)
-    prompts_P = np.searchsorted(group_ids, groups_P)
+    group_ids = np.unique(groups_P)
     ids_N = np.unique(np.concatenate(ids))  # ascending ids: prompt by prompt
-    offsets = np.append(np.searchsorted(ids_N, dataset.response_offsets[group_ids]), ids_N.size)
-    index = [np.searchsorted(ids_N, ids_P) - offsets[prompts_P] for ids_P in ids]
+    found = of_sequences(selection, group_ids, ids_N, np.zeros(ids_N.size), weights_GK, counts, unit, {})
+    prompts_P = np.searchsorted(group_ids, groups_P)
+    index = [np.searchsorted(ids_N, ids_P) - found.sequence_offsets[prompts_P] for ids_P in ids]
     if unit is Unit.TRIPLES:
         beside = {"source_index_P": index[2], **beside}
-    return PreparedSet(
+    return replace(
+        found,
         pair_offsets=np.searchsorted(prompts_P, np.arange(group_ids.size + 1)),
         chosen=index[0],
         rejected=index[1],
         pair_weights=weights_GK.numpy()[groups_P, sources_P],
         pair_source_ids=sources_P,
         of_pairs=beside,
-        **_common(selection, group_ids, ids_N, offsets, np.zeros(ids_N.size), weights_GK, counts, unit),
     )
 
 
-def _of_sequences(
+def of_sequences(
     selection: Selection,
     group_ids: np.ndarray,
     ids_N: np.ndarray,
     weights_N: np.ndarray,
     weights_GK: torch.Tensor,
     counts: dict[str, int],
-    unit: Unit,
+    unit: Unit | None,
     beside: dict[str, np.ndarray],
 ) -> PreparedSet:
-    """A set of weighted sequences without pairs."""
-    offsets = np.append(np.searchsorted(ids_N, selection.dataset.response_offsets[group_ids]), ids_N.size)
+    """A set of weighted sequences without pairs.
+
+    Args:
+        selection: the data set and its temperature.
+        group_ids: [G] prompts kept.
+        ids_N: responses used, ascending.
+        weights_N: the weight of each.
+        weights_GK: each source's weight for every prompt of the data set, for the statistics.
+        counts: everything dropped, by name.
+        unit: what a loss term is made of; None for FuseSFT.
+        beside: [N] arrays that the loss reads beside, by their names in PackedBatch.
+    """
+    dataset = selection.dataset
+    offsets = np.append(np.searchsorted(ids_N, dataset.response_offsets[group_ids]), ids_N.size)
+    kept_GK = weights_GK[group_ids]
+    effective_G = effective_number_of_sources(kept_GK)
+    means = {f"mean_weight/{name}": float(w) for name, w in zip(dataset.sources, kept_GK.mean(dim=0), strict=True)}
     none = np.zeros(0, np.int64)
     return PreparedSet(
-        pair_offsets=np.zeros(offsets.size, np.int64),
-        chosen=none,
-        rejected=none,
-        pair_weights=np.zeros(0),
-        pair_source_ids=none,
-        of_sequences=beside,
-        **_common(selection, group_ids, ids_N, offsets, weights_N, weights_GK, counts, unit),
-    )
-
-
-def _common(
-    selection: Selection,
-    group_ids: np.ndarray,
-    ids_N: np.ndarray,
-    offsets: np.ndarray,
-    weights_N: np.ndarray,
-    weights_GK: torch.Tensor,
-    counts: dict[str, int],
-    unit: Unit,
-) -> dict[str, Any]:
-    dataset = selection.dataset
-    return dict(
         dataset=dataset,
-        stage="fusepo",
+        stage="fusesft" if unit is None else "fusepo",
         reward_temperature=selection.reward_temperature,
         group_ids=group_ids,
         sequence_offsets=offsets,
@@ -254,18 +236,17 @@ def _common(
         source_ids=dataset.source_ids[ids_N],
         lengths=dataset.response_lengths[ids_N],
         weights=weights_N,
+        pair_offsets=np.zeros(offsets.size, np.int64),
+        chosen=none,
+        rejected=none,
+        pair_weights=np.zeros(0),
+        pair_source_ids=none,
+        effective_sources=effective_G.numpy(),
         counts=counts,
+        statistics={**means, "effective_number_of_sources": float(effective_G.mean())},
         unit=unit,
-        **source_statistics(dataset, weights_GK[group_ids]),
+        of_sequences=beside,
     )
-
-
-def source_statistics(dataset: FusedDataset, weights_GK: torch.Tensor) -> dict[str, Any]:
-    """`effective_sources` and `statistics` of a PreparedSet from the weights of the prompts kept."""
-    effective_G = effective_number_of_sources(weights_GK)
-    means = {f"mean_weight/{name}": float(w) for name, w in zip(dataset.sources, weights_GK.mean(dim=0), strict=True)}
-    statistics = {**means, "effective_number_of_sources": float(effective_G.mean())}
-    return dict(effective_sources=effective_G.numpy(), statistics=statistics)
 
 
 def _source_logps(dataset: FusedDataset, chosen_P: np.ndarray, rejected_P: np.ndarray) -> dict[str, np.ndarray]:

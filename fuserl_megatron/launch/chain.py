@@ -32,7 +32,7 @@ def launch(pipeline: Pipeline, overrides: Sequence[str], dry_run: bool) -> int:
         print(line)
     for stage in pipeline.stages:
         if stage not in todo:
-            print(f"{stage.name}: done ({slurm.done_file(pipeline, stage)})")
+            print(f"{stage.name}: done ({pipeline.done_file(stage)})")
     on_slurm = pipeline.config.cluster.type == "slurm"
     by_nemo = pipeline.config.launcher == "nemo"
     if dry_run:
@@ -73,7 +73,7 @@ def unfinished(pipeline: Pipeline) -> list[Stage]:
     """Stages without a marker of their settings, and those that read what these will write."""
     todo: dict[str, Stage] = {}
     for stage in pipeline.stages:
-        file = slurm.done_file(pipeline, stage)
+        file = pipeline.done_file(stage)
         done = file.is_file() and file.read_text(encoding="utf-8").strip() == stage.hash
         if not done or any(name in todo for name in stage.depends_on):
             todo[stage.name] = stage
@@ -85,7 +85,7 @@ def local_command(stage: Stage) -> list[str]:
     program, *words = stage.command
     if program != "fuserl":
         return list(stage.command)
-    ranks = ["--nproc", str(stage.num_ranks)] if stage.trains else []
+    ranks = ["--nproc", str(stage.cluster.num_ranks)] if stage.trains else []
     return [sys.executable, "-m", "fuserl_megatron.cli", *words, *ranks]
 
 
@@ -116,7 +116,7 @@ def _freeze(pipeline: Pipeline, stages: Sequence[Stage], overrides: Sequence[str
         if stage.cluster.type == "slurm" and pipeline.config.launcher == "fuserl":
             _write(folder / f"{stage.name}.sbatch", slurm.job_script(pipeline, stage))
         with contextlib.suppress(FileNotFoundError):
-            slurm.done_file(pipeline, stage).unlink()
+            pipeline.done_file(stage).unlink()
     _write(folder / "config.yaml", to_yaml(pipeline.config))
     origin = {
         "version": fuserl_megatron.__version__,
@@ -142,7 +142,7 @@ def _run_here(pipeline: Pipeline, stages: Sequence[Stage]) -> int:
         if stage.trains and (Path(stage.results_dir) / MARKER).is_file():
             print(f"{stage.name} was stopped and has saved; the same command goes on with it")
             return 0
-        _write(slurm.done_file(pipeline, stage), stage.hash + "\n")
+        _write(pipeline.done_file(stage), stage.hash + "\n")
     return 0
 
 

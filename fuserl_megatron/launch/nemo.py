@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.launch import slurm
 from fuserl_megatron.launch.stages import Pipeline, Stage
 
 RANKS = """\
@@ -31,8 +30,8 @@ INSTALL = "pip install 'fuserl-megatron[nemo]'"
 
 def task_script(pipeline: Pipeline, stage: Stage, command: Sequence[str]) -> str:
     """What nemo-run's task does: wait for nobody, run the stage, mark it as done, or queue it again where it saved."""
-    done = shlex.quote(str(slurm.done_file(pipeline, stage)))
-    hashes = {other.name: (other.hash, slurm.done_file(pipeline, other)) for other in pipeline.stages}
+    done = shlex.quote(str(pipeline.done_file(stage)))
+    hashes = {other.name: (other.hash, pipeline.done_file(other)) for other in pipeline.stages}
     lines = [f"cd {shlex.quote(os.getcwd())} || exit 2"]  # nemo-run starts tasks in a folder of its own
     for name in stage.depends_on:
         digest, file = hashes[name]
@@ -86,9 +85,9 @@ def executor_settings(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
         "account": cluster.account,
         "partition": cluster.partition,
         "qos": cluster.qos,
-        "nodes": stage.nodes,
-        "ntasks_per_node": stage.ranks_per_node,
-        "gpus_per_node": stage.gpus_per_node or None,
+        "nodes": cluster.nodes,
+        "ntasks_per_node": cluster.ranks_per_node,
+        "gpus_per_node": cluster.gpus_per_node,
         "cpus_per_task": cluster.cpus_per_task,
         "mem": cluster.mem,
         "job_name_prefix": f"{pipeline.config.run.name}-",
@@ -99,7 +98,7 @@ def executor_settings(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
         "setup_lines": RANKS,
     }
     # a time of None is the partition's, where nemo-run's own default would be ten minutes
-    return {"time": stage.time} | {name: value for name, value in settings.items() if value is not None}
+    return {"time": cluster.time} | {name: value for name, value in settings.items() if value is not None}
 
 
 def hand_over(

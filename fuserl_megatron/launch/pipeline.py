@@ -174,8 +174,7 @@ class _Chain:
             if f"exp_manager.{nemo}" in words and words[f"run.{ours}"] not in self._given(f"run.{ours}"):
                 del words[f"run.{ours}"]  # a default of the chain, no second opinion
         config = load_config("train", list(words.values()), self.config_dir)
-        cluster = self._cluster(name, trains=True)
-        validate(config, cluster.nodes * (cluster.ntasks_per_node or cluster.gpus_per_node or 1))
+        validate(config, self._cluster(name, trains=True).num_ranks)
         return config
 
     def _given(self, key: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 from fuserl_megatron.config.launch_sections import LaunchConfig, StageName
 from fuserl_megatron.config.load import compose_root, from_dict
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import nearest, show
+from fuserl_megatron.config.words import leaves, nearest, show
 
 ORDER: tuple[str, ...] = typing.get_args(StageName)
 SECTIONS = ("train", "build_sft", "build_po", "build_heldout", "fusesft", "reference", "fusepo", "evaluate")
@@ -39,7 +39,7 @@ def load_sections(
     for name, section in from_yaml.items():
         if not isinstance(section, dict):
             raise UserError(f"{name}={show(section)}: is a section; write {name}.KEY=value.")
-        words[name] = {key: override(key, value) for key, value in _flat(section)} | words.get(name, {})
+        words[name] = {key: override(key, value) for key, value in leaves(section)} | words.get(name, {})
     return config, words
 
 
@@ -73,15 +73,6 @@ def _refuse_keys(values: Mapping[str, Any] | None, section: str, known: Iterable
         if key not in known:
             full = f"{section}.{key}" if section else key
             raise UserError(f"{full}: no such key.{nearest(key, known)}")
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """The leaves of nested dictionaries with their dotted keys."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def override(key: str, value: Any) -> str:

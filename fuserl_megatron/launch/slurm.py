@@ -24,15 +24,15 @@ def job_script(pipeline: Pipeline, stage: Stage) -> str:
         "output": str(folder / f"{stage.name}.log").replace("%", "%%"),
         "open-mode": "append",
         "chdir": str(Path.cwd()),
-        "nodes": stage.nodes,
-        "ntasks-per-node": stage.ranks_per_node,
-        "gpus-per-node": stage.gpus_per_node or None,
+        "nodes": cluster.nodes,
+        "ntasks-per-node": cluster.ranks_per_node,
+        "gpus-per-node": cluster.gpus_per_node,
         "cpus-per-task": cluster.cpus_per_task,
         "mem": cluster.mem,
         "partition": cluster.partition,
         "account": cluster.account,
         "qos": cluster.qos,
-        "time": stage.time,
+        "time": cluster.time,
         "signal": f"B:USR1@{cluster.signal_seconds}" if stage.trains else None,
     }
     lines = [f"#SBATCH --{name}={_quoted(str(value))}" for name, value in options.items() if value is not None]
@@ -47,7 +47,7 @@ def job_script(pipeline: Pipeline, stage: Stage) -> str:
     settings = {
         # training keeps its ranks' logs in its folder; that of build and convert is replaced as a whole when they end
         "logs": f"{stage.results_dir}/logs" if stage.trains else str(folder / "logs" / stage.name),
-        "done_file": str(done_file(pipeline, stage)),
+        "done_file": str(pipeline.done_file(stage)),
         "done_hash": stage.hash,
     }
     return "\n".join(
@@ -64,11 +64,6 @@ def job_script(pipeline: Pipeline, stage: Stage) -> str:
             _body(),
         ]
     )
-
-
-def done_file(pipeline: Pipeline, stage: Stage) -> Path:
-    """Holds the stage's hash once it has succeeded."""
-    return pipeline.folder / f"{stage.name}.done"
 
 
 def sbatch_words(pipeline: Pipeline, stage: Stage, jobs: Mapping[str, str]) -> list[str]:

@@ -27,31 +27,6 @@ class Stage:
     hash: str
     """Of command, settings and those of every stage it depends on: a stage finished under the same hash is done."""
 
-    @property
-    def nodes(self) -> int:
-        """Nodes to ask for."""
-        return self.cluster.nodes
-
-    @property
-    def gpus_per_node(self) -> int:
-        """GPUs to ask for on each node."""
-        return self.cluster.gpus_per_node or 0
-
-    @property
-    def ranks_per_node(self) -> int:
-        """Processes on each node."""
-        return self.cluster.ntasks_per_node or self.gpus_per_node or 1
-
-    @property
-    def num_ranks(self) -> int:
-        """Processes over all nodes."""
-        return self.nodes * self.ranks_per_node
-
-    @property
-    def time(self) -> str | None:
-        """Wall-clock limit."""
-        return self.cluster.time
-
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline:
@@ -72,3 +47,7 @@ class Pipeline:
     def folder(self) -> Path:
         """Frozen settings, job scripts, logs, markers."""
         return self.root / "launch"
+
+    def done_file(self, stage: Stage) -> Path:
+        """Holds the stage's hash once it has succeeded."""
+        return self.folder / f"{stage.name}.done"

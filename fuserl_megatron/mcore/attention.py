@@ -1,7 +1,8 @@
 """The core attention of every layer, in the layer spec's `core_attention` slot: one rule, three back ends.
 
-    sdpa   torch's scaled_dot_product_attention: with a dense mask, or on the CPU segment by segment where that is less
-           work (a row of M responses under one prompt is mostly pairs that do not see each other)
+    sdpa   torch's scaled_dot_product_attention: with a dense mask; on the CPU in bands of queries with the keys that
+           they see, or segment by segment, whichever is less work (packed rows are mostly pairs that do not see each
+           other)
     flex   torch's FlexAttention on CUDA: blocks of pairs that do not see each other are skipped
     te     Transformer Engine's packed (thd) attention on CUDA: segments without parents, so no shared prefixes
 
@@ -20,8 +21,8 @@ from megatron.core.transformer.module import MegatronModule
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore.visibility import Visibility, hand_over, received
 
-SPAN_COST = 1_000_000
-"""What one more call costs on a CPU core, in multiply-adds of the score matrix (docs/parallelism.md: measured)."""
+CALL_COST = 1_000_000
+"""What one more product costs on a CPU core, in multiply-adds of the score matrix (docs/parallelism.md: measured)."""
 
 
 def choose_backend(wanted: str, device: torch.device, have_te: bool) -> str:
@@ -51,14 +52,21 @@ def attention_argument(visible: Visibility, backend: str, width: int) -> torch.T
         backend: from `choose_backend`.
         width: Q x D, multiply-adds for one score.
     """
-    if backend != "sdpa":
-        return hand_over(visible)
-    if visible.device.type == "cpu" and visible.cp_size == 1:
-        rows, length = visible.segment_ids_BS.shape
-        saved = (rows * length * length - visible.seen_pairs) * width
-        if saved > SPAN_COST * sum(map(len, visible.spans)):
-            return hand_over(visible)
-    return visible.dense()
+    if backend == "sdpa":
+        if visible.device.type != "cpu" or visible.cp_size > 1:
+            return visible.dense()
+        visible.band = cheapest_band(visible, width)
+    return hand_over(visible)
+
+
+def cheapest_band(visible: Visibility, width: int) -> int | None:
+    """Columns of a band for attention band by band, all of the row for one product; None for span by span."""
+    length = visible.segment_ids_BS.shape[1]
+    costs: dict[int | None, int] = {None: visible.seen_pairs * width + CALL_COST * sum(map(len, visible.spans))}
+    sizes = [length, *(2**n for n in range(5, length.bit_length()) if 2**n < length)]
+    for size in sizes:
+        costs[size] = visible.band_pairs(size) * width + CALL_COST * -(-length // size)
+    return min(costs, key=costs.__getitem__)
 
 
 class SegmentAttention(MegatronModule):
@@ -85,10 +93,11 @@ class SegmentAttention(MegatronModule):
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         if self.backend == "flex":
             out = _flex(q, k, v, received(attention_mask), self.scale)
-        elif attention_mask.dim() == 0:
-            out = _by_span(q, k, v, received(attention_mask), self.scale)
-        else:
+        elif attention_mask.dim():
             out = _sdpa(q, k, v, self.scale, attn_mask=attention_mask)
+        else:
+            visible = received(attention_mask)
+            out = (_by_span if visible.band is None else _by_band)(q, k, v, visible, self.scale)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
 
 
@@ -99,6 +108,17 @@ def _sdpa(q, k, v, scale, **mask):
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
         shared = False
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=shared, **mask)
+
+
+def _by_band(q, k, v, visible: Visibility, scale: float):
+    """Each band of queries, all rows at once, against the bands from the first to the last that it sees."""
+    # split, not slices: the gradient is put together once
+    q_bands, k_bands, v_bands = (t.split(visible.band, dim=2) for t in (q, k, v))
+    masks, parts = visible.band_masks(q.dtype), []
+    for i, first in enumerate(visible.first_bands(visible.band)):
+        keys, values = (torch.cat(bands[first : i + 1], dim=2) for bands in (k_bands, v_bands))
+        parts.append(_sdpa(q_bands[i], keys, values, scale, attn_mask=masks[i]))
+    return torch.cat(parts, dim=2)
 
 
 def _by_span(q, k, v, visible: Visibility, scale: float):

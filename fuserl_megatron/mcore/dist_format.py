@@ -12,6 +12,8 @@ are what single ranks hold, at their offsets. Chunks may be cut in any way: core
 Written here, read by dist_reader.py. Neither imports megatron.core: no GPU, no process group, little memory.
 """
 
+import functools
+import io
 import json
 import math
 import os
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo  # part of the format: the index consists of them
 from torch.distributed.checkpoint.utils import _create_file_view
@@ -72,12 +73,31 @@ def numbers_of(file: BinaryIO, start: int, length: int, numel: int) -> tuple[tor
     Raises:
         ValueError: and what the loader raises, when it is not one contiguous tensor of `numel` numbers.
     """
-    with FakeTensorMode():  # torch's weights-only loader, without touching the numbers
-        tensor = torch.load(_create_file_view(file, start, length), map_location="cpu", weights_only=True)
+    tensor = _without_numbers(_create_file_view(file, start, length))
     storage = tensor.untyped_storage()
     if (tensor.numel(), storage.nbytes()) != (numel, numel * tensor.itemsize) or not tensor.is_contiguous():
         raise ValueError(f"not one contiguous tensor of {numel} numbers")
     return tensor.dtype, start + storage._checkpoint_offset
+
+
+def _without_numbers(file: BinaryIO) -> torch.Tensor:
+    """What torch's weights-only loader makes of a file, without touching the numbers."""
+    if _meta_knows_places():
+        return torch.load(file, map_location="meta", weights_only=True)
+    from torch._subclasses.fake_tensor import FakeTensorMode  # its first use imports the compiler: 0.6 s, 100 MB
+
+    with FakeTensorMode():
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+@functools.cache
+def _meta_knows_places() -> bool:
+    """Whether this torch notes where the numbers of a tensor loaded to `meta` lie; older ones read all of them."""
+    file = io.BytesIO()
+    torch.save(torch.zeros(1), file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="meta", weights_only=True)
+    return hasattr(loaded.untyped_storage(), "_checkpoint_offset")
 
 
 def candidates(root: str | Path) -> tuple[list[int], str | None]:

@@ -16,7 +16,7 @@ from fuserl_megatron.config.objective import loss_options, uses_reference
 from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.objectives import reduce
-from fuserl_megatron.objectives.dispatch import PreferenceInputs, metrics_of, preference_losses
+from fuserl_megatron.objectives.dispatch import metrics_of, preference_losses
 from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit
 from fuserl_megatron.objectives.sft import sft_losses
 
@@ -70,8 +70,7 @@ def batch_loss(
         return losses_N.sum(), _sft_metrics(logps_N, batch, sources) | lengths
     loss = PreferenceLoss(objective.loss)
     unit = LOSSES[loss].unit
-    inputs = _inputs(logps_N, batch, values)
-    terms = preference_losses(loss, inputs, loss_options(objective))
+    terms = preference_losses(loss, logps_N, batch, loss_options(objective), alpha=values.alpha, kl=values.kl)
     of_pairs = unit in (Unit.PAIRS, Unit.TRIPLES)
     weights_I = batch.pair_weights_P if of_pairs else batch.weights_N
     sources_I = batch.pair_source_ids_P if of_pairs else batch.source_ids_N
@@ -84,32 +83,9 @@ def batch_loss(
             metrics |= _by_source(name, found, sources)
     shares_I = _per_prompt(weights_I, batch) if unit is Unit.ALL_RESPONSES else weights_I
     metrics |= _weight_shares(shares_I, sources_I, sources)
-    if inputs.reference_logps_N is not None:
-        metrics["kl_to_reference"] = reduce.sum_count(logps_N - inputs.reference_logps_N)
+    if batch.reference_logps_N is not None:
+        metrics["kl_to_reference"] = reduce.sum_count(logps_N - batch.reference_logps_N)
     return (weights_I.to(terms.losses_I.dtype) * terms.losses_I).sum(), metrics | lengths
-
-
-def _inputs(logps_N: Tensor, batch: PackedBatch, values: StepValues) -> PreferenceInputs:
-    reference_N = None if batch.reference_logps_N is None else batch.reference_logps_N.to(logps_N.dtype)
-    return PreferenceInputs(
-        policy_logps_N=logps_N,
-        lengths_N=batch.lengths_N,
-        reference_logps_N=reference_N,
-        chosen_index_P=batch.chosen_index_P,
-        rejected_index_P=batch.rejected_index_P,
-        source_index_P=batch.source_index_P,
-        alpha=values.alpha,
-        reward_gaps_P=batch.reward_gaps_P,
-        source_chosen_mean_logps_PK=batch.source_chosen_mean_logps_PK,
-        source_rejected_mean_logps_PK=batch.source_rejected_mean_logps_PK,
-        source_present_PK=batch.source_present_PK,
-        group_ids_N=batch.group_ids_N,
-        num_groups=batch.num_sequences,
-        advantages_N=batch.advantages_N,
-        best_N=batch.best_N,
-        desirable_N=batch.desirable_N,
-        kl=values.kl,
-    )
 
 
 def _sft_metrics(logps_N: Tensor, batch: PackedBatch, sources: Sequence[str]) -> dict[str, reduce.SumCount]:

@@ -24,7 +24,7 @@ from fuserl_megatron.convert import hf_io
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
 from fuserl_megatron.convert.layout import padded_vocab_size, row_runs
 from fuserl_megatron.convert.names import find_rule, hf_shapes, megatron_names
-from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, converted, total_bytes
+from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, WINDOW_BYTES, converted, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors
 from fuserl_megatron.convert.whole_directory import check_destination, whole_directory
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
@@ -32,7 +32,6 @@ from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, f
 from fuserl_megatron.mcore.dist_reader import DistReader
 
 # modules whose extra state core asks for when it loads under the local spec; under the other spec they are the same
-WINDOW_BYTES = 2**21  # rows under way: small enough for the processor's cache
 _WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -92,17 +91,35 @@ def hf_to_megatron(
     return Path(destination)
 
 
+class _Window:
+    """One small memory through which all rows pass; one for each parameter would leave holes all over the heap."""
+
+    def __init__(self):
+        self._memory = torch.empty(WINDOW_BYTES, dtype=torch.uint8)
+
+    def pieces(self, count: int, rest: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+        """`count` rows of shape `rest` piece by piece: (first row, memory [rows, *rest] for them)."""
+        row_bytes = max(1, math.prod(rest) * dtype.itemsize)
+        if row_bytes > len(self._memory):
+            self._memory = torch.empty(row_bytes, dtype=torch.uint8)
+        step = len(self._memory) // row_bytes
+        for row in range(0, count, step):
+            rows = min(step, count - row)
+            yield row, self._memory[: rows * row_bytes].view(dtype).view(rows, *rest)
+
+
 def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype: torch.dtype, padded: int) -> None:
+    window = _Window()
     with DistWriter(folder) as writer:
         for name in megatron_names(shape):
             runs = row_runs(name, shape)
             rule, total = find_rule(name)[0].rule, sum(count for *_, count in runs)
             if rule == "gate_up":  # a chunk each, as in core: a tensor-parallel rank takes a part of both
                 for run in runs:
-                    _write_chunk(writer, reader, shape, name, [run], total, run[3], dtype)
+                    _write_chunk(writer, reader, window, shape, name, [run], total, run[3], dtype)
             else:
                 total = padded if rule == "vocab" else total  # rows in no run stay zero
-                _write_chunk(writer, reader, shape, name, runs, total, total, dtype)
+                _write_chunk(writer, reader, window, shape, name, runs, total, total, dtype)
         for layer in range(shape.num_layers):
             for module in _WITH_EXTRA_STATE:
                 writer.object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}", [None])
@@ -112,6 +129,7 @@ def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype
 def _write_chunk(
     writer: DistWriter,
     reader: ShardReader,
+    window: _Window,
     shape: ModelShape,
     name: str,
     runs: list[tuple[str, int, int, int]],
@@ -127,17 +145,9 @@ def _write_chunk(
         size, offsets, sizes = (shape.num_layers, *size), (layer, *offsets), (1, *sizes)
     place, row_bytes = writer.reserve(key, size, offsets, sizes, dtype), math.prod(rest) * dtype.itemsize
     for hf, start, at, count in runs:
-        for row, out in _windows(count, rest, reader.stored(hf).dtype):
+        for row, out in window.pieces(count, rest, reader.stored(hf).dtype):
             reader.read(hf, 0, start + row, start + row + len(out), out=out)
             writer.write(place + (at - first + row) * row_bytes, converted(out, dtype, hf))
-
-
-def _windows(count: int, rest: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-    """`count` rows in pieces small enough for the processor's cache: (first row, one memory [rows, *rest] for all)."""
-    step = max(1, min(count, WINDOW_BYTES // max(1, math.prod(rest) * dtype.itemsize)))
-    memory = torch.empty(step, *rest, dtype=dtype)
-    for row in range(0, count, step):
-        yield row, memory[: min(step, count - row)]
 
 
 def _megatron_arguments(shape: ModelShape, dtype: torch.dtype, padded: int) -> argparse.Namespace:
@@ -224,12 +234,13 @@ def megatron_to_hf(
 
 
 def _write_hf(writer: ShardWriter, reader: DistReader, shape: ModelShape) -> None:
+    window = _Window()
     for name in megatron_names(shape):
         key, layer = stored_key(reader, name)
         stored = reader.keys[key]
         rest = stored.size[1 if layer is None else 2 :]
         for hf, start, at, count in row_runs(name, shape):
-            for row, out in _windows(count, rest, stored.dtype):
+            for row, out in window.pieces(count, rest, stored.dtype):
                 writer.write_rows(hf, start + row, reader.read_rows(key, layer, at + row, out))
 
 

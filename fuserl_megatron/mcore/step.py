@@ -120,6 +120,8 @@ def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, for
     def forward_step(iterator, model):
         batch = next(iterator)
         visible = Visibility(batch.segment_ids_BS, batch.parent_ids_BS, device, cp_size, cp_rank)
+        for earlier in kept:
+            earlier.forget()
         kept.append(visible)
         mask = attention_argument(visible, backend, width)
         batch = (context_part(batch, cp_size, cp_rank) if cp_size > 1 else batch).to(device)

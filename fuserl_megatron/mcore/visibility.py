@@ -3,7 +3,8 @@
 A token sees earlier tokens of its own segment and of its segment's parent: plain packing (every segment its own parent)
 and prefix sharing (a response's parent is its prompt) are the same rule. Padding sees padding only.
 
-The forms: a dense mask, runs of columns (`spans`), FlexAttention's block mask, Transformer Engine's sequence lengths.
+The forms: a dense mask, the same in bands of queries with the keys that they see, runs of columns (`spans`),
+FlexAttention's block mask, Transformer Engine's sequence lengths.
 With context parallelism the queries are this rank's and the keys come in gathered order (context.py).
 
 Core carries one tensor, `attention_mask`, from the model's call to the core attention, also through recomputation,
@@ -14,7 +15,7 @@ Shapes: B rows, S tokens per row, L = S / CP of them on this context-parallel ra
 
 import itertools
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -25,7 +26,7 @@ Span = tuple[int, int | None]
 """Length of a run of one segment, and the number of its parent's run in the same row (None: sees itself alone)."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Visibility:
     """The rule for one micro-batch. Ids as in PackedBatch, int64 [B, S] of the whole rows, on the CPU."""
 
@@ -34,6 +35,9 @@ class Visibility:
     device: torch.device = torch.device("cpu")
     cp_size: int = 1
     cp_rank: int = 0
+    band: int | None = None
+    """Columns of a band where attention goes band by band (attention.py sets it); None: span by span."""
+    _masks: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict, init=False)
 
     def _on_device(self) -> tuple[torch.Tensor, ...]:
         """Query columns [L]; key columns [S]; segments and parents of the queries [B, L]; segments of the keys."""
@@ -63,8 +67,49 @@ class Visibility:
 
     @property
     def seen_pairs(self) -> int:
-        """Pairs of query and key that `spans` computes: whole squares and rectangles."""
-        return sum(n * (n + (row[p][0] if p is not None else 0)) for row in self.spans for n, p in row)
+        """Pairs of query and key that `spans` computes: triangles, and rectangles where there is a parent."""
+        return sum(n * (n + 1) // 2 if p is None else n * (n + row[p][0]) for row in self.spans for n, p in row)
+
+    def first_bands(self, size: int) -> list[int]:
+        """For each band of `size` columns the first band that any of its tokens, in any row, looks at."""
+        first = list(range(-(-self.segment_ids_BS.shape[1] // size)))
+        for row in self.spans:
+            starts = [0, *itertools.accumulate(length for length, _ in row)]
+            for i, (length, parent) in enumerate(row):
+                seen = starts[i if parent is None else parent] // size
+                for band in range(starts[i] // size, (starts[i] + length - 1) // size + 1):
+                    first[band] = min(first[band], seen)
+        return first
+
+    def band_pairs(self, size: int) -> int:
+        """Pairs of query and key that bands of `size` columns compute."""
+        rows, length = self.segment_ids_BS.shape
+        pairs = 0
+        for i, first in enumerate(self.first_bands(size)):
+            end = min(length, (i + 1) * size)
+            pairs += rows * (end - i * size) * (end - first * size)
+        return pairs
+
+    def band_masks(self, dtype: torch.dtype) -> list[torch.Tensor]:
+        """For each band 0 where its queries see a key of theirs and -inf elsewhere, [B, 1, queries, keys].
+
+        Kept until `forget`: torch would make each layer's and each backward pass's own from a bool mask.
+        """
+        if dtype not in self._masks:
+            segments, parents, size = self.segment_ids_BS, self.parent_ids_BS, self.band
+            columns_S, masks = torch.arange(segments.shape[1]), []
+            for i, first in enumerate(self.first_bands(size)):
+                queries, keys = slice(i * size, (i + 1) * size), slice(first * size, (i + 1) * size)
+                seen = segments[:, queries, None] == segments[:, None, keys]
+                seen |= parents[:, queries, None] == segments[:, None, keys]
+                seen &= columns_S[keys] <= columns_S[queries, None]
+                masks.append(torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).unsqueeze(1))
+            self._masks[dtype] = masks
+        return self._masks[dtype]
+
+    def forget(self) -> None:
+        """Free the masks; a backward pass that recomputes makes them again."""
+        self._masks.clear()
 
     @cached_property
     def block_mask(self):

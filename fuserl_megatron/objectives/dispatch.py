@@ -4,8 +4,7 @@ Shapes: N sequences (responses) of the batch, P pairs or triples, K sources, I i
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,46 +12,6 @@ from torch import Tensor
 from fuserl_megatron.objectives import group_losses, infifpo, preference
 from fuserl_megatron.objectives.loss_table import PreferenceLoss, checked_options
 from fuserl_megatron.objectives.preference import PairLoss, sft_term
-
-
-@dataclass(frozen=True, kw_only=True)
-class PreferenceInputs:
-    """What the losses read; which loss needs which fields is in loss_table.py. Indices point into the N sequences."""
-
-    policy_logps_N: Tensor
-    """log pi summed over response tokens, nats, with gradient."""
-    lengths_N: Tensor
-    """Scored tokens of each sequence."""
-    reference_logps_N: Tensor | None = None
-    """log pi_ref of the same sequences; None for a reference-free loss."""
-    chosen_index_P: Tensor | None = None
-    """Pairs and triples: the chosen response (WRPO: the target's own best)."""
-    rejected_index_P: Tensor | None = None
-    """Pairs and triples: the rejected response (WRPO: the target's own worst)."""
-    source_index_P: Tensor | None = None
-    """WRPO: the best response over all sources."""
-    alpha: float | None = None
-    """WRPO: the weight of the source response at this step, from `wrpo_alpha`."""
-    reward_gaps_P: Tensor | None = None
-    """MaPPO: r+ - r- in [0, 1]."""
-    source_chosen_mean_logps_PK: Tensor | None = None
-    """InfiFPO: per-token mean log-probability of the chosen response under each source."""
-    source_rejected_mean_logps_PK: Tensor | None = None
-    """InfiFPO: the same of the rejected response."""
-    source_present_PK: Tensor | None = None
-    """InfiFPO: bool, which sources have values."""
-    group_ids_N: Tensor | None = None
-    """RLOO: the (prompt, source) each response belongs to, 0..num_groups-1."""
-    num_groups: int | None = None
-    """RLOO: how many groups there are."""
-    advantages_N: Tensor | None = None
-    """RLOO: leave-one-out advantages."""
-    best_N: Tensor | None = None
-    """RLOO: bool, the best response of each group, the one an SFT term learns and the metrics call chosen."""
-    desirable_N: Tensor | None = None
-    """KTO: bool; also the responses the SFT term learns."""
-    kl: Tensor | float | None = None
-    """KTO: the reference point over the global batch, from `kto_kl`."""
 
 
 class PreferenceTerms(NamedTuple):
@@ -76,14 +35,24 @@ def metrics_of(loss: PreferenceLoss) -> tuple[str, ...]:
 
 
 def preference_losses(
-    loss: str | PreferenceLoss, inputs: PreferenceInputs, options: Mapping[str, object]
+    loss: str | PreferenceLoss,
+    policy_logps_N: Tensor,
+    batch: Any,
+    options: Mapping[str, object],
+    *,
+    alpha: float | None = None,
+    kl: float | None = None,
 ) -> PreferenceTerms:
     """Losses and metrics of a batch.
 
     Args:
         loss: which one.
-        inputs: the batch's tensors.
+        policy_logps_N: [N] log pi summed over response tokens, nats, with gradient.
+        batch: a `data.batch.PackedBatch`, or anything with those of its per-sequence and per-pair fields that the loss
+            reads (loss_table.py): lengths, indices into the N sequences, reference log-probabilities and so on.
         options: options of that loss; completed and checked by `checked_options`.
+        alpha: WRPO: the weight of the source response at this step, from `wrpo_alpha`.
+        kl: KTO: the reference point over the global batch, from `kto_kl`.
 
     Returns:
         PreferenceTerms over P pairs or triples, or over the N sequences for RLOO and KTO.
@@ -95,57 +64,53 @@ def preference_losses(
     options = checked_options(loss, options)
     rpo_alpha = options.pop("rpo_alpha", 0.0)
     if loss is PreferenceLoss.RLOO:
-        return _rloo_terms(inputs, rpo_alpha, **options)
+        return _rloo_terms(policy_logps_N, batch, rpo_alpha, **options)
     if loss is PreferenceLoss.KTO:
-        return _kto_terms(inputs, rpo_alpha, **options)
+        return _kto_terms(policy_logps_N, batch, rpo_alpha, _given(loss, "kl", kl), **options)
 
     def need(name: str) -> Tensor:
-        return _need(loss, inputs, name)
+        return _need(loss, batch, name)
 
     chosen, rejected = need("chosen_index_P"), need("rejected_index_P")
-    policy = (inputs.policy_logps_N[chosen], inputs.policy_logps_N[rejected])
-    lengths = (inputs.lengths_N[chosen], inputs.lengths_N[rejected])
+    policy = (policy_logps_N[chosen], policy_logps_N[rejected])
+    lengths = (batch.lengths_N[chosen], batch.lengths_N[rejected])
 
-    def reference() -> tuple[Tensor, Tensor]:
-        return need("reference_logps_N")[chosen], need("reference_logps_N")[rejected]
+    def reference(*indices: Tensor) -> tuple[Tensor, ...]:
+        logps_N = need("reference_logps_N").to(policy_logps_N.dtype)
+        return tuple(logps_N[index_P] for index_P in indices or (chosen, rejected))
 
     learned = chosen  # the response an SFT term learns
     match loss:
         case PreferenceLoss.DPO:
-            pairs = preference.dpo(*policy, *reference(), **options)
+            pairs = preference.dpo(policy, reference(), **options)
         case PreferenceLoss.LN_DPO:
-            pairs = preference.ln_dpo(*policy, *reference(), *lengths, **options)
+            pairs = preference.ln_dpo(policy, reference(), lengths, **options)
         case PreferenceLoss.CDPO:
-            pairs = preference.cdpo(*policy, *reference(), **options)
+            pairs = preference.cdpo(policy, reference(), **options)
         case PreferenceLoss.ROBUST:
-            pairs = preference.robust(*policy, *reference(), **options)
+            pairs = preference.robust(policy, reference(), **options)
         case PreferenceLoss.HINGE:
-            pairs = preference.hinge(*policy, *reference(), **options)
+            pairs = preference.hinge(policy, reference(), **options)
         case PreferenceLoss.IPO:
-            pairs = preference.ipo(*policy, *reference(), *lengths, **options)
+            pairs = preference.ipo(policy, reference(), lengths, **options)
         case PreferenceLoss.MAPPO:
-            pairs = preference.mappo(*policy, *reference(), need("reward_gaps_P"), **options)
+            pairs = preference.mappo(policy, reference(), need("reward_gaps_P"), **options)
         case PreferenceLoss.SIMPO:
             gamma = options["beta"] * options["gamma_beta_ratio"]
-            pairs = preference.simpo(*policy, *lengths, beta=options["beta"], gamma=gamma)
+            pairs = preference.simpo(policy, lengths, beta=options["beta"], gamma=gamma)
         case PreferenceLoss.CPO:
-            pairs = preference.cpo(*policy, lengths[0], **options)
+            pairs = preference.cpo(policy, lengths, **options)
         case PreferenceLoss.ORPO:
-            pairs = preference.orpo(*policy, *lengths, **options)
+            pairs = preference.orpo(policy, lengths, **options)
         case PreferenceLoss.INFIFPO:
-            names = ("source_chosen_mean_logps_PK", "source_rejected_mean_logps_PK", "source_present_PK")
-            pairs = infifpo.infifpo(*policy, *reference(), *lengths, *map(need, names), **options)
+            source = need("source_chosen_mean_logps_PK"), need("source_rejected_mean_logps_PK")
+            pairs = infifpo.infifpo(policy, reference(), lengths, source, need("source_present_PK"), **options)
         case PreferenceLoss.WRPO:
             learned = need("source_index_P")
-            pairs = group_losses.wrpo(
-                inputs.policy_logps_N[learned],
-                *policy,
-                need("reference_logps_N")[learned],
-                *reference(),
-                beta=options["beta"],
-                alpha=need("alpha"),
-            )
-    return _pair_terms(pairs, inputs.policy_logps_N[learned], inputs.lengths_N[learned], lengths, rpo_alpha)
+            source = policy_logps_N[learned], *reference(learned)
+            alpha = _given(loss, "alpha", alpha)
+            pairs = group_losses.wrpo(policy, reference(), *source, beta=options["beta"], alpha=alpha)
+    return _pair_terms(pairs, policy_logps_N[learned], batch.lengths_N[learned], lengths, rpo_alpha)
 
 
 def _pair_terms(
@@ -170,15 +135,15 @@ def _pair_terms(
     return PreferenceTerms(losses_P, metrics)
 
 
-def _rloo_terms(inputs: PreferenceInputs, rpo_alpha: float, kl_coef: float) -> PreferenceTerms:
-    advantages_N, group_ids_N, num_groups, best_N = (
-        _need(PreferenceLoss.RLOO, inputs, name) for name in ("advantages_N", "group_ids_N", "num_groups", "best_N")
+def _rloo_terms(policy_logps_N: Tensor, batch: Any, rpo_alpha: float, kl_coef: float) -> PreferenceTerms:
+    advantages_N, group_ids_N, best_N = (
+        _need(PreferenceLoss.RLOO, batch, name) for name in ("advantages_N", "group_ids_N", "best_N")
     )
-    policy_logps_N, reference_logps_N = inputs.policy_logps_N, inputs.reference_logps_N
+    reference_logps_N, num_groups = batch.reference_logps_N, policy_logps_N.numel()  # ids lie below N
     losses_N = group_losses.rloo(
         policy_logps_N, advantages_N, group_ids_N, num_groups, reference_logps_N=reference_logps_N, kl_coef=kl_coef
     )
-    nll_N = sft_term(policy_logps_N, inputs.lengths_N, rpo_alpha=1.0)
+    nll_N = sft_term(policy_logps_N, batch.lengths_N, rpo_alpha=1.0)
     losses_N = losses_N + rpo_alpha * nll_N * best_N
     rewards_N = policy_logps_N.detach() - (0.0 if reference_logps_N is None else reference_logps_N)
     # each group's worst response (ties: the first), given to every response of the group
@@ -195,36 +160,36 @@ def _rloo_terms(inputs: PreferenceInputs, rpo_alpha: float, kl_coef: float) -> P
         "margin": (margins_N, compared_N),
         "accuracy": ((margins_N > 0).to(margins_N.dtype), compared_N),
         "sft_nll": (nll_N.detach(), best_N),
-        "chosen_length": (inputs.lengths_N, compared_N),
-        "rejected_length": (inputs.lengths_N[worst_N], compared_N),
+        "chosen_length": (batch.lengths_N, compared_N),
+        "rejected_length": (batch.lengths_N[worst_N], compared_N),
     }
     return PreferenceTerms(losses_N, metrics)
 
 
-def _kto_terms(inputs: PreferenceInputs, rpo_alpha: float, **options: float) -> PreferenceTerms:
-    loss = PreferenceLoss.KTO
-    reference_logps_N = _need(loss, inputs, "reference_logps_N")
-    desirable_N = _need(loss, inputs, "desirable_N")
-    losses_N = group_losses.kto(
-        inputs.policy_logps_N, reference_logps_N, desirable_N, _need(loss, inputs, "kl"), **options
-    )
-    nll_N = sft_term(inputs.policy_logps_N, inputs.lengths_N, rpo_alpha=1.0)
+def _kto_terms(policy_logps_N: Tensor, batch: Any, rpo_alpha: float, kl: float, **options: float) -> PreferenceTerms:
+    reference_logps_N = _need(PreferenceLoss.KTO, batch, "reference_logps_N")
+    desirable_N = _need(PreferenceLoss.KTO, batch, "desirable_N")
+    losses_N = group_losses.kto(policy_logps_N, reference_logps_N, desirable_N, kl, **options)
+    nll_N = sft_term(policy_logps_N, batch.lengths_N, rpo_alpha=1.0)
     losses_N = losses_N + rpo_alpha * nll_N * desirable_N
-    rewards_N = options["beta"] * (inputs.policy_logps_N.detach() - reference_logps_N)
+    rewards_N = options["beta"] * (policy_logps_N.detach() - reference_logps_N)
     metrics = {
         "chosen_implicit_reward": (rewards_N, desirable_N),
         "rejected_implicit_reward": (rewards_N, ~desirable_N),
         # there are as many desirable as undesirable ones: the mean of these is the difference of their two means
         "margin": (2.0 * torch.where(desirable_N, rewards_N, -rewards_N), None),
         "sft_nll": (nll_N.detach(), desirable_N),
-        "chosen_length": (inputs.lengths_N, desirable_N),
-        "rejected_length": (inputs.lengths_N, ~desirable_N),
+        "chosen_length": (batch.lengths_N, desirable_N),
+        "rejected_length": (batch.lengths_N, ~desirable_N),
     }
     return PreferenceTerms(losses_N, metrics)
 
 
-def _need(loss: PreferenceLoss, inputs: PreferenceInputs, name: str):
-    value = getattr(inputs, name)
+def _need(loss: PreferenceLoss, batch: Any, name: str) -> Tensor:
+    return _given(loss, name, getattr(batch, name))
+
+
+def _given(loss: PreferenceLoss, name: str, value: Any) -> Any:
     if value is None:
         raise ValueError(f"loss {loss.value} needs {name} in its inputs: the batch was built for another loss")
     return value

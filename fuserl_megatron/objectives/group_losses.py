@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fuserl_megatron.objectives.logps import log_sigmoid
-from fuserl_megatron.objectives.preference import PairLoss
-from fuserl_megatron.objectives.reduce import SumCount, sum_count
+from fuserl_megatron.objectives.preference import PairLoss, Sides, implicit_rewards
 
 
 def rloo(
@@ -100,42 +99,25 @@ def kto(
     return torch.where(desirable_N, good_N, bad_N)
 
 
-def kto_kl_sum_count(
-    policy_mismatched_logps_N: Tensor, reference_mismatched_logps_N: Tensor, mask_N: Tensor | None = None
-) -> SumCount:
-    """This part's share of KTO's KL estimate: sum and number of the h of mismatched (prompt, response) pairs.
+def kto_kl(policy_mismatched_logps_N: Tensor, reference_mismatched_logps_N: Tensor) -> Tensor:
+    """KTO's reference point kl = max(0, mean h of mismatched (prompt, response) pairs); 0 if there are none.
 
     Args:
-        policy_mismatched_logps_N: [N] log pi(y' | x), y' a response to another prompt.
+        policy_mismatched_logps_N: [N] log pi(y' | x), y' a response to another prompt; of the whole global batch.
         reference_mismatched_logps_N: [N] log pi_ref(y' | x).
-        mask_N: [N] bool, False for padding.
 
     Returns:
-        (sum, count), detached, to be added over the whole global batch before `kto_kl`.
+        0-d float64, >= 0, in nats, detached.
     """
-    return sum_count(policy_mismatched_logps_N - reference_mismatched_logps_N, mask_N)
-
-
-def kto_kl(log_ratio_sum: Tensor, count: Tensor) -> Tensor:
-    """KTO's reference point kl = max(0, mean h of mismatched pairs), detached; 0 if there are none.
-
-    Args:
-        log_ratio_sum: 0-d, summed over the global batch.
-        count: 0-d, summed over the global batch.
-
-    Returns:
-        0-d, >= 0, in nats.
-    """
-    return (log_ratio_sum.detach() / count.clamp(min=1)).clamp(min=0)
+    log_ratios_N = (policy_mismatched_logps_N - reference_mismatched_logps_N).detach().double()
+    return (log_ratios_N.sum() / max(log_ratios_N.numel(), 1)).clamp(min=0)
 
 
 def wrpo(
+    policy: Sides,
+    reference: Sides,
     policy_source_logps_P: Tensor,
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
     reference_source_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
     *,
     beta: float,
     alpha: float,
@@ -143,22 +125,19 @@ def wrpo(
     """WRPO: -log s(b z), z = alpha h(y_ws) + (1 - alpha) h(y_wt) - h(y_l) (Yang et al., arXiv 2412.03187).
 
     Args:
+        policy: [P] log pi of y_wt and y_l, the best and the worst of the target's own samples.
+        reference: [P] log pi_ref of the same.
         policy_source_logps_P: [P] log pi of y_ws, the best response over all sources.
-        policy_chosen_logps_P: [P] log pi of y_wt, the best of the target's own samples.
-        policy_rejected_logps_P: [P] log pi of y_l, the worst of the target's own samples.
         reference_source_logps_P: [P] log pi_ref of y_ws.
-        reference_chosen_logps_P: [P] log pi_ref of y_wt.
-        reference_rejected_logps_P: [P] log pi_ref of y_l.
         beta: b > 0 (the authors use 0.01).
         alpha: from `wrpo_alpha`; 0 is DPO on the target's own pair.
 
     Returns:
         PairLoss; implicit rewards b (alpha h(y_ws) + (1 - alpha) h(y_wt)) and b h(y_l).
     """
-    source_P = policy_source_logps_P - reference_source_logps_P
-    own_P = policy_chosen_logps_P - reference_chosen_logps_P
-    chosen_P = beta * (alpha * source_P + (1.0 - alpha) * own_P)
-    rejected_P = beta * (policy_rejected_logps_P - reference_rejected_logps_P)
+    own_P, rejected_P = implicit_rewards(policy, reference, 1.0)
+    chosen_P = beta * (alpha * (policy_source_logps_P - reference_source_logps_P) + (1.0 - alpha) * own_P)
+    rejected_P = beta * rejected_P
     return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fuserl_megatron.objectives.logps import log_sigmoid, mean_logps
-from fuserl_megatron.objectives.preference import PairLoss
+from fuserl_megatron.objectives.preference import PairLoss, Sides
 
 
 def fused_reference(
@@ -57,14 +57,10 @@ def fused_reference(
 
 
 def infifpo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
-    chosen_lengths_P: Tensor,
-    rejected_lengths_P: Tensor,
-    source_chosen_mean_logps_PK: Tensor,
-    source_rejected_mean_logps_PK: Tensor,
+    policy: Sides,
+    reference: Sides,
+    lengths: Sides,
+    source_mean_logps: Sides,
     source_present_PK: Tensor,
     *,
     beta: float,
@@ -73,14 +69,10 @@ def infifpo(
     """InfiFPO: -log s(b (bar pi(y+) - f(y+)) - b (bar pi(y-) - f(y-))), f from `fused_reference`.
 
     Args:
-        policy_chosen_logps_P: [P] log pi(y+ | x), summed.
-        policy_rejected_logps_P: [P] log pi(y- | x), summed.
-        reference_chosen_logps_P: [P] log-probability of y+ under the initial target, summed.
-        reference_rejected_logps_P: [P] the same of y-.
-        chosen_lengths_P: [P] |y+| in the target's tokens.
-        rejected_lengths_P: [P] |y-|.
-        source_chosen_mean_logps_PK: [P, K] bar_i(y+), per token of source i's tokenizer.
-        source_rejected_mean_logps_PK: [P, K] bar_i(y-).
+        policy: [P] log pi(y+ | x) and log pi(y- | x), summed.
+        reference: [P] log-probabilities of the same under the initial target, summed.
+        lengths: [P] |y+| and |y-| in the target's tokens.
+        source_mean_logps: [P, K] bar_i(y+) and bar_i(y-), per token of source i's tokenizer.
         source_present_PK: [P, K] bool, sources with a value for both responses.
         beta: b > 0 (the authors use 2.5).
         fusion: how sources are fused, see `fused_reference`.
@@ -88,14 +80,10 @@ def infifpo(
     Returns:
         PairLoss; implicit rewards b (bar pi - f). Without any source it is LN-DPO against the initial target.
     """
-    chosen_initial_P = mean_logps(reference_chosen_logps_P, chosen_lengths_P)
-    rejected_initial_P = mean_logps(reference_rejected_logps_P, rejected_lengths_P)
-    chosen_fused_P = fused_reference(
-        source_chosen_mean_logps_PK, source_present_PK, chosen_initial_P, chosen=True, fusion=fusion
-    )
-    rejected_fused_P = fused_reference(
-        source_rejected_mean_logps_PK, source_present_PK, rejected_initial_P, chosen=False, fusion=fusion
-    )
-    chosen_P = beta * (mean_logps(policy_chosen_logps_P, chosen_lengths_P) - chosen_fused_P)
-    rejected_P = beta * (mean_logps(policy_rejected_logps_P, rejected_lengths_P) - rejected_fused_P)
+    rewards = []
+    for side, chosen in enumerate((True, False)):
+        initial_P = mean_logps(reference[side], lengths[side])
+        fused_P = fused_reference(source_mean_logps[side], source_present_PK, initial_P, chosen=chosen, fusion=fusion)
+        rewards.append(beta * (mean_logps(policy[side], lengths[side]) - fused_P))
+    chosen_P, rejected_P = rewards
     return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())

@@ -10,39 +10,22 @@ from torch import Tensor
 LOG_HALF = -0.6931471805599453
 
 
-def sequence_logps(
-    token_logps_T: Tensor, sequence_ids_T: Tensor, num_sequences: int, dtype: torch.dtype = torch.float64
-) -> Tensor:
+def sequence_logps(token_logps_T: Tensor, sequence_ids_T: Tensor, num_sequences: int) -> Tensor:
     """Sum of the scored tokens' log-probabilities of each sequence: log pi(y | x) = sum_t log pi(y_t | x, y_<t).
 
-    Accumulated in float64 by default: preference losses take differences of such sums, and on a GPU the order of the
+    Accumulated in float64: preference losses take differences of such sums, and on a GPU the order of the
     atomic additions is then far below the digits anybody sees.
 
     Args:
         token_logps_T: [T] log-probabilities (natural log, any float type) of the scored tokens only.
         sequence_ids_T: [T] int64, the sequence each token belongs to, in 0..num_sequences-1, in any order.
         num_sequences: N. A sequence without a token here gets 0 (its tokens may be on another context-parallel rank).
-        dtype: type of the accumulator and of the result.
 
     Returns:
-        [N] sums, differentiable also for T = 0.
+        [N] float64 sums, differentiable also for T = 0.
     """
-    zeros_N = token_logps_T.new_zeros(num_sequences, dtype=dtype)
-    return zeros_N.index_add(0, sequence_ids_T, token_logps_T.to(dtype))
-
-
-def sequence_lengths(sequence_ids_T: Tensor, num_sequences: int) -> Tensor:
-    """Number of scored tokens of each sequence.
-
-    Args:
-        sequence_ids_T: [T] int64 in 0..num_sequences-1.
-        num_sequences: N.
-
-    Returns:
-        [N] int64.
-    """
-    zeros_N = torch.zeros(num_sequences, dtype=torch.int64, device=sequence_ids_T.device)
-    return zeros_N.index_add(0, sequence_ids_T, torch.ones_like(sequence_ids_T, dtype=torch.int64))
+    zeros_N = token_logps_T.new_zeros(num_sequences, dtype=torch.float64)
+    return zeros_N.index_add(0, sequence_ids_T, token_logps_T.double())
 
 
 def mean_logps(logps_N: Tensor, lengths_N: Tensor) -> Tensor:

@@ -52,47 +52,28 @@ class LossSpec:
 
 # Defaults are published settings (docs/math.md, conf/); beta differs by three orders of magnitude between the losses
 # and is therefore never shared. rpo_alpha is the weight of the SFT term beside the loss.
+# fmt: off
 LOSSES: Mapping[PreferenceLoss, LossSpec] = {
-    PreferenceLoss.DPO: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "rpo_alpha": 0.0}),
-    PreferenceLoss.LN_DPO: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 10.0, "rpo_alpha": 0.0}),
-    PreferenceLoss.CDPO: LossSpec(
-        unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "label_smoothing": None, "rpo_alpha": 0.0}
-    ),
-    PreferenceLoss.ROBUST: LossSpec(
-        unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "label_smoothing": None, "rpo_alpha": 0.0}
-    ),
-    PreferenceLoss.HINGE: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "rpo_alpha": 0.0}),
-    PreferenceLoss.IPO: LossSpec(
-        unit=Unit.PAIRS, reference=True, options={"beta": 0.1, "length_normalized": True, "rpo_alpha": 0.0}
-    ),
-    PreferenceLoss.SIMPO: LossSpec(
-        unit=Unit.PAIRS, reference=False, options={"beta": 10.0, "gamma_beta_ratio": 0.3, "rpo_alpha": 0.0}
-    ),
-    PreferenceLoss.CPO: LossSpec(unit=Unit.PAIRS, reference=False, options={"beta": 0.1, "cpo_alpha": 1.0}),
-    PreferenceLoss.ORPO: LossSpec(unit=Unit.PAIRS, reference=False, options={"beta": 0.1}),
-    PreferenceLoss.KTO: LossSpec(
-        unit=Unit.SINGLE_RESPONSES,
-        reference=True,
-        options={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0, "rpo_alpha": 0.0},
-    ),
-    PreferenceLoss.RLOO: LossSpec(unit=Unit.ALL_RESPONSES, reference=True, options={"kl_coef": 0.0, "rpo_alpha": 0.0}),
-    PreferenceLoss.WRPO: LossSpec(
-        unit=Unit.TRIPLES, reference=True, options={"beta": 0.01, "alpha_end": 0.1, "rpo_alpha": 0.0}
-    ),
-    PreferenceLoss.MAPPO: LossSpec(unit=Unit.PAIRS, reference=True, options={"beta": 0.01, "rpo_alpha": 0.0}),
-    PreferenceLoss.INFIFPO: LossSpec(
-        unit=Unit.PAIRS, reference=True, options={"beta": 2.5, "fusion": "max_margin", "rpo_alpha": 0.0}
-    ),
+    PreferenceLoss(name): LossSpec(unit=unit, reference=reference, options=options)
+    for name, unit, reference, options in (
+        ("dpo", Unit.PAIRS, True, dict(beta=0.01, rpo_alpha=0.0)),
+        ("ln_dpo", Unit.PAIRS, True, dict(beta=10.0, rpo_alpha=0.0)),
+        ("cdpo", Unit.PAIRS, True, dict(beta=0.01, label_smoothing=None, rpo_alpha=0.0)),
+        ("robust", Unit.PAIRS, True, dict(beta=0.01, label_smoothing=None, rpo_alpha=0.0)),
+        ("hinge", Unit.PAIRS, True, dict(beta=0.01, rpo_alpha=0.0)),
+        ("ipo", Unit.PAIRS, True, dict(beta=0.1, length_normalized=True, rpo_alpha=0.0)),
+        ("simpo", Unit.PAIRS, False, dict(beta=10.0, gamma_beta_ratio=0.3, rpo_alpha=0.0)),
+        ("cpo", Unit.PAIRS, False, dict(beta=0.1, cpo_alpha=1.0)),
+        ("orpo", Unit.PAIRS, False, dict(beta=0.1)),
+        ("kto", Unit.SINGLE_RESPONSES, True,
+         dict(beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, rpo_alpha=0.0)),
+        ("rloo", Unit.ALL_RESPONSES, True, dict(kl_coef=0.0, rpo_alpha=0.0)),
+        ("wrpo", Unit.TRIPLES, True, dict(beta=0.01, alpha_end=0.1, rpo_alpha=0.0)),
+        ("mappo", Unit.PAIRS, True, dict(beta=0.01, rpo_alpha=0.0)),
+        ("infifpo", Unit.PAIRS, True, dict(beta=2.5, fusion="max_margin", rpo_alpha=0.0)),
+    )
 }
-
-LOSS_OPTIONS = {loss: tuple(spec.options) for loss, spec in LOSSES.items()}
-NEEDS_REFERENCE = frozenset(loss for loss, spec in LOSSES.items() if spec.reference)
-NEEDS_PAIRS = frozenset(loss for loss, spec in LOSSES.items() if spec.unit is Unit.PAIRS)
-NEEDS_TRIPLES = frozenset(loss for loss, spec in LOSSES.items() if spec.unit is Unit.TRIPLES)
-NEEDS_ALL_RESPONSES = frozenset(loss for loss, spec in LOSSES.items() if spec.unit is Unit.ALL_RESPONSES)
-NEEDS_SINGLE_RESPONSES = frozenset(loss for loss, spec in LOSSES.items() if spec.unit is Unit.SINGLE_RESPONSES)
-NEEDS_REWARD_GAPS = frozenset({PreferenceLoss.MAPPO})
-NEEDS_SOURCE_LOGPS = frozenset({PreferenceLoss.INFIFPO})
+# fmt: on
 
 FUSIONS = ("max_margin", "mean", "confidence")
 
@@ -124,7 +105,7 @@ def needs_reference(loss: PreferenceLoss, options: Mapping[str, object]) -> bool
     """
     if loss is PreferenceLoss.RLOO:
         return float(options["kl_coef"]) > 0.0
-    return loss in NEEDS_REFERENCE
+    return LOSSES[loss].reference
 
 
 def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> dict[str, object]:
@@ -135,7 +116,7 @@ def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> 
         given: option -> value; only options which this loss reads.
 
     Returns:
-        option -> value, every option of LOSS_OPTIONS[loss].
+        option -> value, every option that the loss reads.
 
     Raises:
         ValueError: unknown loss, an option the loss does not read, a required one missing, or a value out of range.
@@ -168,21 +149,14 @@ def first_step_loss(loss: PreferenceLoss, options: Mapping[str, object]) -> floa
     Returns:
         The value, or None where it depends on the data (reference-free losses, RLOO, InfiFPO, KTO with two weights).
     """
-    match loss:
-        case (
-            PreferenceLoss.DPO
-            | PreferenceLoss.LN_DPO
-            | PreferenceLoss.CDPO
-            | PreferenceLoss.ROBUST
-            | PreferenceLoss.MAPPO
-            | PreferenceLoss.WRPO
-        ):
+    match loss.value:
+        case "dpo" | "ln_dpo" | "cdpo" | "robust" | "mappo" | "wrpo":
             return math.log(2.0)
-        case PreferenceLoss.HINGE:
+        case "hinge":
             return 1.0
-        case PreferenceLoss.IPO:
+        case "ipo":
             return (1.0 / (2.0 * float(options["beta"]))) ** 2
-        case PreferenceLoss.KTO if options["desirable_weight"] == options["undesirable_weight"]:
+        case "kto" if options["desirable_weight"] == options["undesirable_weight"]:
             return 0.5 * float(options["desirable_weight"])
     return None
 

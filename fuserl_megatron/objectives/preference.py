@@ -10,12 +10,10 @@ Notation: h+ = log pi(y+ | x) - log pi_ref(y+ | x) and h- likewise for the rejec
 tokens; a bar is a per-token mean; s is the sigmoid; b is beta. An NLL beside a loss is always the mean over the
 response's tokens, so that its coefficient means the same for long and short responses.
 
-Arguments, the same for all functions, one entry per pair (P pairs):
-    policy_chosen_logps_P, policy_rejected_logps_P          log pi of the whole response, in nats, with gradient
-    reference_chosen_logps_P, reference_rejected_logps_P    log pi_ref of the same, without
-    chosen_lengths_P, rejected_lengths_P                    scored tokens |y+|, |y-| (int)
-    beta                                                    > 0; per nat of the sequence (summed losses) or of the mean
-                                                            token (length-normalised ones)
+Arguments, the same for all functions, one entry per pair (P pairs) and each a (chosen, rejected) pair of tensors:
+    policy, reference    log pi and log pi_ref of the whole response, in nats, the first with gradient
+    lengths              scored tokens |y+|, |y-| (int)
+    beta                 > 0; per nat of the sequence (summed losses) or of the mean token (length-normalised ones)
 All return a PairLoss with [P] tensors.
 """
 
@@ -25,6 +23,9 @@ import torch
 from torch import Tensor
 
 from fuserl_megatron.objectives.logps import log1mexp, log_sigmoid, mean_logps
+
+Sides = tuple[Tensor, Tensor]
+"""(chosen, rejected), [P] each."""
 
 
 class PairLoss(NamedTuple):
@@ -45,193 +46,110 @@ class PairLoss(NamedTuple):
         return (self.margins_P > 0).to(self.losses_P.dtype)
 
 
-def dpo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
-    *,
-    beta: float,
-) -> PairLoss:
+def implicit_rewards(policy: Sides, reference: Sides, beta: float, lengths: Sides | None = None) -> Sides:
+    """The implicit rewards b h of both sides; b h / |y| with lengths."""
+    log_ratios = [logps_P - reference_P for logps_P, reference_P in zip(policy, reference, strict=True)]
+    if lengths is not None:
+        log_ratios = map(mean_logps, log_ratios, lengths)
+    chosen_P, rejected_P = (beta * log_ratios_P for log_ratios_P in log_ratios)
+    return chosen_P, rejected_P
+
+
+def dpo(policy: Sides, reference: Sides, *, beta: float) -> PairLoss:
     """DPO: -log s(b (h+ - h-)) (Rafailov et al., arXiv 2305.18290, eq. 7). Implicit rewards b h."""
-    chosen_P = beta * (policy_chosen_logps_P - reference_chosen_logps_P)
-    rejected_P = beta * (policy_rejected_logps_P - reference_rejected_logps_P)
+    chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
     return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
 
 
-def ln_dpo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
-    chosen_lengths_P: Tensor,
-    rejected_lengths_P: Tensor,
-    *,
-    beta: float,
-) -> PairLoss:
+def ln_dpo(policy: Sides, reference: Sides, lengths: Sides, *, beta: float) -> PairLoss:
     """Length-normalised DPO: -log s(b (h+/|y+| - h-/|y-|)), the authors' own choice with b = 10.
 
     Source: FuseChat-3.0 (arXiv 2503.04222). Implicit rewards b h / |y|. Not the sum scaled by one common length: each
     response is divided by its own.
     """
-    chosen_P = beta * mean_logps(policy_chosen_logps_P - reference_chosen_logps_P, chosen_lengths_P)
-    rejected_P = beta * mean_logps(policy_rejected_logps_P - reference_rejected_logps_P, rejected_lengths_P)
+    chosen_P, rejected_P = implicit_rewards(policy, reference, beta, lengths)
     return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
 
 
-def cdpo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float,
-) -> PairLoss:
+def cdpo(policy: Sides, reference: Sides, *, beta: float, label_smoothing: float) -> PairLoss:
     """Conservative DPO: -(1 - e) log s(b d) - e log s(-b d), d = h+ - h-, e = label_smoothing in [0, 0.5).
 
     The cross-entropy when a share e of the preferences is flipped (Mitchell, note on DPO with noisy preferences, 2023).
     e = 0 is DPO. Implicit rewards b h.
     """
-    chosen_P = beta * (policy_chosen_logps_P - reference_chosen_logps_P)
-    rejected_P = beta * (policy_rejected_logps_P - reference_rejected_logps_P)
+    chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
     logits_P = chosen_P - rejected_P
     losses_P = -(1.0 - label_smoothing) * log_sigmoid(logits_P) - label_smoothing * log_sigmoid(-logits_P)
     return PairLoss(losses_P, chosen_P.detach(), rejected_P.detach())
 
 
-def robust(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
-    *,
-    beta: float,
-    label_smoothing: float,
-) -> PairLoss:
+def robust(policy: Sides, reference: Sides, *, beta: float, label_smoothing: float) -> PairLoss:
     """Robust DPO: [-(1 - e) log s(b d) + e log s(-b d)] / (1 - 2 e), d = h+ - h-, e = label_smoothing in [0, 0.5).
 
     Its expectation over labels flipped with probability e is the clean DPO loss (Chowdhury et al., arXiv 2403.00409);
     it can be negative. e = 0 is DPO. Implicit rewards b h.
     """
-    chosen_P = beta * (policy_chosen_logps_P - reference_chosen_logps_P)
-    rejected_P = beta * (policy_rejected_logps_P - reference_rejected_logps_P)
+    chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
     logits_P = chosen_P - rejected_P
     numerator_P = -(1.0 - label_smoothing) * log_sigmoid(logits_P) + label_smoothing * log_sigmoid(-logits_P)
     return PairLoss(numerator_P / (1.0 - 2.0 * label_smoothing), chosen_P.detach(), rejected_P.detach())
 
 
-def hinge(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
-    *,
-    beta: float,
-) -> PairLoss:
+def hinge(policy: Sides, reference: Sides, *, beta: float) -> PairLoss:
     """Hinge: max(0, 1 - b (h+ - h-)) (SLiC's loss on log-ratios, arXiv 2305.10425 and 2309.06657).
 
     The gradient is 0 once the margin is 1 or more. Implicit rewards b h.
     """
-    chosen_P = beta * (policy_chosen_logps_P - reference_chosen_logps_P)
-    rejected_P = beta * (policy_rejected_logps_P - reference_rejected_logps_P)
+    chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
     return PairLoss(torch.relu(1.0 - (chosen_P - rejected_P)), chosen_P.detach(), rejected_P.detach())
 
 
-def ipo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
-    chosen_lengths_P: Tensor,
-    rejected_lengths_P: Tensor,
-    *,
-    beta: float,
-    length_normalized: bool,
-) -> PairLoss:
+def ipo(policy: Sides, reference: Sides, lengths: Sides, *, beta: float, length_normalized: bool) -> PairLoss:
     """IPO: (g+ - g- - 1 / (2 b))^2 with g = h / |y| (length_normalized) or g = h.
 
     Source: Azar et al., arXiv 2310.12036. The paper sums; TRL takes the per-token mean. Implicit rewards b g.
     """
-    chosen_P = policy_chosen_logps_P - reference_chosen_logps_P
-    rejected_P = policy_rejected_logps_P - reference_rejected_logps_P
-    if length_normalized:
-        chosen_P = mean_logps(chosen_P, chosen_lengths_P)
-        rejected_P = mean_logps(rejected_P, rejected_lengths_P)
+    chosen_P, rejected_P = implicit_rewards(policy, reference, 1.0, lengths if length_normalized else None)
     losses_P = (chosen_P - rejected_P - 1.0 / (2.0 * beta)).square()
     return PairLoss(losses_P, beta * chosen_P.detach(), beta * rejected_P.detach())
 
 
-def mappo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    reference_chosen_logps_P: Tensor,
-    reference_rejected_logps_P: Tensor,
-    reward_gaps_P: Tensor,
-    *,
-    beta: float,
-) -> PairLoss:
+def mappo(policy: Sides, reference: Sides, reward_gaps_P: Tensor, *, beta: float) -> PairLoss:
     """MaPPO: -log s(b h+ - dr b h-), dr = r+ - r- in [0, 1] from `weights.reward_gaps` (arXiv 2507.21183).
 
     The closer the two rewards, the less the rejected response is pushed down; dr = 1 is DPO. Implicit rewards b h.
     """
-    chosen_P = beta * (policy_chosen_logps_P - reference_chosen_logps_P)
-    rejected_P = beta * (policy_rejected_logps_P - reference_rejected_logps_P)
+    chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
     losses_P = -log_sigmoid(chosen_P - reward_gaps_P.to(chosen_P.dtype) * rejected_P)
     return PairLoss(losses_P, chosen_P.detach(), rejected_P.detach())
 
 
-def simpo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    chosen_lengths_P: Tensor,
-    rejected_lengths_P: Tensor,
-    *,
-    beta: float,
-    gamma: float,
-) -> PairLoss:
+def simpo(policy: Sides, lengths: Sides, *, beta: float, gamma: float) -> PairLoss:
     """SimPO: -log s(b log pi(y+)/|y+| - b log pi(y-)/|y-| - gamma), no reference.
 
     Source: Meng et al., arXiv 2405.14734. gamma >= 0 is the absolute target margin; recipes give gamma / b. Implicit
     rewards b log pi(y) / |y|.
     """
-    chosen_P = beta * mean_logps(policy_chosen_logps_P, chosen_lengths_P)
-    rejected_P = beta * mean_logps(policy_rejected_logps_P, rejected_lengths_P)
+    chosen_P, rejected_P = (beta * means_P for means_P in map(mean_logps, policy, lengths))
     return PairLoss(-log_sigmoid(chosen_P - rejected_P - gamma), chosen_P.detach(), rejected_P.detach())
 
 
-def cpo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    chosen_lengths_P: Tensor,
-    *,
-    beta: float,
-    cpo_alpha: float,
-) -> PairLoss:
+def cpo(policy: Sides, lengths: Sides, *, beta: float, cpo_alpha: float) -> PairLoss:
     """CPO: -log s(b (log pi(y+) - log pi(y-))) + cpo_alpha * NLL(y+) / |y+|, no reference.
 
     Source: Xu et al., arXiv 2401.08417. The preference term takes sums. Implicit rewards b log pi(y).
     """
-    chosen_P = beta * policy_chosen_logps_P
-    rejected_P = beta * policy_rejected_logps_P
-    nll_P = sft_term(policy_chosen_logps_P, chosen_lengths_P, rpo_alpha=cpo_alpha)
+    chosen_P, rejected_P = (beta * logps_P for logps_P in policy)
+    nll_P = sft_term(policy[0], lengths[0], rpo_alpha=cpo_alpha)
     return PairLoss(-log_sigmoid(chosen_P - rejected_P) + nll_P, chosen_P.detach(), rejected_P.detach())
 
 
-def orpo(
-    policy_chosen_logps_P: Tensor,
-    policy_rejected_logps_P: Tensor,
-    chosen_lengths_P: Tensor,
-    rejected_lengths_P: Tensor,
-    *,
-    beta: float,
-) -> PairLoss:
+def orpo(policy: Sides, lengths: Sides, *, beta: float) -> PairLoss:
     """ORPO: NLL(y+)/|y+| - b log s(z), z = (a+ - a-) - (log(1 - e^a+) - log(1 - e^a-)), a = log pi(y)/|y|.
 
     z is the log of the odds ratio; no reference (Hong et al., arXiv 2403.07691). Implicit rewards b a.
     """
-    chosen_P = mean_logps(policy_chosen_logps_P, chosen_lengths_P)
-    rejected_P = mean_logps(policy_rejected_logps_P, rejected_lengths_P)
+    chosen_P, rejected_P = map(mean_logps, policy, lengths)
     log_odds_P = (chosen_P - rejected_P) - (log1mexp(chosen_P) - log1mexp(rejected_P))
     losses_P = -chosen_P - beta * log_sigmoid(log_odds_P)
     return PairLoss(losses_P, beta * chosen_P.detach(), beta * rejected_P.detach())

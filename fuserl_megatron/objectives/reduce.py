@@ -89,18 +89,3 @@ def means(stacked_M2: Tensor) -> Tensor:
     """
     sums_M, counts_M = stacked_M2.unbind(dim=1)
     return torch.where(counts_M > 0, sums_M / counts_M.masked_fill(counts_M == 0, 1.0), torch.nan)
-
-
-def unstack(stacked_M2: Tensor, names: Sequence[str]) -> dict[str, SumCount]:
-    """The inverse of `stack`.
-
-    Args:
-        stacked_M2: [M, 2] sums and counts.
-        names: the M names given to `stack`.
-
-    Returns:
-        name -> (sum, count), 0-d views into the tensor.
-    """
-    if stacked_M2.shape != (len(names), 2):
-        raise ValueError(f"a metrics tensor of shape {tuple(stacked_M2.shape)} does not hold {len(names)} metrics")
-    return {name: (row[0], row[1]) for name, row in zip(names, stacked_M2, strict=True)}

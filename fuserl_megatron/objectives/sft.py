@@ -4,8 +4,7 @@
 
 The contract: `sft_losses` gives one term per response, weight included. Sum the terms over the responses at hand,
 divide ONCE by the global normaliser, never by a local count; losses and gradients of micro-batches and ranks add up.
-`sft_normalizer` gives the share of that normaliser of the responses and prompts at hand; add the shares up over all
-micro-batches and data-parallel ranks before the step.
+`data.sampler.StepPlan.normalizer` counts it over the global batch before the step.
 
     reduction             term i                       normaliser
     token_mean            w_i * NLL_i / T_i            number of prompts        (default)
@@ -46,20 +45,3 @@ def sft_losses(logps_N: Tensor, lengths_N: Tensor, weights_N: Tensor, reduction:
     if SftReduction(reduction) is SftReduction.TOKEN_MEAN:
         nll_N = mean_logps(nll_N, lengths_N)
     return weights_N.to(nll_N.dtype) * nll_N
-
-
-def sft_normalizer(lengths_N: Tensor, weights_N: Tensor, num_prompts: int, reduction: str | SftReduction) -> Tensor:
-    """This part's share of the global normaliser: add the shares of all micro-batches and data-parallel ranks.
-
-    Args:
-        lengths_N: [N] scored tokens of each response.
-        weights_N: [N] weights; 0 for padding.
-        num_prompts: prompts of this part, padding prompts not counted.
-        reduction: an SftReduction or its name.
-
-    Returns:
-        0-d float64.
-    """
-    if SftReduction(reduction) is SftReduction.WEIGHTED_TOKEN_MEAN:
-        return (weights_N.double() * lengths_N).sum()
-    return weights_N.new_tensor(float(num_prompts)).double()

@@ -182,20 +182,6 @@ def best_and_worst_indices(rewards_N: Tensor, mask_N: Tensor | None = None) -> t
     return high_N.argmax(dim=-1), low_N.argmin(dim=-1), high_N.amax(dim=-1) > low_N.amin(dim=-1)
 
 
-def best_and_worst(rewards_N: Tensor, mask_N: Tensor | None = None) -> tuple[int, int] | None:
-    """`best_and_worst_indices` for one source: (i, j), or None where there is no pair.
-
-    Args:
-        rewards_N: [N] rewards.
-        mask_N: [N] bool, True where a response exists; None for all.
-
-    Returns:
-        (index of the best, index of the worst), or None if N < 2 or all rewards are equal.
-    """
-    best, worst, has_pair = best_and_worst_indices(rewards_N, mask_N)
-    return (int(best), int(worst)) if bool(has_pair) else None
-
-
 def reward_gaps(chosen_rewards_P: Tensor, rejected_rewards_P: Tensor) -> Tensor:
     """Gaps dr = r+ - r- in [0, 1], MaPPO's calibration of a pair (arXiv 2507.21183).
 

@@ -18,15 +18,12 @@ def load_best(engine: Engine, checkpoints: Path, history: History, step: int) ->
     for best in parallel.from_main_rank(history.kept_steps(), engine.layout.device):
         if best == step:
             return step
-        damage = checkpoint.damage_of(checkpoints, best, engine.layout)
+        what, damage = f"best {history.monitor}: step {best}", checkpoint.damage_of(checkpoints, best, engine.layout)
         if damage is None:
             checkpoint.load(engine, checkpoints, best)
-        if engine.layout.is_main and damage is None:
-            say(f"best {history.monitor}: step {best}, whose weights are exported")
-        elif engine.layout.is_main:
-            say(f"WARNING: best {history.monitor}: step {best}, whose checkpoint is damaged ({damage}): the next best")
-        if damage is None:
+            say(f"{what}, whose weights are exported", engine.layout.is_main)
             return best
+        say(f"WARNING: {what}, whose checkpoint is damaged ({damage}): the next best", engine.layout.is_main)
     return step
 
 
@@ -45,5 +42,5 @@ def export(config: Config, engine: Engine, dataset: FusedDataset, destination: P
     tokenizer = config.model.tokenizer or config.model.path
     gather_parameters(engine.wrapped)
     weights.export_hf(engine.target, engine.layout, str(destination), source_dir=tokenizer, lineage=lineage)
-    if engine.layout.is_main:
-        say(f"\nHugging Face model written to {destination} in {time.monotonic() - started:.1f} s")
+    seconds = time.monotonic() - started
+    say(f"\nHugging Face model written to {destination} in {seconds:.1f} s", engine.layout.is_main)

@@ -1,4 +1,5 @@
-"""What a pass over a data set needs at hand: its batches, their reference log-probabilities, the numbers of each step.
+"""How a pass over a data set is put together: data sets, model, optimizer, batches with reference log-probabilities,
+the numbers of each step. Training, evaluation, `fuserl parity` and the benchmarks begin here.
 
 KTO compares with the log-ratio of *mismatched* pairs: each response under another prompt (the next one of the set),
 the mean over the whole global batch. It is computed before the step by a forward-only pass over as many sequences again
@@ -9,18 +10,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from fuserl_megatron.config.facts import row_length
-from fuserl_megatron.config.objective import uses_reference
-from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig
+from fuserl_megatron.config.objective import uses_reference, with_loss_defaults
+from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig, UserError
+from fuserl_megatron.convert.hf_config import ModelShape, read_config
+from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.data.prepared import PreparedSet, mismatched
 from fuserl_megatron.data.sampler import GlobalBatchSampler, StepPlan
 from fuserl_megatron.mcore.losses import StepValues
+from fuserl_megatron.mcore.model import build_model, wrap_for_training
+from fuserl_megatron.mcore.optimizer import build_optimizer
+from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.precision import parameter_dtype
 from fuserl_megatron.mcore.step import Engine, score
-from fuserl_megatron.objectives.group_losses import kto_kl, kto_kl_sum_count, wrpo_alpha
+from fuserl_megatron.objectives.group_losses import kto_kl, wrpo_alpha
 from fuserl_megatron.train.reference import LiveReference, Reference, stored_references
+
+FOLDERS = ("reference", "reference_validation")
+"""Where the reference's scores of the training set and of the held-out one lie in results_dir."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +41,8 @@ class Feed:
 
     prepared: PreparedSet
     sampler: GlobalBatchSampler
+    directory: Path
+    """Of the reference's stored scores (reference_mode=cache)."""
     reference: Reference | None = None
     mismatched: "Feed | None" = None
     """KTO: the same prompts' responses under other prompts."""
@@ -42,7 +56,48 @@ class Feed:
         return [replace(b, reference_logps_N=scores.lookup(b.response_ids_N)) for b in batches]
 
 
-def make_feed(config: Config, dataset: FusedDataset, dp_size: int, pp_multiple: int) -> Feed:
+def open_run(config: Config, paths: Sequence[str | None]) -> tuple[Config, ModelShape, list[FusedDataset]]:
+    """What can be looked at before the ranks meet: the run with its loss's defaults, the model's shape, the data sets.
+
+    Raises:
+        UserError: options that do not belong to the loss, no model or data set where one is named, or tokens that the
+            model does not know.
+    """
+    config = with_loss_defaults(config)
+    for path in filter(None, (config.model.path, config.objective.reference)):
+        check_model_directory(path)
+    shape, datasets = read_config(config.model.path), [FusedDataset(path) for path in paths if path is not None]
+    for dataset in datasets:
+        if dataset.manifest.max_token_id >= shape.vocab_size:
+            raise UserError(
+                f"{dataset.path} has token id {dataset.manifest.max_token_id}, {config.model.path} a vocabulary of "
+                f"{shape.vocab_size}: build the data set with this model's tokenizer (tokenizer={config.model.path})."
+            )
+    return config, shape, datasets
+
+
+def make_engine(
+    config: Config, layout: Layout, shape: ModelShape, source_names: Sequence[str], dtype: torch.dtype | None = None
+) -> Engine:
+    """The model, its weights yet to be loaded, without an optimizer; in dtype, or where None in trainer.precision's."""
+    precision = config.trainer.precision
+    return Engine(
+        target=build_model(shape, config.model, layout, dtype or parameter_dtype(precision), precision),
+        layout=layout,
+        objective=config.objective,
+        source_names=source_names,
+        logprob_chunk_size=config.model.logprob_chunk_size,
+    )
+
+
+def with_optimizer(config: Config, engine: Engine) -> Engine:
+    """The engine, its weights loaded, ready to train: chunks wrapped in DDP, and the optimizer of their parameters."""
+    wrapped = wrap_for_training(engine.target, config.optim)
+    optimizer = build_optimizer(wrapped, config.optim, config.trainer, parameter_dtype(config.trainer.precision))
+    return replace(engine, wrapped=wrapped, optimizer=optimizer)
+
+
+def make_feed(config: Config, dataset: FusedDataset, layout: Layout, folder: str = FOLDERS[0]) -> Feed:
     """Select, weigh and lay out a data set, without reference log-probabilities yet.
 
     Raises:
@@ -50,38 +105,39 @@ def make_feed(config: Config, dataset: FusedDataset, dp_size: int, pp_multiple: 
     """
     prepared = prepare(dataset, config.objective, config.data.reward_temperature)
     rows = replace(config.data, seq_length=row_length(config))
-    sampler = GlobalBatchSampler(prepared, rows, config.run.seed, dp_size, microbatch_multiple=pp_multiple)
-    other = None
+    multiple = layout.pp_size if layout.vpp_size else 1
+
+    def laid_out(prepared: PreparedSet, rows: DataConfig, folder: str, other: Feed | None = None) -> Feed:
+        sampler = GlobalBatchSampler(prepared, rows, config.run.seed, layout.dp_size, multiple)
+        directory = Path(config.run.results_dir) / folder
+        return Feed(prepared=prepared, sampler=sampler, directory=directory, mismatched=other)
+
     if config.objective.loss == "kto" and (view := mismatched(prepared)) is not None:
-        data: DataConfig = replace(rows, packing=PackingConfig(enabled=config.data.packing.enabled, share_prefix="off"))
-        other = Feed(prepared=view, sampler=GlobalBatchSampler(view, data, config.run.seed, dp_size, pp_multiple))
-    return Feed(prepared=prepared, sampler=sampler, mismatched=other)
+        alone = replace(rows, packing=PackingConfig(enabled=rows.packing.enabled, share_prefix="off"))
+        return laid_out(prepared, rows, folder, laid_out(view, alone, f"{folder}_mismatched"))
+    return laid_out(prepared, rows, folder)
 
 
 def with_references(
-    config: Config,
-    engine: Engine,
-    feeds: Sequence[tuple[Feed, Path]],
-    between_batches: Callable[[], None] = lambda: None,
+    config: Config, engine: Engine, feeds: Sequence[Feed], between_batches: Callable[[], None] = lambda: None
 ) -> list[Feed]:
-    """The feeds with reference log-probabilities (each with the directory its stored ones lie in).
+    """The feeds with reference log-probabilities.
 
     The engine's own weights are overwritten in modes cache and swap: load the policy's afterwards.
     """
     if not uses_reference(config.objective):
-        return [feed for feed, _ in feeds]
+        return list(feeds)
     if config.objective.reference_mode in ("resident", "swap"):
         live = LiveReference(config, engine)
-        return [_filled(feed, live, live) for feed, _ in feeds]
-    jobs = [(feed.prepared, feed.sampler, directory) for feed, directory in feeds]
-    jobs += [
-        (feed.mismatched.prepared, feed.mismatched.sampler, directory.with_name(f"{directory.name}_mismatched"))
-        for feed, directory in feeds
-        if feed.mismatched
-    ]
+        return [_filled(feed, live, live) for feed in feeds]
+    every = [*feeds, *(feed.mismatched for feed in feeds if feed.mismatched)]
+    jobs = [(feed.prepared, feed.sampler, feed.directory) for feed in every]
     stored = stored_references(config, engine, jobs, between_batches)
     others = iter(stored[len(feeds) :])
-    return [_filled(feed, own, next(others) if feed.mismatched else None) for (feed, _), own in zip(feeds, stored)]  # noqa: B905
+    return [
+        _filled(feed, own, next(others) if feed.mismatched else None)
+        for feed, own in zip(feeds, stored[: len(feeds)], strict=True)
+    ]
 
 
 def _filled(feed: Feed, own: Reference, other: Reference | None) -> Feed:
@@ -105,4 +161,4 @@ def _kto_kl(engine: Engine, feed: Feed | None, plan: StepPlan) -> float:
     ids_N, logps_N = score(engine, batches)
     order_N = ids_N.argsort()  # ranks hand in their parts in an order that depends on the layout
     reference_N = feed.reference.scores(batches).lookup(ids_N[order_N])
-    return kto_kl(*kto_kl_sum_count(logps_N[order_N], reference_N.double())).item()
+    return kto_kl(logps_N[order_N], reference_N).item()

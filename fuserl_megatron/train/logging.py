@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
+from fuserl_megatron.data.files import write_file
 from fuserl_megatron.train.trackers import Trackers
 
 SHOWN = {
@@ -19,9 +20,10 @@ SHOWN = {
 }
 
 
-def say(text: str = "") -> None:
-    """One line on stdout, at once."""
-    print(text, flush=True)
+def say(text: str, aloud: bool = True) -> None:
+    """One line on stdout, at once; `aloud` is False on ranks that are to keep silent."""
+    if aloud:
+        print(text, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -51,9 +53,7 @@ def cut_back(path: Path, step: int) -> None:
             kept += [line] if json.loads(line)["step"] <= step else []
         except ValueError:
             continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    partial.replace(path)
+    write_file(path, [f"{line}\n".encode() for line in kept])
 
 
 class Lines:

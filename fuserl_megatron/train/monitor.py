@@ -1,9 +1,9 @@
 """The metric that decides which checkpoint is best, checked before anything heavy starts: needs no Megatron."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.words import nearest
 from fuserl_megatron.mcore.losses import metric_names
 
 
@@ -20,8 +20,7 @@ def check_monitor(config: Config, sources: Sequence[str]) -> None:
     monitor = config.exp_manager.checkpoint_callback_params.monitor
     known = ["val_loss", *(f"val_{name}" for name in metric_names(config.objective, sources))]
     if monitor is not None and monitor not in known:
-        near = get_close_matches(monitor, known, n=1, cutoff=0.0)[0]
         raise UserError(
-            f"exp_manager.checkpoint_callback_params.monitor={monitor}: no such metric. Did you mean {near}? "
+            f"exp_manager.checkpoint_callback_params.monitor={monitor}: no such metric.{nearest(monitor, known)} "
             f"There are: {', '.join(n for n in known if '/' not in n)}, and some of them per source."
         )

@@ -14,27 +14,24 @@ import dataclasses
 import gc
 import math
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 
-from fuserl_megatron.config.objective import uses_reference, with_defaults
+from fuserl_megatron.config.objective import uses_reference
 from fuserl_megatron.config.schema import Config, ModelConfig, PackingConfig, UserError
-from fuserl_megatron.convert.hf_config import read_config
-from fuserl_megatron.convert.hf_io import check_model_directory
-from fuserl_megatron.convert.names import hf_shapes
+from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.data.assemble import units_of
 from fuserl_megatron.data.dataset import FusedDataset
+from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.mcore import parallel, weights
-from fuserl_megatron.mcore.model import build_model, wrap_for_training
-from fuserl_megatron.mcore.optimizer import build_optimizer, gradient_norm
-from fuserl_megatron.mcore.precision import parameter_dtype
-from fuserl_megatron.mcore.step import Engine, NonFiniteError, forward_backward
-from fuserl_megatron.train.feed import make_feed, step_values, with_references
+from fuserl_megatron.mcore.optimizer import gradient_norm
+from fuserl_megatron.mcore.step import NonFiniteError, forward_backward
+from fuserl_megatron.train.feed import make_engine, make_feed, open_run, step_values, with_optimizer, with_references
 from fuserl_megatron.train.logging import say
+from fuserl_megatron.train.summary import num_parameters
 
 THRESHOLDS = {"32": 1e-5, "bf16": 0.2}
 """Largest relative error that passes by trainer.precision; docs/parallelism.md has the figures behind it."""
@@ -63,16 +60,15 @@ def parity(config: Config, *, steps: int = 1, threshold: float | None = None) ->
     Raises:
         UserError: settings, ranks, model or data do not fit; the model is too large for float64 here.
     """
+    config, shape, (dataset,) = open_run(config, [config.data.path])
     config = _compared(config)
-    for path in filter(None, (config.model.path, config.objective.reference)):
-        check_model_directory(path)
     layout = parallel.initialize(config.model, config.trainer)
     try:
-        _check_memory(config, steps, layout)
-        found = [(loss, norm, dict(gradients)) for loss, norm, gradients in _steps(config, layout, steps)]
+        _check_memory(config, shape, steps, layout)
+        compared = _steps(config, layout, shape, dataset, steps)
+        found = [(loss, norm, dict(gradients)) for loss, norm, gradients in compared]
     except NonFiniteError as error:
-        if layout.is_main:
-            say(str(error))
+        say(str(error), layout.is_main)
         return 1
     finally:
         parallel.shutdown()
@@ -80,7 +76,7 @@ def parity(config: Config, *, steps: int = 1, threshold: float | None = None) ->
         return 0
     gc.collect()  # DDP's buffers and hooks refer to each other
     torch.cuda.empty_cache()
-    rows = _worst(found, _alone(config, layout.device.type == "cuda", steps))
+    rows = _worst(found, _alone(config, shape, dataset, layout.device.type == "cuda", steps))
     say(f"layout   {layout.describe()}, precision {config.trainer.precision}, global batches: {steps}")
     say("alone    one process, float64, a row for each sequence (both: no distributed optimizer, no overlap)\n")
     return _report(rows, THRESHOLDS[config.trainer.precision] if threshold is None else threshold)
@@ -90,8 +86,9 @@ def _compared(config: Config) -> Config:
     """The run without what splits, defers or stores its numbers."""
     switches = ("use_precision_aware_optimizer", "use_distributed_optimizer", "overlap_grad_reduce")
     whole = dict.fromkeys((*switches, "overlap_param_gather"), False)
-    live = dict(reference_mode="swap") if uses_reference(config.objective) else {}
-    objective = with_defaults(dataclasses.replace(config.objective, **live))
+    objective = config.objective
+    if uses_reference(objective):
+        objective = dataclasses.replace(objective, reference_mode="swap")
     if config.trainer.precision.startswith("fp8"):  # what a layout does to the numbers does not depend on it
         config = dataclasses.replace(
             config,
@@ -101,13 +98,13 @@ def _compared(config: Config) -> Config:
     return dataclasses.replace(config, objective=objective, optim=dataclasses.replace(config.optim, **whole))
 
 
-def _alone(config: Config, on_gpu: bool, steps: int) -> Iterator[Step]:
+def _alone(config: Config, shape: ModelShape, dataset: FusedDataset, on_gpu: bool, steps: int) -> Iterator[Step]:
     """Rank 0's own computation, in a world of one that meets nobody."""
     dist.init_process_group("nccl" if on_gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = ModelConfig(path=config.model.path, transformer_impl="local")
     try:
         layout = parallel.initialize(model, config.trainer)
-        prepared = make_feed(config, FusedDataset(config.data.path), 1, 1).prepared
+        prepared = prepare(dataset, config.objective, config.data.reward_temperature)
         units = (unit for prompt in range(prepared.num_prompts) for unit in units_of(prepared, prompt, False))
         positions_N = np.repeat(prepared.prompt_lengths, np.diff(prepared.sequence_offsets)) + prepared.lengths
         data = dataclasses.replace(
@@ -116,37 +113,33 @@ def _alone(config: Config, on_gpu: bool, steps: int) -> Iterator[Step]:
             micro_batch_size=max(len(unit.sequences) for unit in units),
             seq_length=int(positions_N.max()),
         )
-        yield from _steps(dataclasses.replace(config, model=model, data=data), layout, steps, torch.float64)
+        plain = dataclasses.replace(config, model=model, data=data)
+        yield from _steps(plain, layout, shape, dataset, steps, torch.float64)
     finally:
         parallel.shutdown()
 
 
-def _steps(config: Config, layout: parallel.Layout, steps: int, dtype: torch.dtype | None = None) -> Iterator[Step]:
+def _steps(
+    config: Config,
+    layout: parallel.Layout,
+    shape: ModelShape,
+    dataset: FusedDataset,
+    steps: int,
+    dtype: torch.dtype | None = None,
+) -> Iterator[Step]:
     """The first global batches. dtype float64: plain gradients, without DDP; None: the run's, through DDP."""
-    dataset, train_dtype = FusedDataset(config.data.path), parameter_dtype(config.trainer.precision)
-    feed = make_feed(config, dataset, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
-    target = build_model(read_config(config.model.path), config.model, layout, dtype or train_dtype)
-    engine = Engine(
-        target=target,
-        layout=layout,
-        objective=config.objective,
-        source_names=dataset.sources,
-        logprob_chunk_size=config.model.logprob_chunk_size,
-    )
-    (feed,) = with_references(config, engine, [(feed, Path())])  # mode swap uses no directory
+    engine = make_engine(config, layout, shape, dataset.sources, dtype)
+    (feed,) = with_references(config, engine, [make_feed(config, dataset, layout)])
+    target = engine.target
     weights.load_hf_weights(target, config.model.path, layout)
     if dtype is None:
-        wrapped = wrap_for_training(target, config.optim)
-        optimizer = build_optimizer(wrapped, config.optim, config.trainer, train_dtype)
-        engine = dataclasses.replace(engine, wrapped=wrapped, optimizer=optimizer)
-    weighted_tokens = config.objective.nll_reduction == "weighted_token_mean"
+        engine = with_optimizer(config, engine)
     for plan in map(feed.sampler.step, range(steps)):
         batches = feed.batches(plan, layout.dp_rank)
         values = step_values(config, engine, feed, plan, 1, 2)  # half-way: WRPO's source response takes part
         for part in target.chunks:
             part.zero_grad()
-        normalizer = plan.sum_weighted_tokens if weighted_tokens else float(plan.num_prompts)
-        loss = forward_backward(engine, batches, normalizer, values)[0]
+        loss = forward_backward(engine, batches, plan.normalizer(config.objective.nll_reduction), values)[0]
         norm = gradient_norm(engine.optimizer) if engine.optimizer else math.nan
         yield loss, norm, weights.gather_hf_tensors(target, layout, _gradient)
 
@@ -156,9 +149,9 @@ def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.main_grad.clone() if hasattr(parameter, "main_grad") else parameter.grad
 
 
-def _check_memory(config: Config, steps: int, layout: parallel.Layout) -> None:
+def _check_memory(config: Config, shape: ModelShape, steps: int, layout: parallel.Layout) -> None:
     """Rank 0 decides for all, before a model is built."""
-    parameters = sum(math.prod(sizes) for sizes in hf_shapes(read_config(config.model.path)).values())
+    parameters = num_parameters(shape)
     # float64: weights, gradients, the reference's weights; fp32: the layout's gradients
     needed = parameters * (8 * (3 if uses_reference(config.objective) else 2) + 4 * steps)
     on_cpu = layout.device.type == "cpu"

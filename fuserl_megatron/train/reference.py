@@ -12,6 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,17 +40,6 @@ class Scores:
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:
         """float32 of the ids given; all of them must be here."""
         return self.logps_N[torch.searchsorted(self.ids_N, ids)]
-
-
-class StoredReference:
-    """Mode cache."""
-
-    def __init__(self, cache: ReferenceCache):
-        self.cache = cache
-
-    def scores(self, batches: Sequence[PackedBatch]) -> ReferenceCache:
-        """Something with `lookup(response ids)` for the global batch whose part `batches` is."""
-        return self.cache
 
 
 class LiveReference:
@@ -88,12 +78,13 @@ class LiveReference:
         return Scores(ids_N[order_N], logps_N[order_N].float())
 
 
-Reference = StoredReference | LiveReference
+Reference = ReferenceCache | LiveReference
+"""Something whose `scores(batches)`, for the global batch whose part they are, has `lookup(response ids)`."""
 
 
 def stored_hash(reference: Reference | None) -> str | None:
     """The sha256 of stored log-probabilities, None where there are none."""
-    return reference.cache.sha256 if isinstance(reference, StoredReference) else None
+    return reference.sha256 if isinstance(reference, ReferenceCache) else None
 
 
 def reference_path(config: Config) -> str:
@@ -106,7 +97,7 @@ def stored_references(
     engine: Engine,
     jobs: Sequence[tuple[PreparedSet, GlobalBatchSampler, Path]],
     between_batches: Callable[[], None],
-) -> list[StoredReference]:
+) -> list[ReferenceCache]:
     """Caches of the sequences of each job (prepared set, sampler, directory); what is not there yet is scored now.
 
     The reference's weights are loaded into the engine's model, once and only if something has to be scored.
@@ -123,9 +114,9 @@ def stored_references(
                 weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
                 loaded = True
             _score_missing(config, engine, prepared, sampler, cache, missing, between_batches)
-        elif engine.layout.is_main:
-            say(f"reference: log-probabilities of {reference_path(config)} found in {directory}")
-        found.append(StoredReference(cache or ReferenceCache.open(directory, key, prepared.dataset.num_responses)))
+        else:
+            say(f"reference: log-probabilities of {reference_path(config)} found in {directory}", engine.layout.is_main)
+        found.append(cache or ReferenceCache.open(directory, key, prepared.dataset.num_responses))
     return found
 
 
@@ -133,25 +124,22 @@ def _open(
     config: Config, layout: parallel.Layout, prepared: PreparedSet, directory: Path
 ) -> tuple[ReferenceCache | None, str, np.ndarray]:
     """The cache (rank 0 only, open for writing), its key and which responses of the data set it lacks."""
-    dataset, cache, key, problem, missing = prepared.dataset, None, None, None, None
-    if layout.is_main:
-        try:
-            key = _key(config, prepared, directory)
-            cache = ReferenceCache.open_or_create(directory, key, dataset.num_responses)
-            missing = cache.missing_mask
-        except (UserError, OSError) as error:
-            problem = str(error)
-    _refuse_everywhere(problem, layout)
-    key, missing = parallel.from_main_rank((key, missing), layout.device)
+    cache = None
+
+    def opened() -> tuple[str, np.ndarray]:
+        nonlocal cache
+        key = _key(config, prepared, directory)
+        cache = ReferenceCache.open_or_create(directory, key, prepared.dataset.num_responses)
+        return key, cache.missing_mask
+
+    key, missing = _on_main_rank(layout, opened)
     return cache, key, missing
 
 
 def _key(config: Config, prepared: PreparedSet, directory: Path) -> str:
     """What the numbers depend on; with the check switched off, whatever the directory says."""
-    if "reference_hash" in config.run.disable_checks:
-        stored = ReferenceCache.stored_key(directory)
-        if stored is not None:
-            return stored
+    if "reference_hash" in config.run.disable_checks and (stored := ReferenceCache.stored_key(directory)) is not None:
+        return stored
     model = hash_model_directory(reference_path(config))
     key = reference_key(model, prepared.dataset.manifest, config.trainer.precision)
     if isinstance(prepared.dataset, NextPrompts):  # which prompt a response stands under depends on the prompts kept
@@ -168,35 +156,35 @@ def _score_missing(
     missing: np.ndarray,
     between_batches: Callable[[], None],
 ) -> None:
-    layout, started, num_scored, problem = engine.layout, time.monotonic(), 0, None
+    layout, started, num_scored = engine.layout, time.monotonic(), 0
+
+    def write(ids: torch.Tensor, logps: torch.Tensor) -> None:
+        cache.write(ids, logps)
+        cache.flush()
+
     for plan in sampler.scoring_plans(missing):
         between_batches()
-        ids, logps = score(engine, sampler.micro_batches(plan, layout.dp_rank))
+        _on_main_rank(layout, write, *score(engine, sampler.micro_batches(plan, layout.dp_rank)))
         num_scored += plan.num_sequences
-        if layout.is_main:
-            problem = _problem_of(cache.write, ids, logps) or _problem_of(cache.flush)
-        _refuse_everywhere(problem, layout)
+    # nobody reads before everything is written, either
+    _on_main_rank(layout, lambda: cache.finish(prepared.response_ids))
+    seconds = time.monotonic() - started
+    say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s", layout.is_main)
+
+
+def _on_main_rank(layout: parallel.Layout, action: Callable[..., Any], *args: Any) -> Any:
+    """What rank 0 alone does, and its result on all ranks. What keeps it from that is raised on all of them: the others
+    would wait for it in the next collective until the timeout."""
+    result = problem = None
     if layout.is_main:
-        problem = _problem_of(cache.finish, prepared.response_ids)
-    _refuse_everywhere(problem, layout)  # nobody reads before everything is written, either
-    if layout.is_main:
-        seconds = time.monotonic() - started
-        say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s")
-
-
-def _problem_of(action: Callable, *args) -> str | None:
-    """What keeps rank 0 from doing something with the file that is its alone."""
-    try:
-        action(*args)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
-
-
-def _refuse_everywhere(problem: str | None, layout: parallel.Layout) -> None:
-    """Raise what rank 0 met on every rank: the others would wait for it in the next collective until the timeout."""
-    if problem := parallel.from_main_rank(problem, layout.device):
+        try:
+            result = action(*args)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    result, problem = parallel.from_main_rank((result, problem), layout.device)
+    if problem:
         raise UserError(problem)
+    return result
 
 
 def _parameters(engine: Engine) -> list[torch.nn.Parameter]:

@@ -1,22 +1,9 @@
-"""Learning rate and run length: pure functions of the step."""
+"""The learning rate: a pure function of the step."""
 
 import math
 
-from fuserl_megatron.config.schema import OptimConfig, TrainerConfig
-
-
-def total_steps(trainer: TrainerConfig, steps_per_epoch: int) -> int:
-    """Optimizer steps of the run: the smaller of max_epochs and max_steps."""
-    limits = [trainer.max_steps] if trainer.max_steps is not None else []
-    if trainer.max_epochs is not None:
-        limits.append(trainer.max_epochs * steps_per_epoch)
-    return min(limits)
-
-
-def warmup_steps(optim: OptimConfig, total: int) -> int:
-    """Steps of linear warm-up: as given, or the ratio of all steps rounded up."""
-    sched = optim.sched
-    return sched.warmup_steps if sched.warmup_steps is not None else math.ceil(sched.warmup_ratio * total)
+from fuserl_megatron.config.facts import warmup_steps
+from fuserl_megatron.config.schema import OptimConfig
 
 
 def lr_at(step: int, total: int, optim: OptimConfig) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.config.secrets import redact
+from fuserl_megatron.config.words import leaves
 
 
 class TensorBoard:
@@ -92,7 +93,7 @@ class Mlflow:
         experiment = found.experiment_id if found else self.client.create_experiment(name, artifacts)
         self.id = self.client.create_run(experiment, run_name=config.run.name).info.run_id
         id_file.write_text(self.id)
-        for key, value in _flat(dataclasses.asdict(config)):
+        for key, value in leaves(dataclasses.asdict(config)):
             self.client.log_param(self.id, key, str(value)[:500])
 
     def log(self, values: dict[str, float], step: int) -> None:
@@ -145,10 +146,3 @@ class Trackers:
 
 def _read(file: Path) -> str | None:
     return file.read_text().strip() or None if file.is_file() else None
-
-
-def _flat(values: dict, prefix: str = "") -> list[tuple[str, object]]:
-    pairs = []
-    for key, value in values.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return pairs

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
+from fuserl_megatron.mcore.parallel import Layout, from_main_rank
 from fuserl_megatron.mcore.step import Engine, evaluate, reduced
 from fuserl_megatron.train.feed import Feed, step_values
 from fuserl_megatron.train.logging import Lines
@@ -44,8 +45,7 @@ def validate(
         values = step_values(config, engine, feed, plan, step, total)
         part_M2 = evaluate(engine, feed.batches(plan, engine.layout.dp_rank), values)
         totals_M2 = part_M2 if totals_M2 is None else totals_M2 + part_M2
-        weighted = config.objective.nll_reduction == "weighted_token_mean"
-        normalizer += plan.sum_weighted_tokens if weighted else plan.num_prompts
+        normalizer += plan.normalizer(config.objective.nll_reduction)
         sums += plan.num_prompts
     loss, metrics = reduced(engine, totals_M2)
     return {"val_loss": loss / normalizer, **{f"val_{k}": v for k, v in metrics.items()}, "val_prompts": sums}
@@ -82,22 +82,21 @@ class History:
         """Whether the validation after this step is not recorded: the run was stopped in the middle of it."""
         return all(record["step"] != step for record in self.records)
 
-    def best_steps(self, trained_only: bool = True) -> list[int]:
-        """Steps by the monitored metric, best first (ties: the earlier one); step 0 has no checkpoint."""
+    def kept_steps(self) -> list[int]:
+        """The save_top_k best steps by the monitored metric (ties: the earlier one); step 0 has no checkpoint."""
         if self.monitor is None:
             return []
         sign = 1.0 if self.mode == "min" else -1.0
         scored = [
-            (sign * r[self.monitor], r["step"])
-            for r in self.records
-            if r.get(self.monitor) is not None and (r["step"] or not trained_only)
+            (sign * r[self.monitor], r["step"]) for r in self.records if r["step"] and r.get(self.monitor) is not None
         ]
-        return [step for _, step in sorted(scored)]
-
-    def kept_steps(self) -> list[int]:
-        """The save_top_k best steps."""
-        best = self.best_steps()
+        best = [step for _, step in sorted(scored)]
         return best if self.top_k < 0 else best[: self.top_k]
+
+    def decisions(self, step: int, layout: Layout) -> tuple[bool, bool, list[int]]:
+        """Whether this step is among the best, whether to stop, which are the best: rank 0's answer, on all ranks."""
+        kept = self.kept_steps()
+        return from_main_rank((step in kept, self.should_stop(), kept), layout.device)
 
     def should_stop(self) -> bool:
         """Whether `patience` validations in a row brought no new best value (a value that is not a number is none)."""

@@ -7,6 +7,7 @@ import math
 import random
 
 import torch
+from groups import read_group
 
 from fuserl_megatron.config.schema import (
     BuildConfig,
@@ -148,8 +149,8 @@ def _with_reference(objective, paths):
 def loss_and_gradients(config, reference_dir, sampler_step=0):
     """Loss, metrics, gradient norm, (rank 0) gradients by HF name, micro-batches and prompts of one step."""
     import dataclasses
-    from pathlib import Path
 
+    from fuserl_megatron.config.objective import with_loss_defaults
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.data.dataset import FusedDataset
     from fuserl_megatron.mcore import model as m
@@ -157,12 +158,11 @@ def loss_and_gradients(config, reference_dir, sampler_step=0):
     from fuserl_megatron.mcore.optimizer import build_optimizer, gradient_norm
     from fuserl_megatron.train.checks import check_batches, check_prepared
     from fuserl_megatron.train.feed import make_feed, step_values, with_references
-    from fuserl_megatron.train.loop import with_loss_defaults
 
     config = with_loss_defaults(config)
     layout = parallel.initialize(config.model, config.trainer)
     dataset = FusedDataset(config.data.path)
-    feed = make_feed(config, dataset, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
+    feed = make_feed(config, dataset, layout, str(reference_dir))
     check_prepared(config, feed.prepared)
     target = m.build_model(read_config(config.model.path), config.model, layout, torch.float32)
     engine = step.Engine(
@@ -172,16 +172,14 @@ def loss_and_gradients(config, reference_dir, sampler_step=0):
         source_names=dataset.sources,
         logprob_chunk_size=config.model.logprob_chunk_size,
     )
-    (feed,) = with_references(config, engine, [(feed, Path(reference_dir))])
+    (feed,) = with_references(config, engine, [feed])
     weights.load_hf_weights(target, config.model.path, layout)
     wrapped = m.wrap_for_training(target, config.optim)
     engine = dataclasses.replace(
         engine, wrapped=wrapped, optimizer=build_optimizer(wrapped, config.optim, config.trainer, torch.float32)
     )
     plan = feed.sampler.step(sampler_step)
-    normalizer = float(plan.num_prompts)
-    if config.objective.nll_reduction == "weighted_token_mean":
-        normalizer = plan.sum_weighted_tokens
+    normalizer = plan.normalizer(config.objective.nll_reduction)
     batches = feed.batches(plan, layout.dp_rank)
     check_batches(config, feed.prepared.unit, batches, layout)
     values = step_values(config, engine, feed, plan, STEP, TOTAL)
@@ -318,7 +316,7 @@ def twin(paths, objective, dtype=torch.float64):
     ]
     data, prompts = FusedDataset(paths["data"]), []
     for g in range(data.num_groups):
-        group = data.group(g)
+        group = read_group(data, g)
         prompt, by_source = group.prompt_tokens.tolist(), {}
         for n, (response, source, reward) in enumerate(
             zip(group.responses, group.source_ids, group.rewards, strict=True)

@@ -4,6 +4,7 @@ Shapes: B rows, S tokens per row, Q query heads, G key/value groups, D head dime
 """
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -68,19 +69,27 @@ def test_dense_mask_is_the_rule_also_for_context_ranks(rows):
 
 @settings(max_examples=25, deadline=None)
 @given(rows)
-def test_segment_by_segment_equals_the_dense_mask(rows):
+def test_segment_by_segment_and_band_by_band_equal_the_dense_mask(rows):
     visible, inputs = visibility(rows), random_inputs(len(rows))
+    bands = {size: visibility(rows, band=size) for size in (1, 7, 16, S)}
     grads = {}
     for name, function in {
         "dense": lambda q, k, v: attention._sdpa(q, k, v, 0.3, attn_mask=visible.dense()),
         "spans": lambda q, k, v: attention._by_span(q, k, v, visible, 0.3),
+        **{n: partial(attention._by_band, visible=cut, scale=0.3) for n, cut in bands.items()},
     }.items():
         out = run(function, inputs)
         factors = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
         grads[name] = [out, *torch.autograd.grad((factors * out).sum(), inputs)]
-    for actual, expected in zip(grads["spans"], grads["dense"], strict=True):
-        assert (actual - expected).abs().max() < 1e-12
-    assert visible.seen_pairs >= int(visible.dense().sum())
+    for name in ("spans", *bands):
+        for actual, expected in zip(grads[name], grads["dense"], strict=True):
+            assert (actual - expected).abs().max() < 1e-12, name
+    seen = int(visible.dense().sum())
+    assert visible.seen_pairs >= seen
+    for size, cut in bands.items():
+        assert seen <= cut.band_pairs(size) == sum(mask.numel() for mask in cut.band_masks(torch.float64))
+        cut.forget()
+        assert not cut._masks
 
 
 @pytest.mark.parametrize("cp_size", [1, 2])
@@ -104,9 +113,15 @@ def test_transformer_engine_is_told_where_segments_end():
 
 
 def test_the_cheaper_form_is_taken():
-    long_row = Visibility(*(torch.arange(4096)[None] // 512,) * 2)
-    assert attention.attention_argument(long_row, "sdpa", 4096).dim() == 0
-    assert attention.attention_argument(visibility([row([(9, [4, 5])])]), "sdpa", 64).dim() == 4
+    def band(segment_length, rows, length, width):
+        """The cut of rows of equal segments, none of which sees another."""
+        visible = Visibility(*((torch.arange(length) // segment_length).expand(rows, length),) * 2)
+        assert attention.attention_argument(visible, "sdpa", width).dim() == 0
+        return visible.band
+
+    assert band(512, 1, 4096, 4096) is None  # few long segments
+    assert band(40, 4, 256, 96) in (32, 64)  # many short ones
+    assert band(10, 1, 64, 8) == 64  # nothing to gain: one product
     split = Visibility(*(torch.arange(4096)[None] // 512,) * 2, cp_size=2)
     assert attention.attention_argument(split, "sdpa", 4096).shape == (1, 1, 2048, 4096)
 

@@ -12,6 +12,7 @@ from unittest import mock
 
 import pytest
 from fusion_case import make_case, make_config, worst_relative_error
+from groups import read_group
 
 BOUND = 1e-5
 ALL_RESPONSES = dict(stage="fusepo", loss="rloo")
@@ -41,7 +42,7 @@ def twin(paths):
     model = AutoModelForCausalLM.from_pretrained(paths["policy"], dtype=torch.float64, attn_implementation="eager")
     data, values, loss = FusedDataset(paths["data"]), {}, 0.0
     for g in range(data.num_groups):
-        group = data.group(g)
+        group = read_group(data, g)
         prompt = group.prompt_tokens.tolist()
         for n, response in enumerate(group.responses, group.first_response_id):
             row = torch.tensor([prompt + response.tolist()])
@@ -53,7 +54,7 @@ def twin(paths):
     return values, {name: p.grad for name, p in model.named_parameters()}
 
 
-def packed(config, num_tokens, fault=None, by_span=False):
+def packed(config, num_tokens, fault=None, band="cheapest"):
     """The same two, of this layout, on rank 0; with one planted mistake when asked."""
     import torch
     import torch.distributed as dist
@@ -66,7 +67,7 @@ def packed(config, num_tokens, fault=None, by_span=False):
 
     layout = parallel.initialize(config.model, config.trainer)
     data = FusedDataset(config.data.path)
-    feed = make_feed(config, data, layout.dp_size, layout.pp_size if layout.vpp_size else 1)
+    feed = make_feed(config, data, layout)
     target = m.build_model(read_config(config.model.path), config.model, layout, torch.float32)
     weights.load_hf_weights(target, config.model.path, layout)
     wrapped = m.wrap_for_training(target, config.optim)
@@ -105,9 +106,9 @@ def packed(config, num_tokens, fault=None, by_span=False):
         return [replace(b, positions_BS=b.positions_BS * o) for b, o in zip(batches, own, strict=True)]
 
     make = restarted if fault == "positions not continued" else feed.batches
-    cost = -1 if by_span else attention.SPAN_COST  # so small a model is cheaper with the dense mask
+    choose = attention.cheapest_band if band == "cheapest" else lambda *_: band
     with (
-        mock.patch.object(attention, "SPAN_COST", cost),
+        mock.patch.object(attention, "cheapest_band", choose),
         mock.patch.object(step, "Visibility", leaking if fault == "sibling leak" else visible),
     ):
         for part in wrapped:
@@ -147,11 +148,12 @@ def test_every_token_and_gradient(ranks, case, expected, layout, share):
     assert worst_relative_error(grads, expected[1]) <= BOUND
 
 
+@pytest.mark.parametrize("band", [None, 32], ids=["by span", "by band"])
 @pytest.mark.parametrize("share", ["off", "on"])
-def test_segment_by_segment_with_another_micro_batch_in_between(ranks, case, expected, share):
+def test_rows_cut_for_attention_with_another_micro_batch_in_between(ranks, case, expected, share, band):
     """1F1B: the layers are recomputed when later micro-batches have been laid out."""
     config = config_of(case, dict(pp=2, recompute="full", share=share))
-    values, grads = ranks.run(packed, 2, config, len(expected[0]), None, True)[0]
+    values, grads = ranks.run(packed, 2, config, len(expected[0]), None, band)[0]
     assert max(abs(values[key] - expected[0][key]) for key in values) <= BOUND
     assert worst_relative_error(grads, expected[1]) <= BOUND
 

@@ -194,19 +194,23 @@ def trial(fleet: Fleet, case: dict, directory: Path, number: int, seed: int, exp
     words, kills, started = overrides(case, directory, layout, in_background), [], time.monotonic()
     if real:
         kills.append(kill_launcher(words, directory, rng, expected[layout].seconds / 2))
-    for _ in range(rng.randint(1, MOST_KILLS) - len(kills)):
+    wanted = rng.randint(1, MOST_KILLS)
+    while len(kills) < wanted:
         remaining = STEPS - max([r["step"] for r in records(directory / "run", whole=False)], default=0)
         how = kill_once(fleet, words, directory, rng, expected[layout], remaining)
-        if how is None:
+        if how is not None:
+            kills.append(how)
+        elif kills:
             break
-        kills.append(how)
+        else:  # done before its first moment: that shows nothing, so once more from the start
+            shutil.rmtree(directory / "run")
     run = fleet.start(words, directory / "log")
     codes = run.wait(LONGEST_S)
     found = problems(expected[layout], directory) if codes == [0, 0] else [f"exit codes {codes}: {run.text()[-2000:]}"]
     resumed = [line.rsplit(" ", 1)[1] for line in run.text().splitlines() if "resuming after step" in line]
     print(
         f"trial {number:3d} | {layout:11s} | {'async' if in_background else 'sync ':5s} | killed: "
-        f"{', '.join(kills) or 'never in time'} | resumed after steps {', '.join(resumed) or '-'} | "
+        f"{', '.join(kills)} | resumed after steps {', '.join(resumed) or '-'} | "
         f"{time.monotonic() - started:.1f} s | {'; '.join(found) or 'bit-equal'}",
         flush=True,
     )

@@ -41,9 +41,9 @@ def states_gb(config, shape, data_parallel):
 def test_preset(file, recipe):
     size, gpus = re.fullmatch(r"llama31_(\d+b)_(\d+)gpu", file.stem).groups()
     chosen = [f"preset={file.stem}", *([f"recipe={recipe}"] if recipe else [])]
-    config = load_config("train", ["model.path=/m", "data.path=/d", *chosen])
+    config = load_config("train", ["model.path=/m", "data.path=/d", "trainer.accelerator=gpu", *chosen])
     shape, world, text = SHAPES[size], int(gpus), file.read_text()
-    facts = validate(config, world, shape, device="cuda")
+    facts = validate(config, world, shape)
     data_parallel = int(re.search(r"DP (\d+) =", facts[0])[1])
     product = re.search(r"layout +(\d+) = TP (\d+) x PP (\d+) x DP (\d+)", text)
     model = config.model
@@ -57,9 +57,7 @@ def test_preset(file, recipe):
     if world == 1:
         return  # one rank divides everything
     with pytest.raises(UserError):
-        validate(
-            config, world, SimpleNamespace(**vars(shape) | dict(ffn_hidden_size=14335, num_layers=79)), device="cpu"
-        )
+        validate(config, world, SimpleNamespace(**vars(shape) | dict(ffn_hidden_size=14335, num_layers=79)))
 
 
 def test_all_presets_are_here():

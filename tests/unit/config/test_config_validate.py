@@ -127,10 +127,11 @@ def test_objective(overrides, expected):
     assert error_of(*overrides).startswith(expected)
 
 
-def test_device_decides_where_the_accelerator_is_left_open():
+def test_what_needs_cuda_is_refused_on_the_cpu_alone():
     override = "model.transformer_impl=transformer_engine"
-    assert validate(config(override), 1, device="cuda")
-    assert "needs CUDA" in error_of(override, device="cpu")
+    for accelerator in ("gpu", "auto"):
+        assert validate(config(override, f"trainer.accelerator={accelerator}"), 1)
+    assert "needs CUDA" in error_of(override, "trainer.accelerator=cpu")
 
 
 def test_data_set_and_model_belong_together():

@@ -8,10 +8,10 @@ import yaml
 
 from fuserl_megatron.cli import main
 from fuserl_megatron.config.load import load_config
-from fuserl_megatron.config.nemo_config import convert, markdown, remaining_problem
-from fuserl_megatron.config.nemo_keys import TABLE
+from fuserl_megatron.config.nemo_config import convert, remaining_problem
+from fuserl_megatron.config.nemo_keys import ANY, TABLE
 from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.config.words import all_keys
+from fuserl_megatron.config.words import all_keys, show
 
 ROOT = Path(__file__).resolve().parents[3]
 ASSETS = ROOT / "tests" / "assets" / "nemo"
@@ -150,6 +150,20 @@ def test_the_table_names_keys_that_exist_once_each():
     names = [row.nemo for row in TABLE]
     assert len(set(names)) == len(names) > 120
     assert {row.ours for row in TABLE if row.ours} <= set(all_keys(Config))
+
+
+def markdown() -> str:
+    """The table of docs/nemo.md."""
+    lines = ["| NeMo-Aligner | here | remark |", "|---|---|---|"]
+    for row in TABLE:
+        here = f"`{row.ours}`" if row.ours else "ignored" if row.values == ANY else "unsupported"
+        remark = [row.note] if row.note else []
+        if row.ours and isinstance(row.values, dict):
+            remark.insert(0, ", ".join(f"{show(k)} → {show(v)}" if k != v else show(k) for k, v in row.values.items()))
+        elif row.ours is None and row.values != ANY and row.values:
+            here = f"ignored when {' or '.join(dict.fromkeys(show(v) for v in row.values))}, otherwise unsupported"
+        lines.append(f"| `{row.nemo}` | {here} | {'; '.join(remark)} |")
+    return "\n".join(lines) + "\n"
 
 
 def test_the_docs_show_the_table():

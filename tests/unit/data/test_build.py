@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from groups import read_group
 
 from fuserl_megatron.config.schema import BuildConfig, ObjectiveConfig, UserError
 from fuserl_megatron.data import build as build_module
@@ -36,7 +37,7 @@ def test_groups_tokens_and_manifest(build_dataset, make_record, tmp_path):
         ],
         reward_temperature=0.01,
     )
-    first, second = data.group(0), data.group(1)
+    first, second = read_group(data, 0), read_group(data, 1)
     assert first.prompt_tokens.tolist() == [3, 4] and second.prompt_tokens.tolist() == [12]
     assert [r.tolist() for r in first.responses] == [[5, 1], [6, 7, 1], [8, 1], [9, 1], [10, 11, 1]]
     assert first.source_ids.tolist() == [0, 1, 2, 3, 0] and second.first_response_id == 5
@@ -74,7 +75,7 @@ def test_many_groups_survive_the_record_batches(build_dataset, make_record):
     assert data.prompt_lengths.sum() == sum(len(p.split()) for p, _ in expected)
     next_response = 0
     for i, (prompt, responses) in enumerate(expected):
-        group = data.group(i)
+        group = read_group(data, i)
         assert group.prompt_tokens.tolist() == [ids[w] for w in prompt.split()]
         assert [r.tolist() for r in group.responses] == [[*(ids[w] for w in r.split()), 1] for r in responses]
         assert group.first_response_id == next_response

@@ -5,6 +5,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from groups import read_group
 
 from fuserl_megatron.config.schema import UserError
 
@@ -41,7 +42,7 @@ def by_source(group):
 
 def slow_fusesft(data, tau):
     for g in range(data.num_groups):
-        sources = by_source(data.group(g))
+        sources = by_source(read_group(data, g))
         weights = softmax({k: max(r for _, r in v) for k, v in sources.items()}, tau)
         # the first of the best
         yield {next(i for i, r in v if r == max(r for _, r in v)): weights[k] for k, v in sources.items()}
@@ -49,7 +50,7 @@ def slow_fusesft(data, tau):
 
 def slow_top_m(data, tau, m):
     for g in range(data.num_groups):
-        group = data.group(g)
+        group = read_group(data, g)
         ranked = sorted(
             ((group.first_response_id + i, r) for i, r in enumerate(group.rewards)), key=lambda ir: (-ir[1], ir[0])
         )
@@ -59,7 +60,7 @@ def slow_top_m(data, tau, m):
 def slow_fusepo(data, tau, low=-math.inf, high=math.inf):
     for g in range(data.num_groups):
         pairs = {}
-        for k, v in by_source(data.group(g)).items():
+        for k, v in by_source(read_group(data, g)).items():
             top, bottom = max(r for _, r in v), min(r for _, r in v)
             if top > bottom and low <= top - bottom <= high:
                 pairs[k] = (next(i for i, r in v if r == top), next(i for i, r in v if r == bottom), top)

@@ -69,8 +69,9 @@ def test_sections_in_a_file_and_shared_settings(chain, tmp_path):
     pipeline, stages = chain("fusesft.optim.lr=2e-6", config_dir=tmp_path, config_name="my")
     sft = yaml.safe_load(stages["fusesft"].config)
     assert (sft["optim"]["lr"], sft["run"]["name"], sft["data"]["path"]) == (2e-6, "12", "sft")
-    assert (stages["fusesft"].nodes, stages["fusesft"].num_ranks, stages["fusesft"].time) == (4, 32, "01:00:00")
-    assert (stages["fusepo"].nodes, stages["fusepo"].ranks_per_node, stages["fusepo"].time) == (1, 8, None)
+    sft, po = stages["fusesft"], stages["fusepo"]
+    assert (sft.cluster.nodes, sft.cluster.num_ranks, sft.cluster.time) == (4, 32, "01:00:00")
+    assert (po.cluster.nodes, po.cluster.ranks_per_node, po.cluster.time) == (1, 8, None)
     assert all(yaml.safe_load(s.config)["model"]["tensor_model_parallel_size"] == 2 for s in pipeline.stages)
     assert yaml.safe_load(stages["evaluate"].config)["data"]["path"] == "held"
 
@@ -105,7 +106,7 @@ def test_one_process_stages_take_no_gpus_unless_they_ask(chain):
         "cluster.gpus_per_node=4",
     ]
     _, stages = chain(*words, "evaluate.command='eval --model {model} -o x'", "evaluate.cluster.gpus_per_node=1")
-    assert [(s.num_ranks, s.gpus_per_node) for s in stages.values()] == [(1, 0), (8, 4), (1, 1)]
+    assert [(s.cluster.num_ranks, s.cluster.gpus_per_node) for s in stages.values()] == [(1, None), (8, 4), (1, 1)]
     assert stages["evaluate"].command[:2] == ("eval", "--model") and stages["evaluate"].command[2].endswith(
         "fusesft/hf"
     )

@@ -30,32 +30,31 @@ def random_batch(dtype=torch.float64, scale=20.0):
 def pair_losses(batch):
     """Name -> function of (policy chosen, policy rejected, reference chosen, reference rejected) giving a PairLoss."""
     lengths, gaps = batch["lengths"], batch["gaps"]
-    chosen_length = lengths[0]
-    sources = (*batch["sources"], batch["present"])
 
     def infi(fusion):
-        return lambda c, r, rc, rr: infifpo.infifpo(c, r, rc, rr, *lengths, *sources, beta=2.5, fusion=fusion)
+        return lambda *x: infifpo.infifpo(*x, lengths, batch["sources"], batch["present"], beta=2.5, fusion=fusion)
 
-    def wrpo(c, r, rc, rr):
-        return group_losses.wrpo(batch["policy"][2], c, r, batch["reference"][2], rc, rr, beta=0.1, alpha=0.1)
+    def wrpo(*x):
+        return group_losses.wrpo(*x, batch["policy"][2], batch["reference"][2], beta=0.1, alpha=0.1)
 
-    return {
+    losses = {
         "dpo": lambda *x: preference.dpo(*x, beta=0.1),
-        "ln_dpo": lambda *x: preference.ln_dpo(*x, *lengths, beta=10.0),
+        "ln_dpo": lambda *x: preference.ln_dpo(*x, lengths, beta=10.0),
         "cdpo": lambda *x: preference.cdpo(*x, beta=0.1, label_smoothing=0.1),
         "robust": lambda *x: preference.robust(*x, beta=0.1, label_smoothing=0.1),
         "hinge": lambda *x: preference.hinge(*x, beta=0.1),
-        "ipo_mean": lambda *x: preference.ipo(*x, *lengths, beta=0.1, length_normalized=True),
-        "ipo_sum": lambda *x: preference.ipo(*x, *lengths, beta=0.1, length_normalized=False),
+        "ipo_mean": lambda *x: preference.ipo(*x, lengths, beta=0.1, length_normalized=True),
+        "ipo_sum": lambda *x: preference.ipo(*x, lengths, beta=0.1, length_normalized=False),
         "mappo": lambda *x: preference.mappo(*x, gaps, beta=0.1),
-        "simpo": lambda c, r, rc, rr: preference.simpo(c, r, *lengths, beta=10.0, gamma=3.0),
-        "cpo": lambda c, r, rc, rr: preference.cpo(c, r, chosen_length, beta=0.1, cpo_alpha=1.0),
-        "orpo": lambda c, r, rc, rr: preference.orpo(c, r, *lengths, beta=0.1),
+        "simpo": lambda policy, _: preference.simpo(policy, lengths, beta=10.0, gamma=3.0),
+        "cpo": lambda policy, _: preference.cpo(policy, lengths, beta=0.1, cpo_alpha=1.0),
+        "orpo": lambda policy, _: preference.orpo(policy, lengths, beta=0.1),
         "infifpo_max_margin": infi("max_margin"),
         "infifpo_mean": infi("mean"),
         "infifpo_confidence": infi("confidence"),
         "wrpo": wrpo,
     }
+    return {name: lambda c, r, rc, rr, loss=loss: loss((c, r), (rc, rr)) for name, loss in losses.items()}
 
 
 PAIR_NAMES = tuple(pair_losses(random_batch()))

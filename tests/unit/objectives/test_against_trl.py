@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
 from fuserl_megatron.objectives import group_losses, preference  # noqa: E402
-from fuserl_megatron.objectives.logps import sequence_lengths, sequence_logps  # noqa: E402
+from fuserl_megatron.objectives.logps import sequence_logps  # noqa: E402
 
 PAIRS = [
     {"prompt": "w1 w2 w3", "chosen": " w4 w5 w6 w7", "rejected": " w8 w9"},
@@ -64,7 +64,7 @@ def response_sums(model, input_ids_BS, attention_mask_BS, scored_BS):
     scored_BS = scored_BS[:, 1:].bool()
     rows_T = scored_BS.nonzero()[:, 0]
     rows = input_ids_BS.shape[0]
-    return sequence_logps(token_logps_BS[scored_BS], rows_T, rows), sequence_lengths(rows_T, rows)
+    return sequence_logps(token_logps_BS[scored_BS], rows_T, rows), rows_T.bincount(minlength=rows)
 
 
 def assert_same(trl_loss, trl_model, loss, model):
@@ -99,7 +99,7 @@ def named(pair_loss, lengths=None, **options):
     """A loss over (policy, reference, lengths) halves."""
 
     def call(policy, reference, halves):
-        return pair_loss(*policy, *reference, *(halves if lengths else ()), **options)
+        return pair_loss(policy, reference, *([halves] if lengths else []), **options)
 
     return call
 
@@ -133,9 +133,8 @@ def test_the_comparison_would_notice_the_other_ipo(tmp_path, tokenizer):
     inputs = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
     policy_N, lengths_N = response_sums(ours, *inputs)
     reference_N, _ = response_sums(reference, *inputs)
-    result = preference.ipo(
-        *policy_N.chunk(2), *reference_N.chunk(2), *lengths_N.chunk(2), beta=BETA, length_normalized=False
-    )
+    halves = policy_N.chunk(2), reference_N.chunk(2), lengths_N.chunk(2)
+    result = preference.ipo(*halves, beta=BETA, length_normalized=False)
     with pytest.raises(AssertionError):
         assert_same(trainer.compute_loss(trainer.model, batch), trainer.model, result.losses_P.mean(), ours)
 
@@ -170,9 +169,9 @@ def test_cpo_trainer(name, tmp_path, tokenizer):
     batch = next(iter(trainer.get_train_dataloader()))
     policy_N, lengths_N = response_sums(ours, *concatenated(trainer, batch, trainer.pad_token_id))
     if name == "simpo":
-        result = preference.simpo(*policy_N.chunk(2), *lengths_N.chunk(2), beta=BETA, gamma=0.5)
+        result = preference.simpo(policy_N.chunk(2), lengths_N.chunk(2), beta=BETA, gamma=0.5)
     else:
-        result = preference.cpo(*policy_N.chunk(2), lengths_N.chunk(2)[0], beta=BETA, cpo_alpha=0.7)
+        result = preference.cpo(policy_N.chunk(2), lengths_N.chunk(2), beta=BETA, cpo_alpha=0.7)
     trl_loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
     assert_same(trl_loss, trainer.model, result.losses_P.mean(), ours)
 
@@ -195,7 +194,7 @@ def test_orpo_trainer(tmp_path, tokenizer):
     input_ids_BS, attention_mask_BS, scored_BS = concatenated(trainer, batch, trainer.padding_value)
     policy_N, lengths_N = response_sums(ours, input_ids_BS, attention_mask_BS, scored_BS)
     everything_N, counts_N = response_sums(ours, input_ids_BS, attention_mask_BS, attention_mask_BS)
-    result = preference.orpo(*policy_N.chunk(2), *lengths_N.chunk(2), beta=BETA)
+    result = preference.orpo(policy_N.chunk(2), lengths_N.chunk(2), beta=BETA)
     nll_response, nll_everything = -policy_N[0] / lengths_N[0], -everything_N[0] / counts_N[0]
     assert abs((nll_response - nll_everything).item()) > 1e-3
     trl_loss, _ = trainer.get_batch_loss_metrics(trainer.model, batch)
@@ -226,7 +225,7 @@ def test_kto_trainer(tmp_path, tokenizer):
         reference_N, _ = response_sums(reference, *matched)
         policy_kl_N, _ = response_sums(ours, *mismatched)
         reference_kl_N, _ = response_sums(reference, *mismatched)
-    kl = group_losses.kto_kl(*group_losses.kto_kl_sum_count(policy_kl_N, reference_kl_N))
+    kl = group_losses.kto_kl(policy_kl_N, reference_kl_N)
     assert kl > 0.01  # otherwise the clamp would hide it
     desirable_N = torch.as_tensor(batch["label"], dtype=torch.bool)
     losses_N = group_losses.kto(policy_N, reference_N, desirable_N, kl, **settings)

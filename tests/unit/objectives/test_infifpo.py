@@ -60,9 +60,10 @@ def test_without_sources_it_is_length_normalised_dpo(fusion):
     lengths = (torch.tensor([5]), torch.tensor([8]))
     nothing = torch.full((1, 2), NAN, dtype=torch.float64)
     absent = torch.zeros(1, 2, dtype=torch.bool)
-    actual = infifpo(*policy, *reference, *lengths, nothing, nothing, absent, beta=10.0, fusion=fusion)
-    expected = ln_dpo(*policy, *reference, *lengths, beta=10.0)
+    actual = infifpo(policy, reference, lengths, (nothing, nothing), absent, beta=10.0, fusion=fusion)
+    expected = ln_dpo(policy, reference, lengths, beta=10.0)
     torch.testing.assert_close(actual.losses_P, expected.losses_P, atol=1e-12, rtol=0)
     # A source that prefers the chosen response raises the bar: the loss grows.
-    source = (column(-0.5).reshape(1, 1), column(-4.0).reshape(1, 1), torch.ones(1, 1, dtype=torch.bool))
-    assert infifpo(*policy, *reference, *lengths, *source, beta=10.0, fusion=fusion).losses_P > actual.losses_P
+    source, present = (column(-0.5)[None], column(-4.0)[None]), torch.ones(1, 1, dtype=torch.bool)
+    prefers = infifpo(policy, reference, lengths, source, present, beta=10.0, fusion=fusion)
+    assert prefers.losses_P > actual.losses_P

@@ -1,21 +1,15 @@
 """The table of losses and the dispatch: complete, strict, and equal to the functions it names."""
 
 import math
-from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fuserl_megatron.objectives import group_losses, preference
-from fuserl_megatron.objectives.dispatch import PreferenceInputs, metrics_of, preference_losses
+from fuserl_megatron.objectives.dispatch import metrics_of, preference_losses
 from fuserl_megatron.objectives.loss_table import (
-    LOSS_OPTIONS,
     LOSSES,
-    NEEDS_ALL_RESPONSES,
-    NEEDS_PAIRS,
-    NEEDS_REFERENCE,
-    NEEDS_SINGLE_RESPONSES,
-    NEEDS_TRIPLES,
     PreferenceLoss,
     checked_options,
     first_step_loss,
@@ -34,7 +28,7 @@ def full_inputs(policy_logps_N=None):
         return -10 * (0.1 + torch.rand(*shape, generator=generator, dtype=torch.float64))
 
     logps_N, reference_N = rand(4), rand(4)
-    return PreferenceInputs(
+    return SimpleNamespace(
         policy_logps_N=logps_N if policy_logps_N is None else policy_logps_N,
         lengths_N=torch.tensor([3, 5, 4, 6]),
         reference_logps_N=reference_N,
@@ -47,7 +41,6 @@ def full_inputs(policy_logps_N=None):
         source_rejected_mean_logps_PK=rand(2, 2) / 4,
         source_present_PK=torch.tensor([[True, True], [False, True]]),
         group_ids_N=torch.tensor([0, 1, 0, 1]),
-        num_groups=2,
         advantages_N=torch.tensor([-1.0, 0.5, 1.0, -0.5], dtype=torch.float64),
         best_N=torch.tensor([False, True, True, False]),
         desirable_N=torch.tensor([False, True, True, False]),
@@ -55,22 +48,26 @@ def full_inputs(policy_logps_N=None):
     )
 
 
+def replace(inputs, **changes):
+    return SimpleNamespace(**{**vars(inputs), **changes})
+
+
 def terms(loss, inputs=None, **options):
-    return preference_losses(loss, inputs or full_inputs(), {**REQUIRED.get(str(loss), {}), **options})
+    inputs = inputs or full_inputs()
+    options = {**REQUIRED.get(str(loss), {}), **options}
+    return preference_losses(loss, inputs.policy_logps_N, inputs, options, alpha=inputs.alpha, kl=inputs.kl)
 
 
-def test_every_loss_is_in_the_table_with_one_unit():
+def test_every_loss_is_in_the_table():
     assert set(LOSSES) == set(PreferenceLoss)
-    units = [NEEDS_PAIRS, NEEDS_TRIPLES, NEEDS_ALL_RESPONSES, NEEDS_SINGLE_RESPONSES]
-    assert sorted(x for unit in units for x in unit) == sorted(PreferenceLoss)
-    assert set(PreferenceLoss) - NEEDS_REFERENCE == {"simpo", "cpo", "orpo"}
+    assert {loss for loss, spec in LOSSES.items() if not spec.reference} == {"simpo", "cpo", "orpo"}
 
 
 @pytest.mark.parametrize("loss", [*PreferenceLoss])
 def test_every_option_of_every_loss_changes_its_numbers(loss):
     """No option parses and does nothing."""
     before = terms(loss).losses_I
-    for option in LOSS_OPTIONS[loss]:
+    for option in LOSSES[loss].options:
         if loss is PreferenceLoss.WRPO and option == "alpha_end":
             continue  # read by wrpo_alpha, tested there; the loss is given alpha itself
         value = OTHER_VALUES[option] if option in OTHER_VALUES else LOSSES[loss].options[option] + 0.5
@@ -80,7 +77,7 @@ def test_every_option_of_every_loss_changes_its_numbers(loss):
 
 @pytest.mark.parametrize("loss", [*PreferenceLoss])
 def test_an_option_of_another_loss_is_refused(loss):
-    others = {option for options in LOSS_OPTIONS.values() for option in options} - set(LOSS_OPTIONS[loss])
+    others = {option for spec in LOSSES.values() for option in spec.options} - set(LOSSES[loss].options)
     for option in sorted(others):
         with pytest.raises(ValueError, match=f"does not use the option '{option}'"):
             checked_options(loss, {**REQUIRED.get(loss, {}), option: 0.1})
@@ -118,16 +115,13 @@ def test_dispatch_gathers_pairs_by_index():
     inputs = full_inputs()
     policy, reference, lengths = inputs.policy_logps_N, inputs.reference_logps_N, inputs.lengths_N
     c, r, s = inputs.chosen_index_P, inputs.rejected_index_P, inputs.source_index_P
+    both, reference_both, lengths_both = ((values[c], values[r]) for values in (policy, reference, lengths))
     expected = {
-        "dpo": preference.dpo(policy[c], policy[r], reference[c], reference[r], beta=0.01),
-        "ln_dpo": preference.ln_dpo(
-            policy[c], policy[r], reference[c], reference[r], lengths[c], lengths[r], beta=10.0
-        ),
-        "simpo": preference.simpo(policy[c], policy[r], lengths[c], lengths[r], beta=10.0, gamma=3.0),
-        "cpo": preference.cpo(policy[c], policy[r], lengths[c], beta=0.1, cpo_alpha=1.0),
-        "wrpo": group_losses.wrpo(
-            policy[s], policy[c], policy[r], reference[s], reference[c], reference[r], beta=0.01, alpha=0.1
-        ),
+        "dpo": preference.dpo(both, reference_both, beta=0.01),
+        "ln_dpo": preference.ln_dpo(both, reference_both, lengths_both, beta=10.0),
+        "simpo": preference.simpo(both, lengths_both, beta=10.0, gamma=3.0),
+        "cpo": preference.cpo(both, lengths_both, beta=0.1, cpo_alpha=1.0),
+        "wrpo": group_losses.wrpo(both, reference_both, policy[s], reference[s], beta=0.01, alpha=0.1),
     }
     for loss, pairs in expected.items():
         actual = terms(loss)
@@ -167,7 +161,6 @@ def test_rloo_compares_the_best_with_the_worst_of_each_group_and_kto_two_means()
         lengths_N=torch.tensor([4, 2, 3, 9, 5]),
         reference_logps_N=torch.tensor([-4.0, -1.0, -2.5, -7.0, -1.0]).double(),
         group_ids_N=torch.tensor([1, 0, 1, 0, 1]),
-        num_groups=2,
         advantages_N=torch.tensor([0.5, 0.0, -0.1, 0.0, -0.4]).double(),
         best_N=torch.tensor([True, True, False, False, False]),
         desirable_N=torch.tensor([True, False, True, False, False]),
@@ -190,7 +183,7 @@ def test_rloo_compares_the_best_with_the_worst_of_each_group_and_kto_two_means()
 
 @pytest.mark.parametrize("loss", [*PreferenceLoss])
 def test_gradcheck_through_the_dispatch_with_an_sft_term(loss):
-    options = {"rpo_alpha": 0.3} if "rpo_alpha" in LOSS_OPTIONS[loss] else {}
+    options = {"rpo_alpha": 0.3} if "rpo_alpha" in LOSSES[loss].options else {}
     if loss is PreferenceLoss.RLOO:
         options["kl_coef"] = 0.2
     logps_N = full_inputs().policy_logps_N.requires_grad_()
@@ -222,5 +215,6 @@ def test_the_first_step_has_the_value_the_table_gives(loss):
 
 
 def test_a_missing_input_is_named():
-    with pytest.raises(ValueError, match="mappo needs reward_gaps_P"):
-        terms("mappo", replace(full_inputs(), reward_gaps_P=None))
+    for loss, name in (("mappo", "reward_gaps_P"), ("wrpo", "alpha"), ("kto", "kl")):
+        with pytest.raises(ValueError, match=f"{loss} needs {name}"):
+            terms(loss, replace(full_inputs(), **{name: None}))

@@ -102,7 +102,7 @@ def test_orpo_survives_a_probability_that_rounded_to_one():
     chosen = torch.zeros(1, requires_grad=True)
     rejected = torch.zeros(1, requires_grad=True)
     length = torch.tensor([4])
-    losses_P = preference.orpo(chosen, rejected, length, length, beta=0.1).losses_P
+    losses_P = preference.orpo((chosen, rejected), (length, length), beta=0.1).losses_P
     losses_P.sum().backward()
     assert losses_P.isfinite().all() and chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
 
@@ -120,14 +120,14 @@ def test_padding_pairs_of_length_zero_are_finite_everywhere():
 
 def test_known_relations_between_the_losses():
     batch = random_batch()
-    x = inputs_of(batch)
+    policy, reference = x = inputs_of(batch)[:2], inputs_of(batch)[2:]
     ones = torch.ones(P, dtype=torch.int64)
     dpo = preference.dpo(*x, beta=0.1).losses_P
 
     def same(result):
         torch.testing.assert_close(result.losses_P, dpo, atol=1e-12, rtol=0)
 
-    same(preference.ln_dpo(*x, ones, ones, beta=0.1))
+    same(preference.ln_dpo(*x, (ones, ones), beta=0.1))
     same(preference.cdpo(*x, beta=0.1, label_smoothing=0.0))
     same(preference.robust(*x, beta=0.1, label_smoothing=0.0))
     same(preference.mappo(*x, torch.ones(P, dtype=torch.float64), beta=0.1))
@@ -135,17 +135,17 @@ def test_known_relations_between_the_losses():
     lengths = batch["lengths"]
     uniform = [-2.0 * length.double() for length in lengths]
     torch.testing.assert_close(
-        preference.simpo(*x[:2], *lengths, beta=10.0, gamma=0.0).losses_P,
-        preference.ln_dpo(*x[:2], *uniform, *lengths, beta=10.0).losses_P,
+        preference.simpo(policy, lengths, beta=10.0, gamma=0.0).losses_P,
+        preference.ln_dpo(policy, uniform, lengths, beta=10.0).losses_P,
     )
     # Robust DPO: averaging over labels flipped with probability e gives back the clean loss.
-    flipped = [x[1], x[0], x[3], x[2]]
+    flipped = policy[::-1], reference[::-1]
     clean = 0.9 * preference.robust(*x, beta=0.1, label_smoothing=0.1).losses_P
     noisy = 0.1 * preference.robust(*flipped, beta=0.1, label_smoothing=0.1).losses_P
     torch.testing.assert_close(clean + noisy, dpo, atol=1e-12, rtol=0)
     # Length normalisation divides each response by its own length: a common length is another loss.
     common = preference.dpo(*x, beta=10.0 / float(lengths[0].double().mean())).losses_P
-    assert (common - preference.ln_dpo(*x, *lengths, beta=10.0).losses_P).abs().max() > 1e-2
+    assert (common - preference.ln_dpo(*x, lengths, beta=10.0).losses_P).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", PAIR_NAMES)

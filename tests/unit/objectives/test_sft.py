@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fuserl_megatron.objectives.sft import SftReduction, sft_losses, sft_normalizer
+from fuserl_megatron.objectives.sft import SftReduction, sft_losses
 
 
 def batch():
@@ -14,9 +14,13 @@ def batch():
     return logps_N, lengths_N, weights_N
 
 
+def normalizer_of(lengths_N, weights_N, num_prompts, reduction):
+    return (weights_N * lengths_N).sum() if reduction == "weighted_token_mean" else num_prompts
+
+
 def loss_of(logps_N, lengths_N, weights_N, num_prompts, reduction):
     total = sft_losses(logps_N, lengths_N, weights_N, reduction).sum()
-    return total / sft_normalizer(lengths_N, weights_N, num_prompts, reduction)
+    return total / normalizer_of(lengths_N, weights_N, num_prompts, reduction)
 
 
 @pytest.mark.parametrize("reduction", [*SftReduction])
@@ -26,7 +30,7 @@ def test_splitting_the_batch_changes_nothing_if_the_normaliser_is_global(reducti
     cut = 1  # splits the first prompt's sources over two parts
     parts = [slice(0, cut), slice(cut, None)]
     normalizer = sum(
-        sft_normalizer(lengths_N[p], weights_N[p], n, reduction) for p, n in zip(parts, (1, 2), strict=True)
+        normalizer_of(lengths_N[p], weights_N[p], n, reduction) for p, n in zip(parts, (1, 2), strict=True)
     )
     actual = sum(sft_losses(logps_N[p], lengths_N[p], weights_N[p], reduction).sum() / normalizer for p in parts)
     torch.testing.assert_close(actual, expected, atol=1e-12, rtol=0)

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuserl_megatron.objectives.weights import (
-    best_and_worst,
     best_and_worst_indices,
     effective_number_of_sources,
     reward_gaps,
@@ -170,6 +169,12 @@ def test_rloo_advantages_of_degenerate_groups_are_exactly_zero():
     assert_equal(holes, column(0.6, 0.0, -0.6))
     assert rloo_advantages(column(0.7, NAN), torch.tensor([True, False])).tolist() == [0.0, 0.0]
     assert rloo_advantages(column(0.7, NAN), torch.zeros(2, dtype=torch.bool)).tolist() == [0.0, 0.0]
+
+
+def best_and_worst(rewards_N, mask_N=None):
+    """(index of the best, index of the worst) of one source, None where there is no pair."""
+    best, worst, has_pair = best_and_worst_indices(rewards_N, mask_N)
+    return (int(best), int(worst)) if has_pair else None
 
 
 def test_best_and_worst_of_a_source():
