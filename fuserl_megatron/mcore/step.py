@@ -1,11 +1,9 @@
 """One optimizer step, and one scoring pass, through core's pipeline schedule.
 
 The one scaling rule: each micro-batch's loss is a plain sum over its items, divided by a normaliser that was counted
-over the whole
-global batch before the schedule started (prompts, or weighted tokens). The loss closure returns core's 3-tuple with
-an integer
-zero, so core adds no scaling of its own, and gradients add up over micro-batches and data-parallel ranks. Nothing is
-ever divided by a local count, so the layout cannot change the result.
+over the whole global batch before the schedule started (prompts, or weighted tokens). The loss closure returns core's
+3-tuple with an integer zero, so core adds no scaling of its own, and gradients add up over micro-batches and
+data-parallel ranks. Nothing is ever divided by a local count, so the layout cannot change the result.
 
 Shapes: B rows, S tokens per row (of this rank, with context parallelism), T scored tokens, N sequences, P pairs,
 H hidden, M metrics.
@@ -47,8 +45,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What a step needs: the model, its DDP wrappers and optimizer (None for scoring alone), the layout, the
-    objective."""
+    """What a step needs; `wrapped` (core's DDP) and `optimizer` stay empty where a model only scores."""
 
     target: TargetModel
     layout: Layout
