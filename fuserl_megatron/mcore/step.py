@@ -145,7 +145,7 @@ def forward_backward(
     engine: Engine,
     batches: Sequence[PackedBatch],
     normalizer: float,
-    values: StepValues = StepValues(),  # noqa: B008
+    values: StepValues,
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one global batch into the DDP buffers. Returns the loss and the metrics, equal on all ranks.
 
@@ -168,7 +168,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues = StepValues()) -> torch.Tensor:  # noqa: B008
+def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues) -> torch.Tensor:
     """This rank's part of a batch's undivided loss and of its metrics, no gradients; add parts up, then call `reduced`.
 
     Raises:
@@ -241,8 +241,8 @@ def train_step(
     lr: float,
     weight_decay: float,
     max_norm: float,
-    check: Callable[[float], None] = lambda loss: None,
-    stop_wanted: Callable[[], bool] = lambda: False,
+    check: Callable[[float], None],
+    stop_wanted: Callable[[], bool],
 ) -> StepResult:
     """One optimizer step over a global batch. All ranks call it with their own micro-batches.
 
