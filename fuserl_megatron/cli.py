@@ -5,10 +5,14 @@ Exit codes: 0 done, 1 a failed check or a crash, 2 something the user can put ri
 143 after SIGTERM.
 """
 
+import argparse
+import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from fuserl_megatron import commands
 from fuserl_megatron.arguments import build_parser as build_parser
@@ -26,9 +30,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides = [*options.overrides, *rest]
     starts_ranks = hasattr(options, "nproc") or options.run is commands.demo  # those pass SIGTERM on
-    before = None if starts_ranks else signal.signal(signal.SIGTERM, _terminated)
+    return _exit_code("fuserl", lambda: options.run(options), starts_ranks)
+
+
+def batch_conversion(parser: argparse.ArgumentParser, convert: Callable[[argparse.Namespace], Path]) -> int:
+    """The converters of tools/: as a command here, and besides one line of JSON on what it took.
+
+    Args:
+        parser: knows the options of this direction; those of both are added.
+        convert: does the work; returns the directory written.
+    """
+    import resource
+
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's")
+    parser.add_argument("--force", action="store_true", help="replace a non-empty destination")
+    parser.add_argument("--report", metavar="FILE", help="write seconds, bytes and peak memory there as JSON")
+    options = parser.parse_args()
+
+    def run() -> int:
+        started = time.monotonic()
+        written = convert(options)
+        report = {
+            "written": str(written),
+            "bytes": sum(file.stat().st_size for file in written.rglob("*") if file.is_file()),
+            "seconds": round(time.monotonic() - started, 3),
+            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+        print(json.dumps(report))
+        if options.report:
+            Path(options.report).write_text(json.dumps(report) + "\n")
+        return 0
+
+    return _exit_code(parser.prog, run)
+
+
+def _exit_code(program: str, run: Callable[[], int], passes_sigterm_on: bool = False) -> int:
+    before = None if passes_sigterm_on else signal.signal(signal.SIGTERM, _terminated)
     try:
-        return options.run(options)
+        return run()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `fuserl ... | head`
@@ -37,10 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if os.environ.get("FUSERL_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"fuserl: error: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
         return 2
     finally:
-        if not starts_ranks:
+        if not passes_sigterm_on:
             signal.signal(signal.SIGTERM, before)
 
 

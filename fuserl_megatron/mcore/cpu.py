@@ -1,11 +1,9 @@
 """Lets unmodified megatron-core (0.16 and 0.19) train on CPU and gloo.
 
 Core writes `torch.cuda.current_device()` and `device="cuda"` into code that has no other need of CUDA: gradient
-buffers,
-pipeline receive buffers, token counters, gradient norms. No setting turns those off. `enable()` answers exactly
-these calls, and
-only when megatron.core itself makes them; torch as seen by every other caller stays as it is. Where CUDA is present
-nothing is changed. What is answered, and by what:
+buffers, pipeline receive buffers, token counters, gradient norms. No setting turns those off. `enable()` answers
+exactly these calls, and only when megatron.core itself makes them; torch as seen by every other caller stays as it is.
+Where CUDA is present nothing is changed. What is answered, and by what:
 
     torch.cuda.current_device()                   the CPU device
     torch.cuda.synchronize(), current_stream()    nothing, an inert object

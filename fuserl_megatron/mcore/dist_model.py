@@ -15,7 +15,7 @@ from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.names import TE_FUSED, find_rule, hf_shapes, megatron_names, te_name
-from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, iteration_directory, newest_iteration
+from fuserl_megatron.mcore.dist_format import INDEX, LAYERS, POINTER, iteration_directory, newest_iteration
 from fuserl_megatron.mcore.dist_reader import DistReader
 
 
@@ -44,15 +44,11 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give a Megatron checkpoint or the folder of a training run")
-    if path.name.startswith("iter_") or (path / ".metadata").exists():
-        root, folder = path.parent, path
-    else:
-        root = path if (path / POINTER).exists() else path / "checkpoints"
-        iteration = newest_iteration(root)
-        if iteration is None:
-            hint = "; it is a Hugging Face directory already" if (path / "config.json").exists() else ""
-            raise UserError(f"{path}: no {POINTER}, so not a Megatron checkpoint{hint}; give one that has it")
-        folder = iteration_directory(root, iteration)
+    folder = iteration_folder(path)
+    if folder is None:
+        hint = "; it is a Hugging Face directory already" if (path / "config.json").exists() else ""
+        raise UserError(f"{path}: no {POINTER}, so not a Megatron checkpoint{hint}; give one that has it")
+    root = folder.parent
     lineage: dict[str, Any] = {"checkpoint": str(folder)}
     if (root / "lineage.json").is_file():
         lineage |= json.loads((root / "lineage.json").read_text())
@@ -67,6 +63,19 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     if not (config_dir / "config.json").is_file():
         raise UserError(f"{config_dir}: no config.json there; name a directory with the model's config.json: --hf DIR")
     return Checkpoint(folder, config_dir, tokenizer_dir, lineage)
+
+
+def iteration_folder(path: Path) -> Path | None:
+    """The folder of numbers that a path of `find_checkpoint` stands for; None when it is no checkpoint.
+
+    Raises:
+        UserError: the pointer is not a number, or names a checkpoint that is not there.
+    """
+    if path.name.startswith("iter_") or (path / INDEX).exists():
+        return path
+    root = path if (path / POINTER).exists() else path / "checkpoints"
+    iteration = newest_iteration(root)
+    return None if iteration is None else iteration_directory(root, iteration)
 
 
 def _from_run(file: Path, lineage: dict[str, Any]) -> tuple[Path, Path, dict[str, Any]]:

@@ -50,7 +50,7 @@ def batch_loss(
     logps_N: Tensor,
     batch: PackedBatch,
     sources: Sequence[str],
-    values: StepValues = StepValues(),  # noqa: B008  (frozen)
+    values: StepValues,
 ) -> tuple[Tensor, dict[str, reduce.SumCount]]:
     """Loss and metrics of one micro-batch.
 

@@ -1,12 +1,9 @@
-"""Core's GPTModel for one ModelShape: the transformer configuration, the layer spec with our parts in its slots, the
-DDP wrapper.
+"""Core's GPTModel for one ModelShape: its configuration, the layer spec with our parts in its slots, the DDP wrapper.
 
-What is ours, each in a public slot of core: RMSNorm (core's local one refuses sequence parallelism), the core
-attention (packing and
-prefix sharing), the rotary module (positions). The output layer hands its hidden states through, so that
-log-probabilities are
-taken chunk by chunk from the scored positions only (logprob.py); its weight stays where core, DDP and checkpoints
-expect it.
+What is ours, each in a public slot of core: RMSNorm (core's local one refuses sequence parallelism), the core attention
+(packing and prefix sharing), the rotary module (positions). The output layer hands its hidden states through, so that
+log-probabilities are taken chunk by chunk from the scored positions only (logprob.py); its weight stays where core, DDP
+and checkpoints expect it.
 """
 
 import logging
@@ -36,8 +33,7 @@ from fuserl_megatron.mcore.rope import PositionRotary
 
 
 class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 inside, as transformers' LlamaRMSNorm
-    does."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, fp32 inside, as transformers' LlamaRMSNorm."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs):
         super().__init__()
@@ -70,10 +66,9 @@ class TargetModel:
 
     def output_weight(self) -> torch.Tensor:
         """This rank's rows [v, H] of the output matrix; the embedding's when both are tied."""
-        model = self.last
-        return (
-            model.shared_embedding_or_output_weight() if self.shape.tie_word_embeddings else model.output_layer.weight
-        )
+        if self.shape.tie_word_embeddings:
+            return self.last.shared_embedding_or_output_weight()
+        return self.last.output_layer.weight
 
 
 def have_transformer_engine() -> bool:
@@ -213,9 +208,8 @@ def build_model(
 
 
 def _mark_tensor_parallel(chunk: GPTModel) -> None:
-    """Say which parameters are split over TP. Core does so while it initialises weights, which is skipped here;
-    without the
-    marks the gradient norm counts the split parameters of the first TP rank only."""
+    """Say which parameters are split over TP. Core does so while it initialises weights, which is skipped here; without
+    the marks the gradient norm counts the split parameters of the first TP rank only."""
     for name, parameter in chunk.named_parameters():
         split = find_rule(name)[0].split
         if split != "none" and not getattr(parameter, "tensor_model_parallel", False):
@@ -248,10 +242,8 @@ def wrap_for_training(target: TargetModel, optim: OptimConfig) -> list[Distribut
 
 
 def gather_parameters(wrapped: list[DistributedDataParallel]) -> None:
-    """Make every rank's weights current before they are saved or exported.
-
-    With overlap_param_gather core gathers the updated shards in the next forward pass only.
-    """
+    """Make every rank's weights current, as saving wants them: with overlap_param_gather core gathers the updated
+    shards in the next forward pass only."""
     for chunk in wrapped:
         if chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

@@ -214,9 +214,8 @@ def megatron_to_hf(
         UserError: one line; nothing is left behind, and an older destination is untouched.
     """
     found = find_checkpoint(source, hf)
-    check_destination(
-        Path(os.path.realpath(destination)), found.folder, force
-    )  # export_directory asks for tokenizer_dir
+    # export_directory only protects tokenizer_dir
+    check_destination(Path(os.path.realpath(destination)), found.folder, force)
     shape = read_config(found.config_dir)
     with DistReader(found.folder) as reader:
         stored = check_checkpoint(reader, shape)

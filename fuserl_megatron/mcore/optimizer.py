@@ -67,14 +67,9 @@ def set_learning_rate(optimizer: ChainedOptimizer, lr: float, weight_decay: floa
 
 
 def gradient_norm(optimizer: ChainedOptimizer) -> float:
-    """Bring gradients into the optimizer's place and return their global 2-norm, equal on all ranks, NaN or inf
-    included."""
-    if optimizer.prepare_grads():
-        return math.nan
-    norm = optimizer.get_grad_norm()
-    # each pipeline stage computed it over the whole model-parallel group; ranks of other groups see the same reduced
-    # gradients
-    return float(norm)
+    """Bring gradients into the optimizer's place; their global 2-norm, equal on all ranks also when NaN or infinite:
+    core reduces it over the model-parallel group, and other groups hold the same reduced gradients."""
+    return math.nan if optimizer.prepare_grads() else float(optimizer.get_grad_norm())
 
 
 def clip_and_update(optimizer: ChainedOptimizer, grad_norm: float, max_norm: float) -> None:

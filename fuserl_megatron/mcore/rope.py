@@ -1,8 +1,8 @@
 """Rotary embeddings looked up at given positions, in GPTModel's public `rotary_pos_emb` slot.
 
 Core's own module counts positions from the start of the row; packed rows and shared prefixes need each token's
-position inside its
-own sequence. Its llama3 scaling also takes one of the four fields; ours comes from convert.rope with all of them.
+position inside its own sequence. Its llama3 scaling also takes only one of the four fields; ours comes from
+convert.rope with all of them.
 
 Shapes: B rows, S tokens per row, D head dimension.
 """
@@ -11,8 +11,7 @@ import torch
 
 
 class PositionRotary(torch.nn.Module):
-    """freqs[s, b, 1, :] = positions[b, s] * (inv_freq, inv_freq). Set `positions_BS` before each forward of the
-    model."""
+    """freqs[s, b, 1, :] = positions[b, s] * (inv_freq, inv_freq). Set `positions_BS` before each forward."""
 
     def __init__(self, inv_freq: torch.Tensor):
         super().__init__()

@@ -1,11 +1,9 @@
 """One optimizer step, and one scoring pass, through core's pipeline schedule.
 
 The one scaling rule: each micro-batch's loss is a plain sum over its items, divided by a normaliser that was counted
-over the whole
-global batch before the schedule started (prompts, or weighted tokens). The loss closure returns core's 3-tuple with
-an integer
-zero, so core adds no scaling of its own, and gradients add up over micro-batches and data-parallel ranks. Nothing is
-ever divided by a local count, so the layout cannot change the result.
+over the whole global batch before the schedule started (prompts, or weighted tokens). The loss closure returns core's
+3-tuple with an integer zero, so core adds no scaling of its own, and gradients add up over micro-batches and
+data-parallel ranks. Nothing is ever divided by a local count, so the layout cannot change the result.
 
 Shapes: B rows, S tokens per row (of this rank, with context parallelism), T scored tokens, N sequences, P pairs,
 H hidden, M metrics.
@@ -47,8 +45,7 @@ class NonFiniteError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """What a step needs: the model, its DDP wrappers and optimizer (None for scoring alone), the layout, the
-    objective."""
+    """What a step needs; `wrapped` (core's DDP) and `optimizer` stay empty where a model only scores."""
 
     target: TargetModel
     layout: Layout
@@ -148,7 +145,7 @@ def forward_backward(
     engine: Engine,
     batches: Sequence[PackedBatch],
     normalizer: float,
-    values: StepValues = StepValues(),  # noqa: B008
+    values: StepValues,
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one global batch into the DDP buffers. Returns the loss and the metrics, equal on all ranks.
 
@@ -171,7 +168,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues = StepValues()) -> torch.Tensor:  # noqa: B008
+def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues) -> torch.Tensor:
     """This rank's part of a batch's undivided loss and of its metrics, no gradients; add parts up, then call `reduced`.
 
     Raises:
@@ -249,8 +246,8 @@ def train_step(
     lr: float,
     weight_decay: float,
     max_norm: float,
-    check: Callable[[float], None] = lambda loss: None,
-    stop_wanted: Callable[[], bool] = lambda: False,
+    check: Callable[[float], None],
+    stop_wanted: Callable[[], bool],
 ) -> StepResult:
     """One optimizer step over a global batch. All ranks call it with their own micro-batches.
 

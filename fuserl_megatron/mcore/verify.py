@@ -17,7 +17,7 @@ import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.names import megatron_names
-from fuserl_megatron.mcore.verify_sides import Side, Tokens, names_of, open_side, tokenizer_of
+from fuserl_megatron.mcore.verify_sides import Side, Tokens, open_side, tokenizer_of
 
 MAX_TOKENS = 512  # of one text: a comparison needs no more
 WINDOW = 2**23  # numbers compared at a time
@@ -111,11 +111,11 @@ def _flat(shape) -> dict[str, Any]:
 
 def compare_tensors(a: Side, b: Side) -> dict[str, Any]:
     """Every tensor of both, one parameter at a time; the same dtype is compared bit for bit, others by value."""
-    names = list(dict.fromkeys([*megatron_names(a.shape), *megatron_names(b.shape)]))
+    in_a, in_b = megatron_names(a.shape), megatron_names(b.shape)
     only = {"a": a.extra_names(), "b": b.extra_names()}
     compared, dtypes, different = 0, set(), {}
-    for name in names:
-        first, second = (side.tensors(name) if names_of(side, name) else {} for side in (a, b))
+    for name in dict.fromkeys(in_a + in_b):
+        first, second = a.tensors(name) if name in in_a else {}, b.tensors(name) if name in in_b else {}
         only["a"] += [key for key in first if key not in second]
         only["b"] += [key for key in second if key not in first]
         for key in first.keys() & second.keys():
@@ -124,12 +124,11 @@ def compare_tensors(a: Side, b: Side) -> dict[str, Any]:
             difference = _difference(first[key], second[key])
             if difference is not None:
                 different[key] = difference
-    only = {side: sorted(set(found)) for side, found in only.items()}
     return {
         "same": not different and not only["a"] and not only["b"],
         "compared": compared,
         "different": different,
-        "only_in": only,
+        "only_in": {side: sorted(set(found)) for side, found in only.items()},
         "dtypes": sorted(dtypes),
     }
 

@@ -6,7 +6,6 @@
 Shapes: B rows, S tokens per row, T tokens, V vocabulary, H hidden.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -16,9 +15,9 @@ from fuserl_megatron.config.schema import ModelConfig, TrainerConfig, UserError
 from fuserl_megatron.convert.hf_config import ModelShape, read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron
-from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes
+from fuserl_megatron.convert.names import hf_names, hf_shapes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
-from fuserl_megatron.mcore.dist_model import check_checkpoint, find_checkpoint, stored_key
+from fuserl_megatron.mcore.dist_model import check_checkpoint, find_checkpoint, iteration_folder, stored_key
 from fuserl_megatron.mcore.dist_reader import DistReader
 
 Tokens = list[int]
@@ -190,7 +189,7 @@ def open_side(path: str | Path, hf: str | Path | None = None) -> Side:
         UserError: neither a Hugging Face directory nor a Megatron checkpoint, or damaged.
     """
     path = Path(path)
-    if (path / "config.json").is_file() or not _is_checkpoint(path):
+    if (path / "config.json").is_file() or iteration_folder(path) is None:
         return HuggingFaceSide(path)
     return MegatronSide(path, hf)
 
@@ -217,14 +216,6 @@ def left_padded(rows: list[Tokens]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids_BS, real_BS
 
 
-def names_of(side: Side, name: str) -> tuple[str, ...]:
-    """What a Megatron parameter stands for under this side's config; nothing when it has no such layer."""
-    row, layer = find_rule(name)
-    if layer is not None and layer >= side.shape.num_layers:
-        return ()
-    return hf_names(name, side.shape) if not row.needs or getattr(side.shape, row.needs) else ()
-
-
 def _with_cache(forward):
     """The attention's forward with the keys and values [S, B, G, D] of earlier calls in front."""
     kept: list[torch.Tensor] = []
@@ -236,13 +227,6 @@ def _with_cache(forward):
         return forward(query, key, value, attention_mask, **rest)
 
     return with_cache
-
-
-def _is_checkpoint(path: Path) -> bool:
-    return path.name.startswith("iter_") or any(
-        os.path.exists(path / part)
-        for part in (".metadata", "latest_checkpointed_iteration.txt", "checkpoints/latest_checkpointed_iteration.txt")
-    )
 
 
 def _first_problem(check) -> str | None:

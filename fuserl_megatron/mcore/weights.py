@@ -148,42 +148,48 @@ def export_hf(
         UserError: on every rank, when one of them could not write; nothing half-written is left, and an older
             destination is untouched.
     """
-    shape, dtype = target.shape, target.config.params_dtype
-    partial, problem = None, None
-    if layout.is_main:
-        try:
-            partial = begin_export(
-                destination,
-                config_dict=shape.raw,
-                source_dir=source_dir,
-                dtype=dtype,
-                max_shard_bytes=max_shard_bytes,
-                force=True,
-            )
-        except (UserError, OSError) as error:
-            problem = str(error)
-    partial, problem = from_main_rank((partial, problem), layout.device)
-    if problem:
-        raise UserError(problem)
+
+    def begin() -> Path:
+        return begin_export(
+            destination,
+            config_dict=target.shape.raw,
+            source_dir=source_dir,
+            dtype=target.config.params_dtype,
+            max_shard_bytes=max_shard_bytes,
+            force=True,
+        )
+
+    def finish() -> None:
+        problem = next((problem for _, problem in outcomes if problem), None)
+        if problem:
+            raise UserError(problem)
+        names = [name for written, _ in outcomes for name in written]
+        finish_export(partial, destination, written=names, lineage=lineage)
+
+    partial = _on_main_rank(begin, layout)
     try:
         outcome = _write_own_part(target, layout, partial, max_shard_bytes)
         outcomes = [None] * layout.world_size if layout.is_main else None
         dist.gather_object(outcome, outcomes, dst=0)
-        if layout.is_main:
-            problem = next((problem for _, problem in outcomes if problem), None)
-            if problem is None:
-                try:
-                    names = [name for written, _ in outcomes for name in written]
-                    finish_export(partial, destination, written=names, lineage=lineage)
-                except (UserError, OSError) as error:
-                    problem = str(error)
-        problem = from_main_rank(problem, layout.device)
-        if problem:
-            raise UserError(problem)
+        _on_main_rank(finish, layout)
     except BaseException:  # also a rank that died, and Ctrl-C
         if layout.is_main:
             discard(partial)
         raise
+
+
+def _on_main_rank(function: Callable, layout: Layout):
+    """What it returns on rank 0, on every rank; what rank 0 cannot do is an error on every rank."""
+    result, problem = None, None
+    if layout.is_main:
+        try:
+            result = function()
+        except (UserError, OSError) as error:
+            problem = str(error)
+    result, problem = from_main_rank((result, problem), layout.device)
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 @torch.no_grad()

@@ -168,6 +168,11 @@ def leaked_padding_and_config(tensors, config):
     config["vocab_size"] = 256
 
 
+def tied_and_config(tensors, config):
+    del tensors["lm_head.weight"]
+    config["tie_word_embeddings"] = True
+
+
 # what must be reported beside the exit code: tensors, log-probabilities, config, or an impossible model
 HF_FAULTS = {
     swapped_gate_up: {"tensors", "log_probabilities"},
@@ -179,6 +184,7 @@ HF_FAULTS = {
     norm_weight: {"tensors", "log_probabilities"},
     leaked_padding: {"tensors", "problems"},
     leaked_padding_and_config: {"tensors", "config", "log_probabilities"},
+    tied_and_config: {"tensors", "config", "log_probabilities"},
 }
 
 
@@ -199,6 +205,8 @@ def test_verify_sees_planted_faults(model, tmp_path, fault):
         assert list(report["tensors"]["different"]) == ["model.layers.0.post_attention_layernorm.weight"]
     if fault is missing_layer:
         assert len(report["tensors"]["only_in"]["a"]) == 9
+    if fault is tied_and_config:
+        assert report["tensors"]["only_in"] == {"a": ["lm_head.weight"], "b": []}
 
 
 def change_checkpoint(checkpoint, key, change):
