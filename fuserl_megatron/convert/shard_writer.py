@@ -20,9 +20,10 @@ import torch
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.weight_files import SAFE_INDEX, SAFE_SINGLE, SAFETENSORS_DTYPES
 
-# What is converted and written at a time: small enough for the cache, and no power of two, for aligned writes of
-# 1 or 2 MiB make Linux look for folios of that size, which took four to six times as long (docs/conversion.md)
 WINDOW_BYTES = 3 * 2**19
+"""What is read and converted at a time: small enough for the processor's cache."""
+PIECE_BYTES = 3 * 2**17
+"""What one call writes: larger ones make Linux look for large folios, which it may not have (docs/conversion.md)."""
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -169,10 +170,11 @@ def write_at(handle: int, offset: int, window: torch.Tensor) -> None:
     view = memoryview(window.view(-1).view(torch.uint8).numpy())
     done = 0
     while done < len(view):
-        count = os.pwrite(handle, view[done : done + WINDOW_BYTES], offset + done)
+        begun = done
+        while done < min(len(view), begun + WINDOW_BYTES):
+            done += os.pwrite(handle, view[done : done + PIECE_BYTES], offset + done)
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, offset + done, count, os.POSIX_FADV_DONTNEED)
-        done += count
+            os.posix_fadvise(handle, offset + begun, done - begun, os.POSIX_FADV_DONTNEED)
 
 
 class _disk_errors:  # noqa: N801 (reads as a statement: with _disk_errors(file))
