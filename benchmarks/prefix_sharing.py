@@ -4,13 +4,15 @@
 
 P tokens of prompt, R of each of M responses; the trainer's whole step (FuseSFT) on one CPU thread, both settings in
 turns. Rows are as long as one shared group, without sharing as long as fit M responses best, so that neither side is
-charged for padding that the other has not; what is left of it is in the figures (`padding`).
+charged for padding that the other has not; what is left of it is in the figures (`padding`). Micro-batches have about
+as many positions on both sides.
 
 The law counts tokens. A step also does work that does not grow with them (optimizer, log line), and attention, which
 grows faster: the model is wide enough (7 million weights) for the matrix products to count most.
 """
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
@@ -45,7 +47,10 @@ def prepare(root: Path, shapes: list[tuple[int, int, int]]) -> None:
 def config(where: Path, sharing: str):
     """The run with or without sharing; every row and micro-batch is full."""
     prompt, response, count = map(int, where.name.split("-"))
-    rows = dict(seq_length=prompt + response * count - 1, rows=1)
+    law = count * (prompt + response) / (prompt + count * response)
+    # micro-batches of about as many positions on both sides: products of few rows are slower for each of them
+    groups = min((1, 2, 4), key=lambda n: abs(math.log(n / law)))
+    rows = dict(seq_length=prompt + response * count - 1, rows=groups)
     if sharing == "off":
         together = max(n for n in range(1, count + 1) if count % n == 0 and n * (prompt + response - 1) <= 900)
         rows = dict(seq_length=together * (prompt + response - 1), rows=count // together)
