@@ -7,8 +7,9 @@ import datetime
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -184,6 +185,21 @@ def from_main_rank(value, device: torch.device):
     box = [value]
     dist.broadcast_object_list(box, src=0, device=device)
     return box[0]
+
+
+def on_main_rank(layout: Layout, action: Callable[..., Any], *args: Any) -> Any:
+    """What rank 0 alone does, and its result on all ranks. What keeps it from that is raised on all of them: the others
+    would wait for it in the next collective until the timeout."""
+    result = problem = None
+    if layout.is_main:
+        try:
+            result = action(*args)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    result, problem = from_main_rank((result, problem), layout.device)
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 def shutdown() -> None:

@@ -38,6 +38,7 @@ class Visibility:
     band: int | None = None
     """Columns of a band where attention goes band by band (attention.py sets it); None: span by span."""
     _masks: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict, init=False)
+    _first_bands: dict[int, list[int]] = field(default_factory=dict, init=False)
 
     def _on_device(self) -> tuple[torch.Tensor, ...]:
         """Query columns [L]; key columns [S]; segments and parents of the queries [B, L]; segments of the keys."""
@@ -50,8 +51,7 @@ class Visibility:
     def dense(self) -> torch.Tensor:
         """Bool [B, 1, L, S], True where the query (third dimension) sees the key (fourth)."""
         queries_L, keys_S, segments_BL, parents_BL, seen_BS = self._on_device()
-        seen = (segments_BL[:, :, None] == seen_BS[:, None, :]) | (parents_BL[:, :, None] == seen_BS[:, None, :])
-        return (seen & (keys_S <= queries_L[:, None])).unsqueeze(1)
+        return _sees(queries_L, keys_S, segments_BL, parents_BL, seen_BS).unsqueeze(1)
 
     @cached_property
     def spans(self) -> list[list[Span]]:
@@ -72,7 +72,9 @@ class Visibility:
 
     def first_bands(self, size: int) -> list[int]:
         """For each band of `size` columns the first band that any of its tokens, in any row, looks at."""
-        first = list(range(-(-self.segment_ids_BS.shape[1] // size)))
+        if size in self._first_bands:  # every layer asks
+            return self._first_bands[size]
+        first = self._first_bands[size] = list(range(-(-self.segment_ids_BS.shape[1] // size)))
         for row in self.spans:
             starts = [0, *itertools.accumulate(length for length, _ in row)]
             for i, (length, parent) in enumerate(row):
@@ -99,10 +101,8 @@ class Visibility:
             segments, parents, size = self.segment_ids_BS, self.parent_ids_BS, self.band
             columns_S, masks = torch.arange(segments.shape[1]), []
             for i, first in enumerate(self.first_bands(size)):
-                queries, keys = slice(i * size, (i + 1) * size), slice(first * size, (i + 1) * size)
-                seen = segments[:, queries, None] == segments[:, None, keys]
-                seen |= parents[:, queries, None] == segments[:, None, keys]
-                seen &= columns_S[keys] <= columns_S[queries, None]
+                q, k = slice(i * size, (i + 1) * size), slice(first * size, (i + 1) * size)
+                seen = _sees(columns_S[q], columns_S[k], segments[:, q], parents[:, q], segments[:, k])
                 masks.append(torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, -torch.inf).unsqueeze(1))
             self._masks[dtype] = masks
         return self._masks[dtype]
@@ -133,6 +133,12 @@ class Visibility:
         lengths = [n for row in self.spans for n, _ in row]
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         return ends.to(self.device), max(lengths)
+
+
+def _sees(queries_L, keys_S, segments_BL, parents_BL, seen_BS) -> torch.Tensor:
+    """The rule, bool [B, L, S], from columns and segment ids of queries and keys."""
+    seen = (segments_BL[:, :, None] == seen_BS[:, None, :]) | (parents_BL[:, :, None] == seen_BS[:, None, :])
+    return seen & (keys_S <= queries_L[:, None])
 
 
 _numbers = itertools.count()

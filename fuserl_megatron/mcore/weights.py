@@ -17,7 +17,7 @@ from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
 from fuserl_megatron.convert.whole_directory import discard
 from fuserl_megatron.mcore.model import TargetModel
-from fuserl_megatron.mcore.parallel import Layout, from_main_rank
+from fuserl_megatron.mcore.parallel import Layout, on_main_rank
 from fuserl_megatron.mcore.precision import fill, plain
 from fuserl_megatron.mcore.safe_load import check_pickles
 
@@ -166,30 +166,16 @@ def export_hf(
         names = [name for written, _ in outcomes for name in written]
         finish_export(partial, destination, written=names, lineage=lineage)
 
-    partial = _on_main_rank(begin, layout)
+    partial = on_main_rank(layout, begin)
     try:
         outcome = _write_own_part(target, layout, partial, max_shard_bytes)
         outcomes = [None] * layout.world_size if layout.is_main else None
         dist.gather_object(outcome, outcomes, dst=0)
-        _on_main_rank(finish, layout)
+        on_main_rank(layout, finish)
     except BaseException:  # also a rank that died, and Ctrl-C
         if layout.is_main:
             discard(partial)
         raise
-
-
-def _on_main_rank(function: Callable, layout: Layout):
-    """What it returns on rank 0, on every rank; what rank 0 cannot do is an error on every rank."""
-    result, problem = None, None
-    if layout.is_main:
-        try:
-            result = function()
-        except (UserError, OSError) as error:
-            problem = str(error)
-    result, problem = from_main_rank((result, problem), layout.device)
-    if problem:
-        raise UserError(problem)
-    return result
 
 
 @torch.no_grad()

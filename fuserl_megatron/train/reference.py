@@ -12,12 +12,11 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.prepared import NextPrompts, PreparedSet
 from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory, reference_key
@@ -132,7 +131,7 @@ def _open(
         cache = ReferenceCache.open_or_create(directory, key, prepared.dataset.num_responses)
         return key, cache.missing_mask
 
-    key, missing = _on_main_rank(layout, opened)
+    key, missing = parallel.on_main_rank(layout, opened)
     return cache, key, missing
 
 
@@ -164,27 +163,12 @@ def _score_missing(
 
     for plan in sampler.scoring_plans(missing):
         between_batches()
-        _on_main_rank(layout, write, *score(engine, sampler.micro_batches(plan, layout.dp_rank)))
+        parallel.on_main_rank(layout, write, *score(engine, sampler.micro_batches(plan, layout.dp_rank)))
         num_scored += plan.num_sequences
     # nobody reads before everything is written, either
-    _on_main_rank(layout, lambda: cache.finish(prepared.response_ids))
+    parallel.on_main_rank(layout, lambda: cache.finish(prepared.response_ids))
     seconds = time.monotonic() - started
     say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s", layout.is_main)
-
-
-def _on_main_rank(layout: parallel.Layout, action: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 alone does, and its result on all ranks. What keeps it from that is raised on all of them: the others
-    would wait for it in the next collective until the timeout."""
-    result = problem = None
-    if layout.is_main:
-        try:
-            result = action(*args)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    result, problem = parallel.from_main_rank((result, problem), layout.device)
-    if problem:
-        raise UserError(problem)
-    return result
 
 
 def _parameters(engine: Engine) -> list[torch.nn.Parameter]:
