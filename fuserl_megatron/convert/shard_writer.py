@@ -12,6 +12,7 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -29,7 +30,7 @@ _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 class ShardWriter:
-    """The weight files of one model directory being written.
+    """The weight files of one model directory being written. Several threads may write different tensors at once.
 
     Args:
         directory: exists and is private to this export.
@@ -57,6 +58,7 @@ class ShardWriter:
         self._rows: dict[str, int] = {}
         self._place: dict[str, tuple[Path, int]] = {}
         self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
         shards = _shards(self.shapes, dtype, max_shard_bytes)
         single = len(shards) == 1
         weight_map = {}
@@ -122,8 +124,9 @@ class ShardWriter:
         row_bytes = max(1, math.prod(rows.shape[1:]) * self.dtype.itemsize)
         offset += first * row_bytes
         with _disk_errors(file):
-            if file not in self._handles:
-                self._handles[file] = os.open(file, os.O_WRONLY)
+            with self._lock:
+                if file not in self._handles:
+                    self._handles[file] = os.open(file, os.O_WRONLY)
             for part in rows.split(max(1, WINDOW_BYTES // row_bytes)):
                 window = converted(part, self.dtype, name)
                 write_at(self._handles[file], offset, window)

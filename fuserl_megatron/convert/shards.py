@@ -8,6 +8,7 @@ drops them, and a file truncated underneath a map kills the process instead of r
 from __future__ import annotations
 
 import re
+import threading
 import zipfile
 from pathlib import Path
 from typing import BinaryIO
@@ -27,7 +28,7 @@ _DERIVED = re.compile(r"\.rotary_emb\.inv_freq$")  # old Llama files carry this 
 
 
 class ShardReader:
-    """All tensors of one Hugging Face model directory, by name.
+    """All tensors of one Hugging Face model directory, by name. Several threads may read it unless it is `pickled`.
 
     Args:
         directory: holds `model.safetensors`, or shards with `model.safetensors.index.json`.
@@ -41,6 +42,7 @@ class ShardReader:
         self.directory = Path(directory)
         self._pickled: tuple[Path, dict[str, torch.Tensor]] | None = None
         self._handles: dict[Path, BinaryIO] = {}
+        self._lock = threading.Lock()
         files, weight_map = find_files(self.directory, allow_pickle)
         self.tensors: dict[str, StoredTensor] = {}
         for file in files:
@@ -87,6 +89,11 @@ class ShardReader:
             handle.close()
         self._handles.clear()
         self._pickled = None
+
+    @property
+    def pickled(self) -> bool:
+        """Whether the weights come from pickles, of which one file at a time is held open."""
+        return self._pickled is not None
 
     def stored(self, name: str) -> StoredTensor:
         """Where a tensor lies, its dtype and shape; a missing tensor is a UserError naming directory and tensor."""
@@ -147,8 +154,9 @@ class ShardReader:
         """Fill `out`, which is contiguous, from row `start` on."""
         if out.numel() == 0:
             return
-        if stored.file not in self._handles:
-            self._handles[stored.file] = open(stored.file, "rb", buffering=0)
+        with self._lock:
+            if stored.file not in self._handles:
+                self._handles[stored.file] = open(stored.file, "rb", buffering=0)
         if not read_into(self._handles[stored.file], stored.start + start * stored.row_bytes, out):
             raise UserError(f"{stored.file}: ends inside {name}; the file was cut short while it was read")
 

@@ -6,6 +6,7 @@ Numbers go straight to their place; the index is read by safe_load.py, so nothin
 import json
 import math
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -29,7 +30,7 @@ class StoredKey:
 
 
 class DistReader:
-    """The tensors of one iteration's folder.
+    """The tensors of one iteration's folder. Several threads may read different parameters at once.
 
     Raises:
         UserError: one line: not a torch_dist checkpoint, or a damaged index, or a file that is missing or cut short.
@@ -68,6 +69,7 @@ class DistReader:
         self._handles: dict[str, BinaryIO] = {}
         self._described: dict[tuple[str, tuple[int, ...]], tuple[Path, int, torch.dtype]] = {}
         self._last: tuple[Any, list] = (None, [])
+        self._lock = threading.Lock()
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -124,11 +126,12 @@ class DistReader:
         return out
 
     def _chunks_of(self, key: str, layer: int | None) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        if self._last[0] != (key, layer):  # the same parameter is asked for many times in a row
+        last, found = self._last
+        if last != (key, layer):  # the same parameter is asked for many times in a row
             chunks = self.keys[key].chunks
             found = [c for c in chunks if layer is None or c[0][0] <= layer < c[0][0] + c[1][0]]
             self._last = ((key, layer), found)
-        return self._last[1]
+        return found
 
     def _read_chunk(self, key: str, offsets: tuple, sizes: tuple, first: int, out: torch.Tensor) -> None:
         """Fill `out` with the chunk's numbers from number `first` on."""
@@ -143,20 +146,24 @@ class DistReader:
 
     def _place_of(self, key: str, offsets: tuple, sizes: tuple) -> tuple[Path, int, torch.dtype]:
         """File, first byte and dtype of a chunk's numbers."""
-        if (key, offsets) not in self._described:
-            place = self._places.get((key, offsets))
-            if place is None:
-                raise UserError(f"{self.directory}: the index does not say where {key} {list(offsets)} lies; {AGAIN}")
-            file = self.directory / place.relative_path
-            if file.name not in self._handles:
-                self._handles[file.name] = open(file, "rb", buffering=0)
-            try:
-                dtype, start = numbers_of(self._handles[file.name], place.offset, place.length, math.prod(sizes))
-            except Exception as error:  # zip and pickle raise anything on damaged bytes
-                reason = (str(error).strip().splitlines() or [""])[0]
-                raise UserError(f"{file}: {key} cannot be read ({type(error).__name__}: {reason}); {AGAIN}") from None
-            self._described[key, offsets] = (file, start, dtype)
-        return self._described[key, offsets]
+        with self._lock:  # describing a chunk moves its file's position
+            if (key, offsets) not in self._described:
+                self._described[key, offsets] = self._describe(key, offsets, sizes)
+            return self._described[key, offsets]
+
+    def _describe(self, key: str, offsets: tuple, sizes: tuple) -> tuple[Path, int, torch.dtype]:
+        place = self._places.get((key, offsets))
+        if place is None:
+            raise UserError(f"{self.directory}: the index does not say where {key} {list(offsets)} lies; {AGAIN}")
+        file = self.directory / place.relative_path
+        if file.name not in self._handles:
+            self._handles[file.name] = open(file, "rb", buffering=0)
+        try:
+            dtype, start = numbers_of(self._handles[file.name], place.offset, place.length, math.prod(sizes))
+        except Exception as error:  # zip and pickle raise anything on damaged bytes
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"{file}: {key} cannot be read ({type(error).__name__}: {reason}); {AGAIN}") from None
+        return file, start, dtype
 
     def __enter__(self) -> "DistReader":
         return self

@@ -21,10 +21,11 @@ import torch
 import fuserl_megatron
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert import hf_io
+from fuserl_megatron.convert.copying import MAX_THREADS, Window, in_parts
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
 from fuserl_megatron.convert.layout import padded_vocab_size, row_runs
-from fuserl_megatron.convert.names import find_rule, hf_shapes, megatron_names
-from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, WINDOW_BYTES, converted, total_bytes
+from fuserl_megatron.convert.names import find_rule, hf_shapes
+from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, converted, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors
 from fuserl_megatron.convert.whole_directory import check_destination, whole_directory
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
@@ -91,45 +92,37 @@ def hf_to_megatron(
     return Path(destination)
 
 
-class _Window:
-    """One small memory through which all rows pass; one for each parameter would leave holes all over the heap."""
-
-    def __init__(self):
-        self._memory = torch.empty(WINDOW_BYTES, dtype=torch.uint8)
-
-    def pieces(self, count: int, rest: tuple[int, ...], dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
-        """`count` rows of shape `rest` piece by piece: (first row, memory [rows, *rest] for them)."""
-        row_bytes = max(1, math.prod(rest) * dtype.itemsize)
-        if row_bytes > len(self._memory):
-            self._memory = torch.empty(row_bytes, dtype=torch.uint8)
-        step = len(self._memory) // row_bytes
-        for row in range(0, count, step):
-            rows = min(step, count - row)
-            yield row, self._memory[: rows * row_bytes].view(dtype).view(rows, *rest)
-
-
 def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype: torch.dtype, padded: int) -> None:
-    window = _Window()
-    with DistWriter(folder) as writer:
-        for name in megatron_names(shape):
-            runs = row_runs(name, shape)
-            rule, total = find_rule(name)[0].rule, sum(count for *_, count in runs)
-            if rule == "gate_up":  # a chunk each, as in core: a tensor-parallel rank takes a part of both
-                for run in runs:
-                    _write_chunk(writer, reader, window, shape, name, [run], total, run[3], dtype)
-            else:
-                total = padded if rule == "vocab" else total  # rows in no run stay zero
-                _write_chunk(writer, reader, window, shape, name, runs, total, total, dtype)
-        for layer in range(shape.num_layers):
-            for module in _WITH_EXTRA_STATE:
-                writer.object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}", [None])
-        writer.finish({"iteration": 0, "checkpoint_version": 3.0, "args": _megatron_arguments(shape, dtype, padded)})
+    def write_part(number: int, names: list[str], window: Window) -> DistWriter:
+        with DistWriter(folder, rank=number) as writer:
+            for name in names:
+                for chunk in _chunks(name, shape, padded):
+                    _write_chunk(writer, reader, window, shape, name, *chunk, dtype)
+            for layer in range(shape.num_layers) if number == 0 else ():
+                for module in _WITH_EXTRA_STATE:
+                    writer.object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}", [None])
+        return writer
+
+    first, *others = in_parts(shape, write_part, 1 if reader.pickled else MAX_THREADS)
+    arguments = _megatron_arguments(shape, dtype, padded)
+    common = {"iteration": 0, "checkpoint_version": 3.0, "args": arguments}
+    first.finish(common, [writer.index for writer in others])
+
+
+def _chunks(name: str, shape: ModelShape, padded: int) -> Iterator[tuple[list[tuple[str, int, int, int]], int, int]]:
+    """How one parameter is cut: (runs of rows, rows of the parameter, rows of this chunk). Rows in no run stay zero."""
+    runs, rule = row_runs(name, shape), find_rule(name)[0].rule
+    total = padded if rule == "vocab" else sum(count for *_, count in runs)
+    if rule == "gate_up":  # a chunk each, as in core: a tensor-parallel rank takes a part of both
+        yield from (([run], total, run[3]) for run in runs)
+    else:
+        yield runs, total, total
 
 
 def _write_chunk(
     writer: DistWriter,
     reader: ShardReader,
-    window: _Window,
+    window: Window,
     shape: ModelShape,
     name: str,
     runs: list[tuple[str, int, int, int]],
@@ -233,14 +226,16 @@ def megatron_to_hf(
 
 
 def _write_hf(writer: ShardWriter, reader: DistReader, shape: ModelShape) -> None:
-    window = _Window()
-    for name in megatron_names(shape):
-        key, layer = stored_key(reader, name)
-        stored = reader.keys[key]
-        rest = stored.size[1 if layer is None else 2 :]
-        for hf, start, at, count in row_runs(name, shape):
-            for row, out in window.pieces(count, rest, stored.dtype):
-                writer.write_rows(hf, start + row, reader.read_rows(key, layer, at + row, out))
+    def write_part(_: int, names: list[str], window: Window) -> None:
+        for name in names:
+            key, layer = stored_key(reader, name)
+            stored = reader.keys[key]
+            rest = stored.size[1 if layer is None else 2 :]
+            for hf, start, at, count in row_runs(name, shape):
+                for row, out in window.pieces(count, rest, stored.dtype):
+                    writer.write_rows(hf, start + row, reader.read_rows(key, layer, at + row, out))
+
+    in_parts(shape, write_part)
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 what core writes at any layout, we read. Exactly, in both directions."""
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -166,6 +167,23 @@ def test_there_and_back_alone_is_exact_and_needs_nothing_else(models, tmp_path, 
     before, after = (json.loads((d / "config.json").read_text()) for d in (directory, tmp_path / "back"))
     assert before == after
     assert str(directory) in (tmp_path / "back" / "README.md").read_text()
+
+
+def test_many_threads_and_tiny_windows_change_no_number(models, tmp_path, monkeypatch):
+    from fuserl_megatron.convert import copying
+    from fuserl_megatron.mcore.offline import hf_to_megatron, megatron_to_hf
+
+    directory, _ = models["llama"]
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(copying, "WINDOW_BYTES", 256)  # thousands of turns between the threads
+    before = load_file(directory / "model.safetensors")
+    for attempt in map(str, range(3)):
+        hf_to_megatron(directory, tmp_path / attempt / "there")
+        assert len(list((tmp_path / attempt / "there" / "iter_0000000").glob("*.distcp"))) == copying.MAX_THREADS
+        megatron_to_hf(tmp_path / attempt / "there", tmp_path / attempt / "back", max_shard_bytes=30_000)
+        shards = (tmp_path / attempt / "back").glob("model-*.safetensors")
+        after = {k: v for shard in shards for k, v in load_file(shard).items()}
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
 def test_dtypes_change_on_request_and_mixed_files_lose_nothing(models, tmp_path):

@@ -458,7 +458,8 @@ from fuserl_megatron.convert import shards
 from fuserl_megatron.mcore import dist_reader
 def slowly(function):
     def read(*args, **kwargs):
-        print("reading", flush=True)
+        sys.stdout.write("reading\\n")  # in one piece: several threads come here
+        sys.stdout.flush()
         time.sleep(0.3)
         return function(*args, **kwargs)
     return read
