@@ -16,51 +16,32 @@ if TYPE_CHECKING:
     from fuserl_megatron.convert.rope_config import RopeParameters
 
 
-def rope_inverse_frequencies(
-    rope: RopeParameters, head_dim: int, seq_len: int | torch.Tensor | None = None
-) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies and the factor on cos and sin.
+def rope_inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies and the factor on cos and sin, for sequences of up to max_position_embeddings tokens.
 
     The angle of pair d at position p is p * inv_freq[d]; cos and sin are then multiplied by the attention scaling.
     Sources of the formulas: RoPE arXiv 2104.09864; linear 2306.15595; yarn 2309.00071; dynamic and llama3 as in
-    transformers, where they were first written down.
-
-    Only `dynamic` looks at `seq_len`. Its rule: up to max_position_embeddings positions the frequencies are the
-    unscaled ones (whatever `factor` says); beyond, the base grows with the length. transformers passes the length as
-    an integer tensor (largest position + 1 of the batch) while running and so computes the new base in fp32, not in
-    double: give a tensor here to get those bits, an int to get those of its config-time call. It also keeps the
-    largest length seen until a batch is shorter than max_position_embeddings again; that memory is the caller's.
+    transformers, where they were first written down. `dynamic` stretches the base beyond max_position_embeddings only:
+    up to there its frequencies are the unscaled ones, whatever its factor says.
 
     Args:
         rope: the model's RoPE fields.
         head_dim: D, even.
-        seq_len: tokens of the longest sequence; None means max_position_embeddings.
 
     Returns:
         (inv_freq [D/2] in fp32 radians per position, attention scaling without unit).
     """
-    exponents_D2 = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    if rope.type == "default":
-        return 1.0 / (rope.theta**exponents_D2), 1.0
-    if rope.type == "linear":
-        return 1.0 / (rope.theta**exponents_D2) / rope.factor, 1.0
-    if rope.type == "dynamic":
-        return 1.0 / (_dynamic_base(rope, head_dim, seq_len) ** exponents_D2), 1.0
-    if rope.type == "llama3":
-        return _llama3(rope, 1.0 / (rope.theta**exponents_D2)), 1.0
-    if rope.type == "yarn":
-        return _yarn(rope, head_dim, rope.theta**exponents_D2)
+    periods_D2 = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    match rope.type:
+        case "default" | "dynamic":
+            return 1.0 / periods_D2, 1.0
+        case "linear":
+            return 1.0 / periods_D2 / rope.factor, 1.0
+        case "llama3":
+            return _llama3(rope, 1.0 / periods_D2), 1.0
+        case "yarn":
+            return _yarn(rope, head_dim, periods_D2)
     raise ValueError(f"rope type {rope.type!r} is not one of default, linear, dynamic, yarn, llama3")
-
-
-def _dynamic_base(rope: RopeParameters, head_dim: int, seq_len: int | torch.Tensor | None) -> float | torch.Tensor:
-    longest = rope.max_position_embeddings
-    if isinstance(seq_len, torch.Tensor):
-        length = torch.clamp(seq_len, min=longest)
-    else:
-        length = max(seq_len or 0, longest)
-    stretch = (rope.factor * length / longest) - (rope.factor - 1)
-    return rope.theta * stretch ** (head_dim / (head_dim - 2))
 
 
 def _llama3(rope: RopeParameters, inv_freq_D2: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from fuserl_megatron.config.schema import UserError
@@ -16,18 +16,6 @@ ROPE_REQUIRED = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
-ROPE_NUMBERS = (
-    "factor",
-    "original_max_position_embeddings",
-    "low_freq_factor",
-    "high_freq_factor",
-    "attention_factor",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-)
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", *ROPE_NUMBERS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +35,10 @@ class RopeParameters:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+
+
+ROPE_NUMBERS = tuple(field.name for field in fields(RopeParameters) if field.default is None)
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", *ROPE_NUMBERS}
 
 
 def read_rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeParameters:
