@@ -23,12 +23,7 @@ from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.rewards import RewardTable, reward_table
 from fuserl_megatron.data.units import PairTable, Selection, of_sequences, prepare_preference
-from fuserl_megatron.objectives.weights import (
-    best_and_worst_indices,
-    source_weights,
-    top_m_mask,
-    top_m_weights,
-)
+from fuserl_megatron.objectives.weights import best_and_worst_indices, source_weights, top_m_mask
 
 
 def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperature: float | None = None) -> PreparedSet:
@@ -75,7 +70,8 @@ def _top_m(table: RewardTable, scaled_GKN: torch.Tensor, m: int, tau: float) -> 
     absent = torch.iinfo(torch.int64).max
     order_GR = torch.where(ids_GR < 0, absent, ids_GR).argsort(dim=1)
     rewards_GR, mask_GR = (t.flatten(1).gather(1, order_GR) for t in (scaled_GKN, table.mask_GKN))
-    weights_GR, selected_GR = top_m_weights(rewards_GR, m, tau, mask_GR), top_m_mask(rewards_GR, m, mask_GR)
+    selected_GR = top_m_mask(rewards_GR, m, mask_GR)
+    weights_GR = source_weights(rewards_GR, selected_GR, tau)
     back_GR = order_GR.argsort(dim=1)
     return weights_GR.gather(1, back_GR).reshape(shape), selected_GR.gather(1, back_GR).reshape(shape)
 
