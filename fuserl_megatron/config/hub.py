@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.words import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 COMPANION_FILES = (
@@ -52,10 +53,9 @@ def local_model(path: str | Path, *, weights: bool = True) -> str:
             f"hub cannot be reached; give a local directory, or type `hf download {name}` where there is a network"
         ) from None
     except Exception as error:  # the client raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name}: no such directory, and the hub does not give it ({reason}); correct the name, or log in with "
-            "`hf auth login` if the model asks for that"
+            f"{name}: no such directory, and the hub does not give it ({first_line(error)}); correct the name, or log "
+            "in with `hf auth login` if the model asks for that"
         ) from None
 
 

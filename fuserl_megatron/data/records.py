@@ -14,13 +14,13 @@ from difflib import get_close_matches
 from typing import Any, TextIO
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.config.words import first_line
 from fuserl_megatron.data.inputs import (
     FIELDS,
     IGNORED_FIELDS,
     OPTIONAL_FIELDS,
     Place,
     expand_inputs,
-    first_line,
     input_hash,
     rows,
 )

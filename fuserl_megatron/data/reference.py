@@ -21,7 +21,6 @@ from fuserl_megatron.data.dataset import Manifest
 from fuserl_megatron.data.files import file_sha256, write_file
 
 DATA_FILE, KEY_FILE = "reference_logps.f32", "reference.json"
-FILL_CHUNK = 1 << 20
 
 
 def hash_model_directory(path: str | Path) -> str:
@@ -38,8 +37,7 @@ def hash_model_directory(path: str | Path) -> str:
         raise UserError(f"{path} holds no .safetensors file: save the model with save_pretrained")
     digest = hashlib.sha256()
     for file in [path / "config.json", *weights]:
-        with open(file, "rb") as opened:
-            digest.update(f"{file.name}\n{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{file.name}\n{file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -74,7 +72,7 @@ class ReferenceCache:
         directory = Path(directory)
         if not (directory / KEY_FILE).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            write_file(directory / DATA_FILE, _nan_bytes(num_responses))
+            write_file(directory / DATA_FILE, [np.full(num_responses, np.nan, "<f4").tobytes()])
             cls._write_key(directory, key, num_responses)  # last: its presence makes the cache valid
         return cls(directory, key, num_responses, cls._check(directory, key, num_responses), writable=True)
 
@@ -194,8 +192,3 @@ class ReferenceCache:
         if sha256 and sha256 != file_sha256(directory / DATA_FILE):
             raise UserError(f"{directory}: damaged reference cache (checksum): delete the directory, it is made anew")
         return sha256 is not None
-
-
-def _nan_bytes(count: int) -> list[bytes]:
-    full = np.full(min(count, FILL_CHUNK), np.nan, "<f4").tobytes()
-    return [full] * (count // FILL_CHUNK) + [full[: 4 * (count % FILL_CHUNK)]]

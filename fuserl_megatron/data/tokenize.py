@@ -29,7 +29,8 @@ from typing import Any
 
 from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.inputs import Place, first_line
+from fuserl_megatron.config.words import first_line
+from fuserl_megatron.data.inputs import Place
 from fuserl_megatron.data.records import BadRecord, Messages
 
 MARKER = "fuserl0response0marker"
