@@ -108,21 +108,14 @@ def _convert(kind: Any, value: Any, key: str, default: Any) -> Any:
     """One leaf. Text is no number, nor is a boolean; an int is a float, and 32 is "32" where that is a choice."""
     if value == "???":
         return value
-    options = (
-        list(typing.get_args(kind))
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-        else [kind]
-    )
-    if type(None) in options:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
         if value is None:
             return None
-        options.remove(type(None))
-    (kind,) = options
+        kind, _ = typing.get_args(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        text = (
-            {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-        )  # yaml reads on/off as booleans
+        # yaml reads on and off as booleans
+        text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
         if text in arguments:
             return text
         raise UserError(f"{key}={show(value)}: not one of {', '.join(arguments)}.{nearest(text, arguments)}")
@@ -147,9 +140,6 @@ def _sample(kind: Any, default: Any) -> str:
     if default not in (None, "???", ()) and default == default:
         return show(default)
     if typing.get_origin(kind) is tuple:
-        return (
-            "["
-            + ",".join(_sample(argument, None) for argument in typing.get_args(kind) if argument is not Ellipsis)
-            + "]"
-        )
+        items = [_sample(argument, None) for argument in typing.get_args(kind) if argument is not Ellipsis]
+        return f"[{','.join(items)}]"
     return {int: "1", float: "0.1", bool: "true", str: "name"}[kind]
