@@ -36,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def batch_conversion(parser: argparse.ArgumentParser, convert: Callable[[argparse.Namespace], Path]) -> int:
     """The converters of tools/: as a command here, and besides one line of JSON on what it took.
 
-    Args:
-        parser: knows the options of this direction; those of both are added.
-        convert: does the work; returns the directory written.
+    The parser knows the options of one direction, those of both are added; `convert` returns the directory written.
     """
     import resource
 

@@ -166,11 +166,7 @@ def _triton() -> Finding:
 
 
 def apex_kind(folder: Path | None) -> str:
-    """none, nvidia or pypi: told apart by their files, for both are called apex and one must not even be imported.
-
-    Args:
-        folder: the directory of the importable package `apex`, None when there is none.
-    """
+    """none, nvidia or pypi: told apart by their files, for both are called apex and one must not even be imported."""
     if folder is None:
         return "none"
     return "nvidia" if (folder / "normalization" / "fused_layer_norm.py").is_file() else "pypi"

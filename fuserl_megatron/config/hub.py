@@ -31,9 +31,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 def local_model(path: str | Path, *, weights: bool = True) -> str:
     """The directory of a model: the path itself, or where the files of a hub name are. A local path always wins.
 
-    Args:
-        path: directory or `org/name`.
-        weights: also fetch the weights; config and tokenizer alone are a few MB.
+    Without `weights` only config and tokenizer are fetched, a few MB.
 
     Raises:
         UserError: a hub name that is neither in the cache nor to be had.

@@ -14,9 +14,7 @@ from fuserl_megatron.config.schema import Config, UserError
 def fold(config: Config, overrides: Sequence[str] = ()) -> Config:
     """The same run with explicit_log_dir, name and version null and run.results_dir and run.name saying what they said.
 
-    Args:
-        config: as composed.
-        overrides: the command line; what a yaml file says under run is replaced, what was typed is not.
+    What a yaml file says under run is replaced, what was typed (`overrides`) is not.
 
     Raises:
         UserError: two settings that name different places, or a folder's name that is none.

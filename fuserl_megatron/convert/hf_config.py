@@ -6,8 +6,6 @@ field whose value our Megatron model cannot represent is refused by name. The ra
 so that an export writes every field back, known to us or not.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +15,9 @@ import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.fields import flag, number, positive_int
-from fuserl_megatron.convert.rope_config import RopeParameters, read_rope
+from fuserl_megatron.convert.rope import RopeParameters, read_rope
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 
 
 @dataclass(frozen=True, kw_only=True)

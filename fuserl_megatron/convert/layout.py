@@ -12,8 +12,6 @@ arithmetic is done on the numbers: they are moved, so every direction is exact t
 Legend: A attention heads, G key/value groups, D head dimension, H hidden, F feed-forward width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -122,12 +120,7 @@ def row_runs(megatron_name: str, shape: ModelShape) -> list[tuple[str, int, int,
 def hf_tensors_from_megatron(
     megatron_name: str, full: torch.Tensor, shape: ModelShape
 ) -> list[tuple[str, torch.Tensor]]:
-    """Turn one full Megatron parameter back into its Hugging Face tensors.
-
-    Args:
-        megatron_name: either spec's name, with the global layer index.
-        full: the unsharded parameter in Megatron's layout; vocabulary rows past the real vocabulary are cut off.
-        shape: the model.
+    """Turn one full Megatron parameter back into its Hugging Face tensors; padded vocabulary rows are cut off.
 
     Returns:
         [(hf name, tensor)], views where possible. Empty for the tied copy `output_layer.weight`, which the embedding

@@ -7,8 +7,6 @@ which feature of the model it exists for. Everything else in this room is a func
 Legend: H hidden, F feed-forward width, V vocabulary, D head dimension, A attention heads, G key/value groups.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 

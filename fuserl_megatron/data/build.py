@@ -42,14 +42,9 @@ QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
 
 def build(config: BuildConfig, progress: bool = True) -> Manifest:
-    """Read, check, tokenise and write one data set.
+    """Read, check, tokenise and write one data set; returns the manifest, as written to disk.
 
-    Args:
-        config: what to read and where to write.
-        progress: show a bar when standard error is a terminal and it takes longer than a few seconds.
-
-    Returns:
-        The manifest, as written to disk.
+    With `progress` a bar is shown when standard error is a terminal and it takes longer than a few seconds.
 
     Raises:
         UserError: anything in config or the records that the user can put right, or a full disk. Nothing is left over.

@@ -27,12 +27,7 @@ from fuserl_megatron.objectives.weights import best_and_worst_indices, source_we
 
 
 def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperature: float | None = None) -> PreparedSet:
-    """Select responses and pairs for one stage.
-
-    Args:
-        dataset: the fused data set.
-        objective: stage, selection, top_m, loss, target_source and the reward gap filter are read.
-        reward_temperature: tau; None takes the one the data set was built with.
+    """Select responses and pairs for one stage; without a temperature tau, with the one the data set was built with.
 
     Raises:
         UserError: tau is negative or NaN, an unknown setting, or no prompt is left.
@@ -79,10 +74,7 @@ def _top_m(table: RewardTable, scaled_GKN: torch.Tensor, m: int, tau: float) -> 
 def pair_table(dataset: FusedDataset, objective: ObjectiveConfig, table: RewardTable) -> PairTable:
     """Pairs inside each source: argmax and argmin of the rewards, with everything dropped counted.
 
-    Args:
-        dataset: its tokens are compared.
-        objective: min_reward_gap and max_reward_gap are read.
-        table: the data set's rewards.
+    Equal tokens make no pair, nor does a reward gap outside objective.min_reward_gap to max_reward_gap.
     """
     counts: Counter[str] = Counter()
     best_GK, worst_GK, has_pair_GK = best_and_worst_indices(table.rewards_GKN, table.mask_GKN)

@@ -196,12 +196,8 @@ def check_source_mean_logps(place: Place, value: Any) -> dict[str, float]:
 def check_source_names(loaded: LoadedRecords, filtered: bool) -> bool:
     """Whether any record has source_mean_logps.
 
-    Args:
-        loaded: all records.
-        filtered: sources were left out on purpose, so that a name unknown here may be one of them.
-
     Raises:
-        UserError: a name there is no source of the data set.
+        UserError: a name there is no source of the data set, and could not be one of those left out (`filtered`).
     """
     found = False
     for group in loaded.groups:

@@ -42,12 +42,9 @@ def hash_model_directory(path: str | Path) -> str:
 
 
 def reference_key(model_hash: str, manifest: Manifest, precision: str) -> str:
-    """The key of a cache: model weights, data set, tokenizer, template and number format.
+    """The key of a cache: model weights (`hash_model_directory`), data set, tokenizer, template and number format.
 
-    Args:
-        model_hash: `hash_model_directory` of the reference model.
-        manifest: of the data set scored.
-        precision: trainer.precision of the scoring pass; bf16 and fp32 give different numbers.
+    The last is trainer.precision of the scoring pass; bf16 and fp32 give different numbers.
     """
     parts = [model_hash, manifest.hash, manifest.tokenizer_hash, manifest.chat_template_hash, precision]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -97,11 +94,7 @@ class ReferenceCache:
             return None
 
     def write(self, response_ids: torch.Tensor | np.ndarray, logps: torch.Tensor | np.ndarray) -> None:
-        """Store summed log-probabilities.
-
-        Args:
-            response_ids: [N] data set ids.
-            logps: [N] summed log-probabilities of the scored tokens.
+        """Store the [N] summed log-probabilities of the scored tokens of [N] responses (data set ids).
 
         Raises:
             UserError: a value is NaN or infinite.
@@ -129,7 +122,8 @@ class ReferenceCache:
         Raises:
             ValueError: one of them has no value.
         """
-        missing = self.missing(response_ids)
+        ids = torch.as_tensor(response_ids).cpu().numpy()
+        missing = ids[self.missing_mask[ids]]
         if missing.size:
             raise ValueError(f"{missing.size} responses have no reference log-probability, the first is {missing[0]}")
         self.flush()
@@ -140,11 +134,6 @@ class ReferenceCache:
     def sha256(self) -> str:
         """Of the numbers: a run that goes on with others is not the same to the last bit."""
         return file_sha256(self.directory / DATA_FILE)
-
-    def missing(self, response_ids: torch.Tensor | np.ndarray) -> np.ndarray:
-        """Those of the ids given that have no value yet."""
-        ids = torch.as_tensor(response_ids).cpu().numpy()
-        return ids[np.isnan(self._logps[ids])]
 
     @property
     def missing_mask(self) -> np.ndarray:

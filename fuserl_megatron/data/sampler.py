@@ -118,12 +118,7 @@ class GlobalBatchSampler:
             yield self._plan(step, 0, prompts[start : start + size])
 
     def micro_batches(self, plan: StepPlan, dp_rank: int) -> list[PackedBatch]:
-        """The micro-batches of one data-parallel rank; only these are built.
-
-        Args:
-            plan: from `step` or `scoring_plans`.
-            dp_rank: 0 <= dp_rank < dp_size.
-        """
+        """The micro-batches of one data-parallel rank (0 <= dp_rank < dp_size); only these are built."""
         batches = []
         for i in range(plan.num_microbatches):
             m = i * self.dp_size + dp_rank

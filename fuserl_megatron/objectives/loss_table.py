@@ -94,14 +94,9 @@ _NUMERIC_RULES = {
 
 
 def needs_reference(loss: PreferenceLoss, options: Mapping[str, object]) -> bool:
-    """Whether reference log-probabilities are read under these options.
+    """Whether reference log-probabilities are read under these options (complete ones, from `checked_options`).
 
-    Args:
-        loss: the loss.
-        options: complete options, as `checked_options` returns them.
-
-    Returns:
-        False for the reference-free losses and for RLOO without a KL term.
+    They are not by the reference-free losses and by RLOO without a KL term.
     """
     if loss is PreferenceLoss.RLOO:
         return float(options["kl_coef"]) > 0.0
@@ -109,14 +104,7 @@ def needs_reference(loss: PreferenceLoss, options: Mapping[str, object]) -> bool
 
 
 def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> dict[str, object]:
-    """The complete options of a loss: the given ones, checked, and defaults for the rest.
-
-    Args:
-        loss: a PreferenceLoss or its name.
-        given: option -> value; only options which this loss reads.
-
-    Returns:
-        option -> value, every option that the loss reads.
+    """The complete options of a loss, every one that it reads: the given ones, checked, and defaults for the rest.
 
     Raises:
         ValueError: unknown loss, an option the loss does not read, a required one missing, or a value out of range.
@@ -142,12 +130,8 @@ def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> 
 def first_step_loss(loss: PreferenceLoss, options: Mapping[str, object]) -> float | None:
     """The loss of every item while policy == reference, the SFT term left out: a run must start from this number.
 
-    Args:
-        loss: the loss.
-        options: complete options, as `checked_options` returns them.
-
-    Returns:
-        The value, or None where it depends on the data (reference-free losses, RLOO, InfiFPO, KTO with two weights).
+    None where it depends on the data (reference-free losses, RLOO, InfiFPO, KTO with two weights). The options are
+    complete ones, from `checked_options`.
     """
     match loss.value:
         case "dpo" | "ln_dpo" | "cdpo" | "robust" | "mappo" | "wrpo":

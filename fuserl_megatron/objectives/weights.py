@@ -167,14 +167,7 @@ def best_and_worst_indices(rewards_N: Tensor, mask_N: Tensor | None = None) -> t
 
 
 def reward_gaps(chosen_rewards_P: Tensor, rejected_rewards_P: Tensor) -> Tensor:
-    """Gaps dr = r+ - r- in [0, 1], MaPPO's calibration of a pair (arXiv 2507.21183).
-
-    Args:
-        chosen_rewards_P: [P] rewards of the chosen responses.
-        rejected_rewards_P: [P] rewards of the rejected responses.
-
-    Returns:
-        [P] float64.
+    """Gaps dr = r+ - r- in [0, 1] ([P] float64), MaPPO's calibration of a pair (arXiv 2507.21183).
 
     Raises:
         ValueError: a gap lies outside [0, 1].

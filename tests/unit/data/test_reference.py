@@ -14,12 +14,11 @@ from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory,
 
 def test_write_resume_finish_and_read(tmp_path):
     cache = ReferenceCache.open_or_create(tmp_path / "c", "key", 6)
-    assert cache.missing(np.arange(6)).tolist() == [0, 1, 2, 3, 4, 5] and not cache.complete
+    assert cache.missing_mask.all() and not cache.complete
     cache.write(torch.tensor([4, 1]), torch.tensor([-4.5, -1.25], dtype=torch.float64))
     cache.flush()
     del cache
     again = ReferenceCache.open_or_create(tmp_path / "c", "key", 6)
-    assert again.missing(torch.tensor([0, 1, 4])).tolist() == [0]
     assert again.missing_mask.tolist() == [True, False, True, True, False, True]
     with pytest.raises(ValueError, match="1 responses have no reference log-probability, the first is 0"):
         again.finish(np.array([0, 1]))
