@@ -5,7 +5,6 @@ it sees them, and then set whether or not a yaml file mentions them.
 """
 
 import dataclasses
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.secrets import refuse_secrets
-from fuserl_megatron.config.words import all_keys, nearest, plain, show
+from fuserl_megatron.config.words import all_keys, nearest, one_line, plain, show
 
 LAUNCH_GROUPS = {"cluster"}
 """Groups of `fuserl launch`; the others belong to a training run."""
@@ -63,7 +62,7 @@ def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str 
         defaults = OmegaConf.create(plain(dataclasses.asdict(schema())))
         merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed), resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
     refuse_secrets(merged)
     return merged
 
@@ -82,7 +81,7 @@ def _check_overrides(schema: type, overrides: list[str], roots: list[Path]) -> l
             parsed = parser.parse_override(text)
         except HydraException as error:
             hint = "write key=value" if "=" not in text else "put the value in quotes: " + _quoted(text)
-            raise UserError(f"'{text}' is not an override ({_one_line(error)}): {hint}") from error
+            raise UserError(f"'{text}' is not an override ({one_line(error)}): {hint}") from error
         key = parsed.key_or_group
         if parsed.is_sweep_override():
             raise UserError(
@@ -113,8 +112,3 @@ def _check_choice(group: str, value: Any, roots: list[Path]) -> None:
 def _quoted(text: str) -> str:
     key, _, value = text.partition("=")
     return f"'{key}=\"{value}\"'"
-
-
-def _one_line(error: BaseException) -> str:
-    """Hydra spreads a message over lines and indents it for a terminal of its own."""
-    return re.sub(r"\s+", " ", str(error)).strip()

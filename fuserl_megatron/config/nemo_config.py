@@ -12,7 +12,7 @@ from fuserl_megatron.config.nemo_keys import ANY, TABLE, C, M, Row
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.secrets import refuse_secrets
 from fuserl_megatron.config.validate import validate
-from fuserl_megatron.config.words import nearest, show
+from fuserl_megatron.config.words import nearest, one_line, show
 
 
 class Fate(NamedTuple):
@@ -155,7 +155,7 @@ def _leaves(path: str | Path) -> Iterator[tuple[str, Any]]:
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: is no yaml file: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: is no yaml file: {one_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: holds no settings; give NeMo-Aligner's gpt_sft.yaml or gpt_dpo.yaml.")
     if not OmegaConf.has_resolver("multiply"):  # NeMo's own

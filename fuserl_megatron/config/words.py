@@ -58,6 +58,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def one_line(error: BaseException) -> str:
+    """The message without line breaks and indentation."""
+    return " ".join(str(error).split())
+
+
 def show(value: Any) -> str:
     """A value as it is typed on the command line: null, true, [1,2], text bare."""
     if isinstance(value, list | tuple):

@@ -10,7 +10,6 @@ from typing import Any
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
-from fuserl_megatron.data.files import file_sha256
 
 FIELDS = ("prompt", "source", "response", "reward")
 OPTIONAL_FIELDS = ("source_mean_logps",)
@@ -106,8 +105,3 @@ def _check_columns(name: str, columns: Sequence[str]) -> None:
         if field not in columns:
             have = ", ".join(columns)
             raise UserError(f"{name}: column {field!r} is missing (columns: {have}): needs {', '.join(FIELDS)}")
-
-
-def input_hash(name: str) -> str | None:
-    """sha256 of a file's bytes; None for a hub data set (its content is covered by the data set's own hash)."""
-    return file_sha256(name) if os.path.exists(name) else None

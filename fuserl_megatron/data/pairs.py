@@ -48,8 +48,6 @@ def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperatur
         else:
             top_m = DEFAULT_TOP_M if objective.top_m is None else objective.top_m
             weights_GKN, selected_GKN = _top_m(table, table.scaled(manifest.reward_standardization), top_m, tau)
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(str(error)) from None
     counts = {"zero_weight": int((selected_GKN & (weights_GKN == 0)).sum())}

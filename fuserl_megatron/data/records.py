@@ -7,6 +7,7 @@ of first appearance.
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,13 @@ from typing import Any, TextIO
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
+from fuserl_megatron.data.files import file_sha256
 from fuserl_megatron.data.inputs import (
     FIELDS,
     IGNORED_FIELDS,
     OPTIONAL_FIELDS,
     Place,
     expand_inputs,
-    input_hash,
     rows,
 )
 
@@ -137,7 +138,8 @@ def load_groups(
             except BadRecord as bad:
                 rejects.add(bad, raw.decode("utf-8", "replace").rstrip() if isinstance(raw, bytes) else raw)
         num_records = loaded.counts["records"] - num_before
-        loaded.inputs.append({"name": name, "sha256": input_hash(name), "records": num_records})
+        sha256 = file_sha256(name) if os.path.exists(name) else None  # a hub data set is covered by the result's own
+        loaded.inputs.append({"name": name, "sha256": sha256, "records": num_records})
     for name in sources:
         if name not in seen:
             near = get_close_matches(name, sorted(seen), n=1) or sorted(seen)[:5]

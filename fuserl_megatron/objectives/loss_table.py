@@ -5,7 +5,7 @@ An option that a loss does not read is refused by `checked_options`, never ignor
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -77,19 +77,25 @@ LOSSES: Mapping[PreferenceLoss, LossSpec] = {
 
 FUSIONS = ("max_margin", "mean", "confidence")
 
-# What a numeric option's value must be: (test, words for the error).
-_POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
-_NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "zero or a positive number")
-_NUMERIC_RULES = {
-    "beta": _POSITIVE,
-    "label_smoothing": (lambda v: 0 <= v < 0.5, "a number in [0, 0.5)"),
+
+def _number(holds: Callable[[float], bool]) -> Callable[[object], bool]:
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and holds(v)
+
+
+# What an option's value must be: (test, words for the error).
+_NOT_NEGATIVE = (_number(lambda v: 0 <= v < math.inf), "zero or a positive number")
+_RULES = {
+    "beta": (_number(lambda v: 0 < v < math.inf), "a positive number"),
+    "label_smoothing": (_number(lambda v: 0 <= v < 0.5), "a number in [0, 0.5)"),
+    "length_normalized": (lambda v: isinstance(v, bool), "true or false"),
+    "fusion": (lambda v: v in FUSIONS, f"one of {', '.join(FUSIONS)}"),
     "gamma_beta_ratio": _NOT_NEGATIVE,
     "cpo_alpha": _NOT_NEGATIVE,
     "rpo_alpha": _NOT_NEGATIVE,
     "desirable_weight": _NOT_NEGATIVE,
     "undesirable_weight": _NOT_NEGATIVE,
     "kl_coef": _NOT_NEGATIVE,
-    "alpha_end": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+    "alpha_end": (_number(lambda v: 0 <= v <= 1), "a number in [0, 1]"),
 }
 
 
@@ -123,7 +129,11 @@ def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> 
             )
     options = {**spec.options, **given}
     for name, value in options.items():
-        _check_value(loss, name, value)
+        if value is None:
+            raise ValueError(f"loss {loss.value} needs the option {name!r}: give a value, e.g. {name}=0.1")
+        is_valid, rule = _RULES[name]
+        if not is_valid(value):
+            raise ValueError(f"loss {loss.value}: {name}={value!r} must be {rule}")
     return options
 
 
@@ -143,21 +153,6 @@ def first_step_loss(loss: PreferenceLoss, options: Mapping[str, object]) -> floa
         case "kto" if options["desirable_weight"] == options["undesirable_weight"]:
             return 0.5 * float(options["desirable_weight"])
     return None
-
-
-def _check_value(loss: PreferenceLoss, name: str, value: object) -> None:
-    if value is None:
-        raise ValueError(f"loss {loss.value} needs the option {name!r}: give a value, e.g. {name}=0.1")
-    if name == "fusion":
-        if value not in FUSIONS:
-            raise ValueError(f"loss {loss.value}: fusion={value!r} is unknown; use one of {', '.join(FUSIONS)}")
-    elif name == "length_normalized":
-        if not isinstance(value, bool):
-            raise ValueError(f"loss {loss.value}: length_normalized={value!r} must be true or false")
-    else:
-        is_valid, rule = _NUMERIC_RULES[name]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not is_valid(value):
-            raise ValueError(f"loss {loss.value}: {name}={value!r} must be {rule}")
 
 
 def _nearest(name: str, known: list[str]) -> str:
