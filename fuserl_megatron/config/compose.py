@@ -7,6 +7,7 @@ it sees them, and then set whether or not a yaml file mentions them.
 import dataclasses
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,12 @@ def conf_dir() -> Path:
     )
 
 
-def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str | Path | None) -> dict[str, Any]:
-    """Compose `name` (a root file, without .yaml) over the schema's defaults into plain dictionaries, all resolved.
+def compose_tree(
+    schema: type, name: str, overrides: Sequence[str], config_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Compose `name` over the schema's defaults into plain dictionaries, all resolved.
+
+    It is a root file without .yaml, or the path of a yaml file, relative to config_dir.
 
     Raises:
         UserError: unknown key or choice, missing file, text that is no override, a credential among the values.
@@ -42,12 +47,18 @@ def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if name.endswith((".yaml", ".yml")):
+        file = Path(config_dir or ".") / name
+        if not file.is_file():
+            raise UserError(f"--config-name {name}: no such file (looked at {file.resolve()}).")
+        config_dir, name = file.parent, file.stem
     shipped = conf_dir()
     primary = shipped if config_dir is None else Path(config_dir).resolve()
     if not primary.is_dir():
         raise UserError(f"--config-dir {config_dir}: no such directory.")
     roots = [primary] if primary == shipped else [primary, shipped]
-    if not any((root / f"{name}.yaml").is_file() for root in roots):
+    file = next((root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()), None)
+    if file is None:
         found = sorted({file.stem for root in roots for file in root.glob("*.yaml")})
         raise UserError(
             f"--config-name {name}: no {name}.yaml in {' or '.join(map(str, roots))}.{nearest(name, found)}"
@@ -55,7 +66,7 @@ def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str 
     overrides = _check_overrides(schema, overrides, roots)
     try:
         with tempfile.TemporaryDirectory() as main:  # of the root file alone: hydra looks for it in one directory only
-            shutil.copy(next(root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()), main)
+            shutil.copy(file, main)
             overrides.append(f"hydra.searchpath=[{','.join(f'file://{root}' for root in roots)}]")
             with initialize_config_dir(main, version_base="1.3", job_name="fuserl"):
                 composed = compose(name, overrides)
@@ -67,7 +78,7 @@ def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str 
     return merged
 
 
-def _check_overrides(schema: type, overrides: list[str], roots: list[Path]) -> list[str]:
+def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) -> list[str]:
     """Refuse unknown keys with the nearest one; let known keys be set whether or not a yaml file mentions them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType

@@ -47,20 +47,8 @@ def load_config(
         UserError: an unknown key, a value of the wrong type, a missing required value, a file that is not there.
     """
     schema = SCHEMAS[kind]
-    config = from_dict(schema, compose_root(schema, config_name or kind, overrides, config_dir))
+    config = from_dict(schema, compose_tree(schema, config_name or kind, overrides, config_dir))
     return fold(config, overrides) if kind == "train" else config
-
-
-def compose_root(
-    schema: type, name: str, overrides: Sequence[str], config_dir: str | Path | None = None
-) -> dict[str, Any]:
-    """As `compose_tree`; the name may also be the path of a yaml file, relative to config_dir."""
-    if name.endswith((".yaml", ".yml")):
-        file = Path(config_dir or ".") / name
-        if not file.is_file():
-            raise UserError(f"--config-name {name}: no such file (looked at {file.resolve()}).")
-        config_dir, name = file.parent, file.stem
-    return compose_tree(schema, name, list(overrides), config_dir)
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:
