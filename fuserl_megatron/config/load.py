@@ -69,25 +69,26 @@ def to_yaml(config: Config | BuildConfig) -> str:
     )
 
 
-def _map_section(schema: type, values: Any, path: str, all_keys: set[str]) -> Any:
+def _map_section(schema: type, values: Any, prefix: str, known: set[str]) -> Any:
     if not isinstance(values, dict):
-        names = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(schema))
+        path = prefix.removesuffix(".")
+        names = ", ".join(prefix + field.name for field in dataclasses.fields(schema))
         raise UserError(f"{path}={show(values)}: {path} is a section; set one of its keys: {names}.")
     fields, given = {field.name: field for field in dataclasses.fields(schema)}, {}
     for name, value in values.items():
-        full = f"{path}.{name}" if path else str(name)
+        full = f"{prefix}{name}"
         if name not in fields:
-            raise UserError(f"{full}: no such key.{nearest(full, all_keys)}")
+            raise UserError(f"{full}: no such key.{nearest(full, known)}")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
-            given[name] = _map_section(kind, values[name], full, all_keys)
+            given[name] = _map_section(kind, value, f"{full}.", known)
         else:
             given[name] = _convert(kind, value, full, fields[name].default)
     config = schema(**given)
     for field in dataclasses.fields(schema):
         value = getattr(config, field.name)
         if value == "???" or (field.type is float and math.isnan(value)):
-            full = f"{path}.{field.name}" if path else field.name
+            full = prefix + field.name
             raise UserError(f"{full}: required and not set; type {EXAMPLES.get(full, full + '=...')}.")
     return config
 
