@@ -18,6 +18,7 @@ from fuserl_megatron import commands
 from fuserl_megatron.arguments import build_parser as build_parser
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.secrets import redact
+from fuserl_megatron.config.words import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def batch_conversion(parser: argparse.ArgumentParser, convert: Callable[[argparse.Namespace], Path]) -> int:
     """The converters of tools/: as a command here, and besides one line of JSON on what it took.
 
-    Args:
-        parser: knows the options of this direction; those of both are added.
-        convert: does the work; returns the directory written.
+    The parser knows the options of one direction, those of both are added; `convert` returns the directory written.
     """
     import resource
 
@@ -76,7 +75,7 @@ def _exit_code(program: str, run: Callable[[], int], passes_sigterm_on: bool = F
     except (UserError, OSError) as error:
         if os.environ.get("FUSERL_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"{program}: error: {one_line(error)}", file=sys.stderr)
+        print(f"{program}: error: {message_of(error)}", file=sys.stderr)
         return 2
     finally:
         if not passes_sigterm_on:
@@ -89,11 +88,11 @@ def _terminated(_signal: int, _frame: object) -> None:
     raise SystemExit(143)
 
 
-def one_line(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     """The message without line breaks; for an OSError the path first and no errno."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return redact(f"{error.filename}: {error.strerror}")
-    return redact(" ".join(str(error).split())) or type(error).__name__
+    return redact(one_line(error)) or type(error).__name__
 
 
 if __name__ == "__main__":

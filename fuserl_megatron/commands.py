@@ -209,9 +209,22 @@ def _laid_out(config: Config, num_ranks: int) -> list[str]:
 
 def hf_to_megatron(options: argparse.Namespace) -> int:
     """`fuserl convert hf-to-megatron`."""
+    print(f"written: {to_megatron(options)}")
+    return 0
+
+
+def megatron_to_hf(options: argparse.Namespace) -> int:
+    """`fuserl convert megatron-to-hf`."""
+    options.max_shard_bytes = _bytes(options.max_shard_size)
+    print(f"written: {to_hf(options)}")
+    return 0
+
+
+def to_megatron(options: argparse.Namespace) -> Path:
+    """Convert a Hugging Face directory, here and in tools/; returns the directory written."""
     from fuserl_megatron.mcore import offline
 
-    written = offline.hf_to_megatron(
+    return offline.hf_to_megatron(
         options.source,
         options.destination,
         dtype=options.dtype,
@@ -219,25 +232,20 @@ def hf_to_megatron(options: argparse.Namespace) -> int:
         force=options.force,
         allow_pickle=options.allow_pickle,
     )
-    print(f"written: {written}")
-    return 0
 
 
-def megatron_to_hf(options: argparse.Namespace) -> int:
-    """`fuserl convert megatron-to-hf`."""
-    size = _bytes(options.max_shard_size)
+def to_hf(options: argparse.Namespace) -> Path:
+    """Convert a Megatron checkpoint, here and in tools/; returns the directory written."""
     from fuserl_megatron.mcore import offline
 
-    written = offline.megatron_to_hf(
+    return offline.megatron_to_hf(
         options.source,
         options.destination,
         hf=options.hf,
         dtype=options.dtype,
-        max_shard_bytes=size,
+        max_shard_bytes=options.max_shard_bytes,
         force=options.force,
     )
-    print(f"written: {written}")
-    return 0
 
 
 def verify(options: argparse.Namespace) -> int:

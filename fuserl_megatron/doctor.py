@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -97,13 +98,8 @@ def version(package: str) -> str | None:
 
 def numbers(text: str) -> tuple[int, ...]:
     """The leading numbers of a version: (0, 16, 1) of 0.16.1rc0."""
-    result = []
-    for part in text.split("."):
-        digits = part[: len(part) - len(part.lstrip("0123456789"))]
-        if not digits:
-            break
-        result.append(int(digits))
-    return tuple(result)
+    found = re.match(r"\d+(\.\d+)*", text)
+    return tuple(map(int, found.group().split("."))) if found else ()
 
 
 def _python() -> Finding:
@@ -166,11 +162,7 @@ def _triton() -> Finding:
 
 
 def apex_kind(folder: Path | None) -> str:
-    """none, nvidia or pypi: told apart by their files, for both are called apex and one must not even be imported.
-
-    Args:
-        folder: the directory of the importable package `apex`, None when there is none.
-    """
+    """none, nvidia or pypi: told apart by their files, for both are called apex and one must not even be imported."""
     if folder is None:
         return "none"
     return "nvidia" if (folder / "normalization" / "fused_layer_norm.py").is_file() else "pypi"

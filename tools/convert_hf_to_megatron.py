@@ -9,8 +9,8 @@ to put right, 130 and 143 interrupted.
 
 import argparse
 import sys
-from pathlib import Path
 
+from fuserl_megatron import commands
 from fuserl_megatron.cli import batch_conversion
 
 
@@ -21,20 +21,7 @@ def main() -> int:
     parser.add_argument("destination", help="checkpoint root to write")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="default 128")
     parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin (weights only)")
-    return batch_conversion(parser, _convert)
-
-
-def _convert(options: argparse.Namespace) -> Path:
-    from fuserl_megatron.mcore import offline
-
-    return offline.hf_to_megatron(
-        options.source,
-        options.destination,
-        dtype=options.dtype,
-        make_vocab_size_divisible_by=options.make_vocab_size_divisible_by,
-        force=options.force,
-        allow_pickle=options.allow_pickle,
-    )
+    return batch_conversion(parser, commands.to_megatron)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from fuserl_megatron import commands
 from fuserl_megatron.cli import batch_conversion
 
 
@@ -25,16 +26,8 @@ def main() -> int:
 
 
 def _convert(options: argparse.Namespace) -> Path:
-    from fuserl_megatron.mcore import offline
-
-    return offline.megatron_to_hf(
-        options.source,
-        options.destination,
-        hf=options.hf,
-        dtype=options.dtype,
-        max_shard_bytes=int(options.max_shard_gb * 1e9),
-        force=options.force,
-    )
+    options.max_shard_bytes = int(options.max_shard_gb * 1e9)
+    return commands.to_hf(options)
 
 
 if __name__ == "__main__":

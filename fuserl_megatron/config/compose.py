@@ -5,16 +5,16 @@ it sees them, and then set whether or not a yaml file mentions them.
 """
 
 import dataclasses
-import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.secrets import refuse_secrets
-from fuserl_megatron.config.words import all_keys, nearest, plain, show
+from fuserl_megatron.config.words import all_keys, nearest, one_line, plain, show
 
 LAUNCH_GROUPS = {"cluster"}
 """Groups of `fuserl launch`; the others belong to a training run."""
@@ -31,8 +31,12 @@ def conf_dir() -> Path:
     )
 
 
-def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str | Path | None) -> dict[str, Any]:
-    """Compose `name` (a root file, without .yaml) over the schema's defaults into plain dictionaries, all resolved.
+def compose_tree(
+    schema: type, name: str, overrides: Sequence[str], config_dir: str | Path | None = None
+) -> dict[str, Any]:
+    """Compose `name` over the schema's defaults into plain dictionaries, all resolved.
+
+    It is a root file without .yaml, or the path of a yaml file, relative to config_dir.
 
     Raises:
         UserError: unknown key or choice, missing file, text that is no override, a credential among the values.
@@ -43,12 +47,18 @@ def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str 
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    if name.endswith((".yaml", ".yml")):
+        file = Path(config_dir or ".") / name
+        if not file.is_file():
+            raise UserError(f"--config-name {name}: no such file (looked at {file.resolve()}).")
+        config_dir, name = file.parent, file.stem
     shipped = conf_dir()
     primary = shipped if config_dir is None else Path(config_dir).resolve()
     if not primary.is_dir():
         raise UserError(f"--config-dir {config_dir}: no such directory.")
     roots = [primary] if primary == shipped else [primary, shipped]
-    if not any((root / f"{name}.yaml").is_file() for root in roots):
+    file = next((root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()), None)
+    if file is None:
         found = sorted({file.stem for root in roots for file in root.glob("*.yaml")})
         raise UserError(
             f"--config-name {name}: no {name}.yaml in {' or '.join(map(str, roots))}.{nearest(name, found)}"
@@ -56,19 +66,19 @@ def compose_tree(schema: type, name: str, overrides: list[str], config_dir: str 
     overrides = _check_overrides(schema, overrides, roots)
     try:
         with tempfile.TemporaryDirectory() as main:  # of the root file alone: hydra looks for it in one directory only
-            shutil.copy(next(root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()), main)
+            shutil.copy(file, main)
             overrides.append(f"hydra.searchpath=[{','.join(f'file://{root}' for root in roots)}]")
             with initialize_config_dir(main, version_base="1.3", job_name="fuserl"):
                 composed = compose(name, overrides)
         defaults = OmegaConf.create(plain(dataclasses.asdict(schema())))
         merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed), resolve=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(one_line(error)) from error
     refuse_secrets(merged)
     return merged
 
 
-def _check_overrides(schema: type, overrides: list[str], roots: list[Path]) -> list[str]:
+def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) -> list[str]:
     """Refuse unknown keys with the nearest one; let known keys be set whether or not a yaml file mentions them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
@@ -82,7 +92,7 @@ def _check_overrides(schema: type, overrides: list[str], roots: list[Path]) -> l
             parsed = parser.parse_override(text)
         except HydraException as error:
             hint = "write key=value" if "=" not in text else "put the value in quotes: " + _quoted(text)
-            raise UserError(f"'{text}' is not an override ({_one_line(error)}): {hint}") from error
+            raise UserError(f"'{text}' is not an override ({one_line(error)}): {hint}") from error
         key = parsed.key_or_group
         if parsed.is_sweep_override():
             raise UserError(
@@ -113,8 +123,3 @@ def _check_choice(group: str, value: Any, roots: list[Path]) -> None:
 def _quoted(text: str) -> str:
     key, _, value = text.partition("=")
     return f"'{key}=\"{value}\"'"
-
-
-def _one_line(error: BaseException) -> str:
-    """Hydra spreads a message over lines and indents it for a terminal of its own."""
-    return re.sub(r"\s+", " ", str(error)).strip()

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.words import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 COMPANION_FILES = (
@@ -30,9 +31,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+", re.ASCII)
 def local_model(path: str | Path, *, weights: bool = True) -> str:
     """The directory of a model: the path itself, or where the files of a hub name are. A local path always wins.
 
-    Args:
-        path: directory or `org/name`.
-        weights: also fetch the weights; config and tokenizer alone are a few MB.
+    Without `weights` only config and tokenizer are fetched, a few MB.
 
     Raises:
         UserError: a hub name that is neither in the cache nor to be had.
@@ -52,10 +51,9 @@ def local_model(path: str | Path, *, weights: bool = True) -> str:
             f"hub cannot be reached; give a local directory, or type `hf download {name}` where there is a network"
         ) from None
     except Exception as error:  # the client raises many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name}: no such directory, and the hub does not give it ({reason}); correct the name, or log in with "
-            "`hf auth login` if the model asks for that"
+            f"{name}: no such directory, and the hub does not give it ({first_line(error)}); correct the name, or log "
+            "in with `hf auth login` if the model asks for that"
         ) from None
 
 

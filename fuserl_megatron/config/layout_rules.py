@@ -56,9 +56,8 @@ def check_layout(config: Config, world_size: int) -> int:
     return world_size // unit
 
 
-def check_model(config: Config, shape: ModelShape, data_set: DataSet | None) -> None:
-    """What the layout asks of the model, and the data of both."""
-    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+def check_tensor_parallel(shape: ModelShape, tp: int) -> None:
+    """Refuse a size that would cut through a head, a group (key/value heads are not replicated) or the MLP unevenly."""
     counts = {
         "attention heads": shape.num_attention_heads,
         "key/value heads": shape.num_query_groups,
@@ -66,8 +65,14 @@ def check_model(config: Config, shape: ModelShape, data_set: DataSet | None) -> 
     }
     for what, count in counts.items():
         if count % tp:
-            works = _largest_divisor(math.gcd(*counts.values()), tp)
-            refuse(config, "model.tensor_model_parallel_size", f"does not divide the model's {count} {what}", works)
+            field, works = "model.tensor_model_parallel_size", _largest_divisor(math.gcd(*counts.values()), tp)
+            raise UserError(f"{field}={tp}: does not divide the model's {count} {what}; {field}={works} would work.")
+
+
+def check_model(config: Config, shape: ModelShape, data_set: DataSet | None) -> None:
+    """What the layout asks of the model, and the data of both."""
+    tp, pp = config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size
+    check_tensor_parallel(shape, tp)
     multiple = FP8_MULTIPLES.get(config.trainer.precision)
     if multiple is not None:
         heads = shape.num_attention_heads

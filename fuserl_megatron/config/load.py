@@ -47,20 +47,8 @@ def load_config(
         UserError: an unknown key, a value of the wrong type, a missing required value, a file that is not there.
     """
     schema = SCHEMAS[kind]
-    config = from_dict(schema, compose_root(schema, config_name or kind, overrides, config_dir))
+    config = from_dict(schema, compose_tree(schema, config_name or kind, overrides, config_dir))
     return fold(config, overrides) if kind == "train" else config
-
-
-def compose_root(
-    schema: type, name: str, overrides: Sequence[str], config_dir: str | Path | None = None
-) -> dict[str, Any]:
-    """As `compose_tree`; the name may also be the path of a yaml file, relative to config_dir."""
-    if name.endswith((".yaml", ".yml")):
-        file = Path(config_dir or ".") / name
-        if not file.is_file():
-            raise UserError(f"--config-name {name}: no such file (looked at {file.resolve()}).")
-        config_dir, name = file.parent, file.stem
-    return compose_tree(schema, name, list(overrides), config_dir)
 
 
 def from_dict(schema: type, values: dict[str, Any]) -> Any:
@@ -81,25 +69,26 @@ def to_yaml(config: Config | BuildConfig) -> str:
     )
 
 
-def _map_section(schema: type, values: Any, path: str, all_keys: set[str]) -> Any:
+def _map_section(schema: type, values: Any, prefix: str, known: set[str]) -> Any:
     if not isinstance(values, dict):
-        names = ", ".join(f"{path}.{field.name}" for field in dataclasses.fields(schema))
+        path = prefix.removesuffix(".")
+        names = ", ".join(prefix + field.name for field in dataclasses.fields(schema))
         raise UserError(f"{path}={show(values)}: {path} is a section; set one of its keys: {names}.")
     fields, given = {field.name: field for field in dataclasses.fields(schema)}, {}
     for name, value in values.items():
-        full = f"{path}.{name}" if path else str(name)
+        full = f"{prefix}{name}"
         if name not in fields:
-            raise UserError(f"{full}: no such key.{nearest(full, all_keys)}")
+            raise UserError(f"{full}: no such key.{nearest(full, known)}")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
-            given[name] = _map_section(kind, values[name], full, all_keys)
+            given[name] = _map_section(kind, value, f"{full}.", known)
         else:
             given[name] = _convert(kind, value, full, fields[name].default)
     config = schema(**given)
     for field in dataclasses.fields(schema):
         value = getattr(config, field.name)
         if value == "???" or (field.type is float and math.isnan(value)):
-            full = f"{path}.{field.name}" if path else field.name
+            full = prefix + field.name
             raise UserError(f"{full}: required and not set; type {EXAMPLES.get(full, full + '=...')}.")
     return config
 
@@ -108,21 +97,14 @@ def _convert(kind: Any, value: Any, key: str, default: Any) -> Any:
     """One leaf. Text is no number, nor is a boolean; an int is a float, and 32 is "32" where that is a choice."""
     if value == "???":
         return value
-    options = (
-        list(typing.get_args(kind))
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-        else [kind]
-    )
-    if type(None) in options:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
         if value is None:
             return None
-        options.remove(type(None))
-    (kind,) = options
+        kind, _ = typing.get_args(kind)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        text = (
-            {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
-        )  # yaml reads on/off as booleans
+        # yaml reads on and off as booleans
+        text = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
         if text in arguments:
             return text
         raise UserError(f"{key}={show(value)}: not one of {', '.join(arguments)}.{nearest(text, arguments)}")
@@ -147,9 +129,6 @@ def _sample(kind: Any, default: Any) -> str:
     if default not in (None, "???", ()) and default == default:
         return show(default)
     if typing.get_origin(kind) is tuple:
-        return (
-            "["
-            + ",".join(_sample(argument, None) for argument in typing.get_args(kind) if argument is not Ellipsis)
-            + "]"
-        )
+        items = [_sample(argument, None) for argument in typing.get_args(kind) if argument is not Ellipsis]
+        return f"[{','.join(items)}]"
     return {int: "1", float: "0.1", bool: "true", str: "name"}[kind]

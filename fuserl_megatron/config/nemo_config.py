@@ -1,6 +1,5 @@
 """A NeMo-Aligner SFT or DPO file in our words: every key is mapped, ignored for a reason, or named as unsupported."""
 
-import dataclasses
 import operator
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -8,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fuserl_megatron.config.facts import replica_ranks
-from fuserl_megatron.config.load import _convert, from_dict
+from fuserl_megatron.config.load import from_dict
 from fuserl_megatron.config.nemo_keys import ANY, TABLE, C, M, Row
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.secrets import refuse_secrets
 from fuserl_megatron.config.validate import validate
-from fuserl_megatron.config.words import nearest, show
+from fuserl_megatron.config.words import nearest, one_line, show
 
 
 class Fate(NamedTuple):
@@ -24,6 +23,10 @@ class Fate(NamedTuple):
     status: Literal["mapped", "ignored", "unsupported"]
     why: str
     """Our key and value, or the reason."""
+
+
+REQUIRED = {"model.path": "x", "data.path": "x"}
+"""What no NeMo file says, with stand-ins to check the rest by."""
 
 
 def convert(path: str | Path) -> tuple[dict[str, Any], list[Fate]]:
@@ -50,7 +53,7 @@ def convert(path: str | Path) -> tuple[dict[str, Any], list[Fate]]:
             ours[name], said_by[name] = setting, key
         shown = show(value)
         fates.append(Fate(key, shown if shown.isprintable() else ascii(shown), status, why))
-    ours |= {"model.path": "???", "data.path": "???"}
+    ours |= dict.fromkeys(REQUIRED, "???")
     if ours.get(C + "monitor") is not None:
         ours["data.validation_path"] = "???"
     return _nested(ours), fates
@@ -136,12 +139,7 @@ def _row(key: str) -> Row | None:
 
 def _checked(key: str, value: Any) -> Any:
     """The value as the schema takes it. Raises UserError otherwise."""
-    *sections, name = key.split(".")
-    schema = Config
-    for section in sections:
-        schema = next(f for f in dataclasses.fields(schema) if f.name == section).type
-    field = next(f for f in dataclasses.fields(schema) if f.name == name)
-    return _convert(field.type, value, key, field.default)
+    return operator.attrgetter(key)(from_dict(Config, _nested(REQUIRED | {key: value})))
 
 
 class _Unresolved(str):
@@ -157,7 +155,7 @@ def _leaves(path: str | Path) -> Iterator[tuple[str, Any]]:
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: is no yaml file: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: is no yaml file: {one_line(error)}") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: holds no settings; give NeMo-Aligner's gpt_sft.yaml or gpt_dpo.yaml.")
     if not OmegaConf.has_resolver("multiply"):  # NeMo's own

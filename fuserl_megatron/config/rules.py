@@ -122,7 +122,8 @@ def check_trainer(config: Config) -> None:
 def check_validation(config: Config) -> None:
     """What validation and its metric are needed for."""
     manager, path = config.exp_manager, "exp_manager.checkpoint_callback_params"
-    monitor, stopping = manager.checkpoint_callback_params.monitor, manager.early_stopping_callback_params
+    saving, stopping = manager.checkpoint_callback_params, manager.early_stopping_callback_params
+    monitor = saving.monitor
     if config.data.validation_path is None:
         needing = {"trainer.val_check_interval": None, "trainer.limit_val_prompts": None, f"{path}.monitor": None}
         for field, works in needing.items():
@@ -130,10 +131,9 @@ def check_validation(config: Config) -> None:
                 refuse(config, field, "needs data.validation_path, a data set of held-out prompts", works)
     if monitor is not None and not monitor.startswith("val_"):
         refuse(config, f"{path}.monitor", "must be a validation metric", "val_loss")
-    saving = manager.checkpoint_callback_params
     if monitor is not None and saving.every_n_train_steps is None and saving.train_time_interval is None:
         refuse(config, f"{path}.monitor", "needs checkpoints (every_n_train_steps is null)", None)
-    if monitor is None and manager.checkpoint_callback_params.mode != "min":
+    if monitor is None and saving.mode != "min":
         refuse(config, f"{path}.mode", f"is used with {path}.monitor only", "min")
     if monitor is None and stopping.patience is not None:
         field = "exp_manager.early_stopping_callback_params.patience"

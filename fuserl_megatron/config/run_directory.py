@@ -8,15 +8,14 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from fuserl_megatron.config.rules import refuse
 from fuserl_megatron.config.schema import Config, UserError
 
 
 def fold(config: Config, overrides: Sequence[str] = ()) -> Config:
     """The same run with explicit_log_dir, name and version null and run.results_dir and run.name saying what they said.
 
-    Args:
-        config: as composed.
-        overrides: the command line; what a yaml file says under run is replaced, what was typed is not.
+    What a yaml file says under run is replaced, what was typed (`overrides`) is not.
 
     Raises:
         UserError: two settings that name different places, or a folder's name that is none.
@@ -26,14 +25,10 @@ def fold(config: Config, overrides: Sequence[str] = ()) -> Config:
     for field in ("name", "version"):
         value = getattr(manager, field)
         if value is not None and (not value or value in (".", "..") or "/" in value):
-            raise UserError(
-                f"exp_manager.{field}={value}: must be the name of one folder; exp_manager.{field}=first would work."
-            )
+            refuse(config, f"exp_manager.{field}", "must be the name of one folder", "first")
     if manager.explicit_log_dir is not None and manager.version is not None:
-        raise UserError(
-            f"exp_manager.version={manager.version}: exp_manager.explicit_log_dir={manager.explicit_log_dir} is the "
-            "whole path; exp_manager.version=null would work."
-        )
+        rule = f"exp_manager.explicit_log_dir={manager.explicit_log_dir} is the whole path"
+        refuse(config, "exp_manager.version", rule, None)
     for field, ours in (("explicit_log_dir", "results_dir"), ("name", "name")):
         value = getattr(manager, field)
         if value is not None and f"run.{ours}" in typed and value != getattr(run, ours):

@@ -1,32 +1,193 @@
 """Every setting of the product, once: name, type, default, unit.
 
-Frozen keyword-only dataclasses; the string under a field is its documentation. The sections of a run lie in
-`run_sections.py`, `model_sections.py` and `objective_sections.py`. `load.py` maps the hydra tree in conf/ onto them,
-`validate.py` holds the rules between fields.
+Frozen keyword-only dataclasses; the string under a field is its documentation. The sections run, trainer and
+exp_manager lie in `run_sections.py`. `load.py` maps the hydra tree in conf/ onto them, `validate.py` holds the rules.
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fuserl_megatron.config.model_sections import DataConfig as DataConfig
-from fuserl_megatron.config.model_sections import ModelConfig as ModelConfig
-from fuserl_megatron.config.model_sections import PackingConfig as PackingConfig
-from fuserl_megatron.config.objective_sections import Loss as Loss
-from fuserl_megatron.config.objective_sections import ObjectiveConfig as ObjectiveConfig
-from fuserl_megatron.config.objective_sections import OptimConfig as OptimConfig
-from fuserl_megatron.config.objective_sections import SchedConfig as SchedConfig
-from fuserl_megatron.config.run_sections import Check as Check
 from fuserl_megatron.config.run_sections import CheckpointConfig as CheckpointConfig
 from fuserl_megatron.config.run_sections import EarlyStoppingConfig as EarlyStoppingConfig
 from fuserl_megatron.config.run_sections import ExpManagerConfig as ExpManagerConfig
-from fuserl_megatron.config.run_sections import MlflowConfig as MlflowConfig
 from fuserl_megatron.config.run_sections import RunConfig as RunConfig
 from fuserl_megatron.config.run_sections import TrainerConfig as TrainerConfig
-from fuserl_megatron.config.run_sections import WandbConfig as WandbConfig
+
+# fmt: off
+Loss = Literal["dpo", "ln_dpo", "cdpo", "robust", "hinge", "ipo", "simpo", "cpo", "orpo", "kto", "rloo", "wrpo",
+               "mappo", "infifpo"]
+# fmt: on
 
 
 class UserError(ValueError):
     """Something the user can put right, in one line: what, where, what to type instead. Ends a command with code 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The target model and its layout over the ranks."""
+
+    path: str = "???"
+    """Hugging Face directory, or hub name (org/name), of the target's starting weights (safetensors)."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer that the exported model carries; null takes model.path."""
+    tensor_model_parallel_size: int = 1
+    """Ranks over which each layer's matrices are split."""
+    pipeline_model_parallel_size: int = 1
+    """Ranks over which the layers are split."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Model chunks per pipeline rank (interleaved schedule); null for one."""
+    context_parallel_size: int = 1
+    """Ranks over which one row's tokens are split."""
+    sequence_parallel: bool = False
+    """Split norms and dropouts of tensor-parallel ranks along the tokens (saves activation memory; needs TP > 1)."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Layer specification: Transformer Engine's on CUDA where it is installed, otherwise core's local one."""
+    attention_backend: Literal["auto", "sdpa", "flex", "te"] = "auto"
+    """Core attention: torch's SDPA, FlexAttention (CUDA), Transformer Engine's packed attention (CUDA, no shared
+    prefixes). auto: flex on CUDA, sdpa on the CPU."""
+    fp8_params: bool = False
+    """With trainer.precision=fp8_*: keep the layers' weights themselves in FP8 (master weights stay fp32). Needs the
+    distributed optimizer."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times TP. Padded rows never leave the trainer."""
+    recompute_granularity: Literal["none", "selective", "full"] = "none"
+    """Activations recomputed in the backward pass: none, core attention only, or whole layers."""
+    recompute_num_layers: int = 1
+    """With full: layers per recomputed unit."""
+    logprob_chunk_size: int = 1024
+    """Scored tokens whose logits exist at one time (fp32, vocabulary / TP wide)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingConfig:
+    """How groups are laid into rows."""
+
+    enabled: bool = True
+    """false gives every sequence a row of its own."""
+    share_prefix: Literal["auto", "on", "off"] = "auto"
+    """Compute a prompt once for all its responses. auto decides from the data set's measured token counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The fused data set and its way into batches."""
+
+    path: str = "???"
+    """Directory written by `fuserl build`."""
+    validation_path: str | None = None
+    """Another such directory, of held-out prompts; null trains without validation."""
+    seq_length: int = 2048
+    """Tokens per row."""
+    micro_batch_size: int = 1
+    """Rows per micro-batch (per data-parallel rank)."""
+    global_batch_size: int = 128
+    """Prompts (groups) per optimizer step, over all ranks."""
+    shuffle: bool = True
+    """Permute the prompts anew each epoch, as a function of (seed, epoch) alone."""
+    reward_temperature: float | None = None
+    """Overrides the temperature the data set was built with; null keeps it."""
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    """Rows and prefix sharing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What is minimised."""
+
+    stage: Literal["fusesft", "fusepo"] = "fusesft"
+    """The two stages of FuseRL."""
+    selection: Literal["per_source", "top_m"] | None = None
+    """FuseSFT: each source's best response with the source's weight (default), or the pool's top_m by reward."""
+    top_m: int | None = None
+    """FuseSFT with selection=top_m: responses per prompt (4 when null)."""
+    nll_reduction: Literal["token_mean", "token_sum", "weighted_token_mean"] | None = None
+    """FuseSFT: mean over a response's tokens (default), their sum, or one weighted mean over the batch's tokens."""
+    loss: Loss | None = None
+    """FusePO: the loss. Of the options below each takes some (null: its default), and the others are refused."""
+    beta: float | None = None
+    """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo)."""
+    label_smoothing: float | None = None
+    """cdpo, robust (required): the share of pairs that are the wrong way round, in [0, 0.5)."""
+    gamma_beta_ratio: float | None = None
+    """simpo: the margin gamma divided by beta."""
+    length_normalized: bool | None = None
+    """ipo: log-ratios per token (default) or summed."""
+    cpo_alpha: float | None = None
+    """cpo: weight of its NLL term."""
+    rpo_alpha: float | None = None
+    """All but cpo and orpo: weight of an SFT term (mean NLL of the chosen response) beside the loss."""
+    desirable_weight: float | None = None
+    """kto: weight of the desirable responses."""
+    undesirable_weight: float | None = None
+    """kto: weight of the undesirable responses."""
+    kl_coef: float | None = None
+    """rloo: weight of the KL term in reward units per nat; 0 (default) needs no reference."""
+    alpha_end: float | None = None
+    """wrpo: the weight that the source response reaches at the last step, from 0."""
+    target_source: str | None = None
+    """wrpo (required): the source that is the target itself; its own samples give the pair."""
+    fusion: Literal["max_margin", "mean", "confidence"] | None = None
+    """infifpo: how the sources' log-probabilities become one reference."""
+    reference: str | None = None
+    """FusePO: Hugging Face directory or hub name of the reference model; null takes model.path (the FuseSFT result)."""
+    reference_mode: Literal["cache", "resident", "swap"] | None = None
+    """FusePO: score the reference once onto disk (cache, the default), hold it as a second model and score every step
+    (resident), or hold one model whose weights are swapped with the CPU's for that (swap)."""
+    min_reward_gap: float | None = None
+    """FusePO: pairs whose reward gap is smaller are dropped and counted."""
+    max_reward_gap: float | None = None
+    """FusePO: pairs whose reward gap is larger are dropped and counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedConfig:
+    """The learning rate over the steps (NeMo's optim.sched)."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; null uses warmup_ratio."""
+    warmup_ratio: float = 0.1
+    """Share of all steps spent warming up when warmup_steps is null."""
+    min_lr: float = 0.0
+    """Learning rate that cosine and linear reach just after the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW through core's optimizer."""
+
+    name: Literal["adamw"] = "adamw"
+    """Decoupled weight decay; norms and biases are not decayed."""
+    lr: float = 5e-6
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Adam's moment decays."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    use_distributed_optimizer: bool = False
+    """Split the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs (needs the distributed optimizer)."""
+    use_precision_aware_optimizer: bool = False
+    """Let Transformer Engine's Adam keep its states in the formats below (CUDA; needs the distributed optimizer)."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """With it: format of the master weights (with fp32, only what bf16 weights lack of it is stored)."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """With it: format of Adam's first moment."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """With it: format of Adam's second moment."""
+    optimizer_cpu_offload: bool = False
+    """Keep optimizer states in the host's memory and step there (CUDA; needs use_precision_aware_optimizer)."""
+    optimizer_offload_fraction: float = 1.0
+    """With it: share of the states that is moved."""
+    sched: SchedConfig = field(default_factory=SchedConfig)
+    """Warm-up and decay."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,11 +28,7 @@ def validate(
 ) -> list[str]:
     """Check a training run and say what follows from its settings.
 
-    Args:
-        config: the run.
-        world_size: ranks over all nodes.
-        model_shape: the target model, or None when only the settings can be checked.
-        data_set: manifest of the fused data set, where known; gives the number of steps.
+    Without model_shape only the settings are checked; data_set, the manifest, gives the number of steps.
 
     Returns:
         Lines to print: layout, batch, steps.

@@ -53,6 +53,16 @@ def seconds_of(duration: str) -> int:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message; its class where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(error: BaseException) -> str:
+    """The message without line breaks and indentation."""
+    return " ".join(str(error).split())
+
+
 def show(value: Any) -> str:
     """A value as it is typed on the command line: null, true, [1,2], text bare."""
     if isinstance(value, list | tuple):

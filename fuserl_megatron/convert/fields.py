@@ -1,7 +1,5 @@
 """Checks on single fields of a `config.json`; every refusal names the file, the field, its value and the rule."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fuserl_megatron.config.schema import UserError

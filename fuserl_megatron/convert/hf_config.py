@@ -6,8 +6,6 @@ field whose value our Megatron model cannot represent is refused by name. The ra
 so that an export writes every field back, known to us or not.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,14 +15,9 @@ import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.fields import flag, number, positive_int
-from fuserl_megatron.convert.rope_config import RopeParameters, read_rope
+from fuserl_megatron.convert.rope import RopeParameters, read_rope
 
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +96,21 @@ FAMILIES = {
     ),
 }
 
+REFUSED = {
+    "hidden_act": (("silu", "swish"), "only silu (SwiGLU) is"),
+    "pretraining_tp": ((1,), "set it to 1; it only changes the order of summation in old transformers"),
+    "quantization_config": ((), "convert the model to bfloat16 or float32 weights first"),
+    "auto_map": ((), "remote code is never run"),
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
+        ((0,), "training runs without dropout; set it to 0"),
+    ),
+    "partial_rotary_factor": ((1,), "every dimension of a head is rotated; only 1.0 is"),
+    "rope_interleaved": ((False,), "only the rotate-half layout is"),
+    "per_layer_config": (({},), "all layers must have one shape"),
+}
+"""Fields that the Megatron model does not honour: the values accepted beside null, and why no other is."""
+
 
 def read_config(source: str | Path | dict[str, Any]) -> ModelShape:
     """Read a Hugging Face config into a `ModelShape`.
@@ -177,13 +185,13 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
 
 
 def _family_of(raw: dict[str, Any], where: str) -> tuple[str, Family]:
-    known = ", ".join(f"{family.architecture}" for family in FAMILIES.values())
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         raise UserError(f"{where}: model_type = {model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     architectures = raw.get("architectures")
     if architectures and list(architectures) != [family.architecture]:
+        known = ", ".join(family.architecture for family in FAMILIES.values())
         raise UserError(f"{where}: architectures = {architectures!r} is not supported; use one of {known}")
     return model_type, family
 
@@ -196,30 +204,12 @@ def _refuse_unrepresentable(
     def refuse(key: str, why: str) -> None:
         raise UserError(f"{where}: {key} = {raw[key]!r} is not supported: {why}")
 
-    def set_to_other_than(key: str, *neutral: Any) -> bool:
-        return key in raw and raw[key] is not None and raw[key] not in neutral
-
-    if set_to_other_than("hidden_act", "silu", "swish"):
-        refuse("hidden_act", "only silu (SwiGLU) is")
-    if set_to_other_than("pretraining_tp", 1):
-        refuse("pretraining_tp", "set it to 1; it only changes the order of summation in old transformers")
-    if set_to_other_than("quantization_config"):
-        refuse("quantization_config", "convert the model to bfloat16 or float32 weights first")
-    if set_to_other_than("auto_map"):
-        refuse("auto_map", "remote code is never run")
-    for key in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"):
-        if set_to_other_than(key, 0):
-            refuse(key, "training runs without dropout; set it to 0")
-    if set_to_other_than("partial_rotary_factor", 1):
-        refuse("partial_rotary_factor", "every dimension of a head is rotated; only 1.0 is")
-    if set_to_other_than("rope_interleaved", False):
-        refuse("rope_interleaved", "only the rotate-half layout is")
-    if set_to_other_than("per_layer_config", {}):
-        refuse("per_layer_config", "all layers must have one shape")
-    if set_to_other_than("attention_bias", False) and not family.reads_attention_bias:
-        refuse("attention_bias", f"{family.architecture} does not read it; remove it from config.json")
-    if set_to_other_than("mlp_bias", False) and not family.reads_mlp_bias:
-        refuse("mlp_bias", f"{family.architecture} does not read it; remove it from config.json")
+    for key, (accepted, why) in REFUSED.items():
+        if raw.get(key) is not None and raw[key] not in accepted:
+            refuse(key, why)
+    for key, is_read in (("attention_bias", family.reads_attention_bias), ("mlp_bias", family.reads_mlp_bias)):
+        if raw.get(key) and not is_read:
+            refuse(key, f"{family.architecture} does not read it; remove it from config.json")
     if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
         refuse("layer_types", "only full_attention in every layer is")
     window = raw.get("sliding_window", family.default_sliding_window)

@@ -12,16 +12,13 @@ arithmetic is done on the numbers: they are moved, so every direction is exact t
 Legend: A attention heads, G key/value groups, D head dimension, H hidden, F feed-forward width, V vocabulary.
 """
 
-from __future__ import annotations
-
-import math
 from collections.abc import Sequence
 
 import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import ModelShape
-from fuserl_megatron.convert.names import find_rule, hf_names, local_name
+from fuserl_megatron.convert.names import find_rule, hf_names, lengths
 
 
 def merge_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ModelShape) -> torch.Tensor:
@@ -49,40 +46,10 @@ def split_qkv(qkv: torch.Tensor, shape: ModelShape) -> tuple[torch.Tensor, torch
     return tuple(part.reshape(-1, *rest) for part in grouped.split([queries, D, D], dim=1))
 
 
-def merge_gate_up(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """Stack the two halves of SwiGLU's first layer: [F, ...] and [F, ...] into [2F, ...], gate first."""
-    return torch.cat((gate, up), dim=0)
-
-
-def split_gate_up(fc1: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The inverse of `merge_gate_up`: [2F, ...] into views gate [F, ...], up [F, ...]."""
-    return tuple(fc1.chunk(2, dim=0))
-
-
 def padded_vocab_size(vocab_size: int, tp_size: int, divisible_by: int = 1) -> int:
     """The smallest size >= vocab_size that is a multiple of divisible_by * tp_size (Megatron's rule)."""
     step = divisible_by * tp_size
     return -(-vocab_size // step) * step
-
-
-def check_tensor_parallel(shape: ModelShape, tp_size: int) -> None:
-    """Refuse a tensor-parallel size that would cut through a head, a group or the feed-forward layer unevenly.
-
-    Raises:
-        UserError: one line naming the size and one that works.
-    """
-    for count, what in (
-        (shape.num_query_groups, "key/value heads (num_key_value_heads)"),
-        (shape.num_attention_heads, "attention heads"),
-        (shape.ffn_hidden_size, "feed-forward width (intermediate_size)"),
-    ):
-        if count % tp_size:
-            common = math.gcd(shape.num_query_groups, shape.num_attention_heads, shape.ffn_hidden_size)
-            works = max(n for n in range(1, min(tp_size, common) + 1) if common % n == 0)
-            why = "; ranks hold whole groups, key/value heads are not replicated" if "key" in what else ""
-            raise UserError(
-                f"tensor_model_parallel_size = {tp_size} does not divide the model's {count} {what}{why}; use {works}"
-            )
 
 
 def _cut(length: int, tp_size: int, tp_rank: int, what: str) -> tuple[int, int]:
@@ -92,41 +59,15 @@ def _cut(length: int, tp_size: int, tp_rank: int, what: str) -> tuple[int, int]:
     return tp_rank * step, (tp_rank + 1) * step
 
 
-def shard(full: torch.Tensor, megatron_name: str, tp_size: int, tp_rank: int) -> torch.Tensor:
-    """The part of a full Megatron tensor that one tensor-parallel rank holds.
-
-    Args:
-        full: the unsharded parameter in Megatron's layout (vocabulary rows already padded).
-        megatron_name: either spec's name; says how the parameter is cut.
-        tp_size: number of tensor-parallel ranks.
-        tp_rank: which of them.
-
-    Returns:
-        A view where the cut is contiguous along one dimension, a new tensor for fc1 (gate and up are cut separately).
-
-    Raises:
-        UserError: the dimension does not divide by tp_size. Heads and groups: see `check_tensor_parallel`.
-    """
-    row, _ = find_rule(megatron_name)
-    if row.split == "none":
-        return full
-    if row.rule == "gate_up":
-        start, stop = _cut(full.shape[0] // 2, tp_size, tp_rank, megatron_name)
-        return merge_gate_up(*(half[start:stop] for half in split_gate_up(full)))
-    dim = 1 if row.split == "row" else 0
-    start, stop = _cut(full.shape[dim], tp_size, tp_rank, megatron_name)
-    return full.narrow(dim, start, stop - start)
-
-
 def unshard(shards: Sequence[torch.Tensor], megatron_name: str) -> torch.Tensor:
-    """The inverse of `shard`: the full tensor from every rank's part, in rank order."""
-    row, _ = find_rule(megatron_name)
-    if row.split == "none" or len(shards) == 1:
+    """The full Megatron tensor from every tensor-parallel rank's part, in rank order."""
+    rule = find_rule(megatron_name)[0].rule
+    if rule == "plain" or len(shards) == 1:
         return shards[0]
-    if row.rule == "gate_up":
-        gates, ups = zip(*(split_gate_up(part) for part in shards), strict=True)
-        return torch.cat((*gates, *ups), dim=0)
-    return torch.cat(tuple(shards), dim=1 if row.split == "row" else 0)
+    if rule == "gate_up":
+        gates, ups = zip(*(part.chunk(2) for part in shards), strict=True)
+        return torch.cat((*gates, *ups))
+    return torch.cat(tuple(shards), dim=1 if rule == "row" else 0)
 
 
 def hf_cuts(megatron_name: str, shape: ModelShape, tp_size: int, tp_rank: int) -> list[tuple[str, int, int, int]]:
@@ -139,21 +80,18 @@ def hf_cuts(megatron_name: str, shape: ModelShape, tp_size: int, tp_rank: int) -
         UserError: the parameter does not divide over the ranks.
     """
     row, _ = find_rule(megatron_name)
-    names = hf_names(megatron_name, shape)
-    D = shape.head_dim
-    if row.rule == "qkv":
-        first, last = _cut(shape.num_query_groups, tp_size, tp_rank, f"{megatron_name} (key/value heads)")
-        widths = (shape.heads_per_group * D, D, D)
-        return [(name, 0, first * width, last * width) for name, width in zip(names, widths, strict=True)]
-    if row.rule == "gate_up":
-        return [(name, 0, *_cut(shape.ffn_hidden_size, tp_size, tp_rank, megatron_name)) for name in names]
-    if row.split == "row":
-        if "linear_proj" in row.megatron:  # cut between groups, in step with linear_qkv
-            first, last = _cut(shape.num_query_groups, tp_size, tp_rank, f"{megatron_name} (key/value heads)")
-            return [(names[0], 1, first * shape.heads_per_group * D, last * shape.heads_per_group * D)]
-        return [(names[0], 1, *_cut(shape.ffn_hidden_size, tp_size, tp_rank, megatron_name))]
-    length = D if row.sizes[0] == ("D",) else shape.hidden_size
-    return [(names[0], 0, 0, length)]
+    dim = 1 if row.rule == "row" else 0
+    cuts = []
+    for name, letters in zip(hf_names(megatron_name, shape), row.sizes, strict=True):
+        parts = length = lengths(shape)[letters[dim]]
+        start, stop = 0, length
+        if row.rule != "plain":
+            what = megatron_name
+            if letters[dim] in ("AD", "GD"):  # heads are cut between groups, in linear_proj in step with linear_qkv
+                parts, what = shape.num_query_groups, f"{megatron_name} (key/value heads)"
+            start, stop = (bound * (length // parts) for bound in _cut(parts, tp_size, tp_rank, what))
+        cuts.append((name, dim, start, stop))
+    return cuts
 
 
 def row_runs(megatron_name: str, shape: ModelShape) -> list[tuple[str, int, int, int]]:
@@ -167,31 +105,22 @@ def row_runs(megatron_name: str, shape: ModelShape) -> list[tuple[str, int, int,
         ValueError: the name is unknown to the table or to this model.
     """
     row, _ = find_rule(megatron_name)
-    names = hf_names(megatron_name, shape)
-    D = shape.head_dim
-    if row.rule == "qkv":
-        runs, at = [], 0
-        for group in range(shape.num_query_groups):
-            for name, width in zip(names, (shape.heads_per_group * D, D, D), strict=True):
-                runs.append((name, group * width, at, width))
-                at += width
-        return runs
-    if row.rule == "gate_up":
-        return [(name, 0, half * shape.ffn_hidden_size, shape.ffn_hidden_size) for half, name in enumerate(names)]
-    if row.rule == "vocab":
-        return [(names[0], 0, 0, shape.vocab_size)]
-    return [(names[0], 0, 0, D if row.sizes[0] == ("D",) else shape.hidden_size)]
+    names, D = hf_names(megatron_name, shape), shape.head_dim
+    if row.rule != "qkv":
+        rows = lengths(shape)[row.sizes[0][0]]
+        return [(name, 0, i * rows, rows) for i, name in enumerate(names)]
+    runs, at = [], 0
+    for group in range(shape.num_query_groups):
+        for name, width in zip(names, (shape.heads_per_group * D, D, D), strict=True):
+            runs.append((name, group * width, at, width))
+            at += width
+    return runs
 
 
 def hf_tensors_from_megatron(
     megatron_name: str, full: torch.Tensor, shape: ModelShape
 ) -> list[tuple[str, torch.Tensor]]:
-    """Turn one full Megatron parameter back into its Hugging Face tensors.
-
-    Args:
-        megatron_name: either spec's name, with the global layer index.
-        full: the unsharded parameter in Megatron's layout; vocabulary rows past the real vocabulary are cut off.
-        shape: the model.
+    """Turn one full Megatron parameter back into its Hugging Face tensors; padded vocabulary rows are cut off.
 
     Returns:
         [(hf name, tensor)], views where possible. Empty for the tied copy `output_layer.weight`, which the embedding
@@ -202,12 +131,12 @@ def hf_tensors_from_megatron(
     """
     row, _ = find_rule(megatron_name)
     names = hf_names(megatron_name, shape)
-    if local_name(megatron_name) == "output_layer.weight" and shape.tie_word_embeddings:
+    if row.megatron == "output_layer.weight" and shape.tie_word_embeddings:
         return []
     if row.rule == "qkv":
         parts = split_qkv(full, shape)
     elif row.rule == "gate_up":
-        parts = split_gate_up(full)
+        parts = full.chunk(2)
     elif row.rule == "vocab":
         parts = (full[: shape.vocab_size],)
     else:

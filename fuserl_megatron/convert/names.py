@@ -1,13 +1,11 @@
 """The one table of names: Hugging Face tensors <-> Megatron parameters, as data.
 
 A row says: which Megatron parameter (stock GPTModel keys, local layer spec, global layer index), which Hugging Face
-tensors make it up and in which order, by which rule they are laid out, how tensor parallelism cuts the result, its
-size, and which feature of the model it exists for. Everything else in this room is a function of these rows.
+tensors make it up and in which order, by which rule they are laid out and cut by tensor parallelism, their sizes, and
+which feature of the model it exists for. Everything else in this room is a function of these rows.
 
 Legend: H hidden, F feed-forward width, V vocabulary, D head dimension, A attention heads, G key/value groups.
 """
-
-from __future__ import annotations
 
 import re
 from dataclasses import dataclass
@@ -19,15 +17,14 @@ from fuserl_megatron.convert.hf_config import ModelShape
 class NameRule:
     """One row of the table.
 
-    `rule` is plain, qkv, gate_up or vocab (see layout.py); `split` is none, column (dimension 0), row (dimension 1) or
-    vocab (dimension 0, padded); `sizes` gives the dimensions of each Hugging Face tensor in the letters of the legend;
-    `needs` names the ModelShape flag without which the parameter does not exist ("" always).
+    `rule` is plain (every tensor-parallel rank holds it whole), row (cut along dimension 1), or one of those cut along
+    dimension 0 in layout.py: qkv, gate_up, vocab (padded); `sizes` gives the dimensions of each Hugging Face tensor in
+    the letters of the legend; `needs` names the ModelShape flag without which the parameter does not exist ("" always).
     """
 
     megatron: str
     hf: tuple[str, ...]
     rule: str
-    split: str
     sizes: tuple[tuple[str, ...], ...]
     needs: str = ""
 
@@ -36,75 +33,49 @@ _L, _M = "model.layers.{i}.", "decoder.layers.{i}."
 _QKV = tuple(_L + f"self_attn.{x}_proj." for x in "qkv")
 _FC1 = tuple(_L + f"mlp.{x}_proj." for x in ("gate", "up"))
 
-BEFORE_LAYERS = (
-    NameRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", "vocab", (("V", "H"),)),
-)
+BEFORE_LAYERS = (NameRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", (("V", "H"),)),)
 LAYER = (
-    NameRule(_M + "input_layernorm.weight", (_L + "input_layernorm.weight",), "plain", "none", (("H",),)),
+    NameRule(_M + "input_layernorm.weight", (_L + "input_layernorm.weight",), "plain", (("H",),)),
     NameRule(
         _M + "self_attention.linear_qkv.weight",
         tuple(name + "weight" for name in _QKV),
         "qkv",
-        "column",
         (("AD", "H"), ("GD", "H"), ("GD", "H")),
     ),
     NameRule(
         _M + "self_attention.linear_qkv.bias",
         tuple(name + "bias" for name in _QKV),
         "qkv",
-        "column",
         (("AD",), ("GD",), ("GD",)),
         "qkv_bias",
     ),
     NameRule(
-        _M + "self_attention.q_layernorm.weight",
-        (_L + "self_attn.q_norm.weight",),
-        "plain",
-        "none",
-        (("D",),),
-        "qk_norm",
+        _M + "self_attention.q_layernorm.weight", (_L + "self_attn.q_norm.weight",), "plain", (("D",),), "qk_norm"
     ),
     NameRule(
-        _M + "self_attention.k_layernorm.weight",
-        (_L + "self_attn.k_norm.weight",),
-        "plain",
-        "none",
-        (("D",),),
-        "qk_norm",
+        _M + "self_attention.k_layernorm.weight", (_L + "self_attn.k_norm.weight",), "plain", (("D",),), "qk_norm"
     ),
-    NameRule(
-        _M + "self_attention.linear_proj.weight", (_L + "self_attn.o_proj.weight",), "plain", "row", (("H", "AD"),)
-    ),
+    NameRule(_M + "self_attention.linear_proj.weight", (_L + "self_attn.o_proj.weight",), "row", (("H", "AD"),)),
     NameRule(
         _M + "self_attention.linear_proj.bias",
         (_L + "self_attn.o_proj.bias",),
-        "plain",
-        "none",  # added once, after the sum over ranks
+        "plain",  # added once, after the sum over ranks
         (("H",),),
         "attention_out_bias",
     ),
-    NameRule(_M + "pre_mlp_layernorm.weight", (_L + "post_attention_layernorm.weight",), "plain", "none", (("H",),)),
+    NameRule(_M + "pre_mlp_layernorm.weight", (_L + "post_attention_layernorm.weight",), "plain", (("H",),)),
     NameRule(
-        _M + "mlp.linear_fc1.weight",
-        tuple(name + "weight" for name in _FC1),
-        "gate_up",
-        "column",
-        (("F", "H"), ("F", "H")),
+        _M + "mlp.linear_fc1.weight", tuple(name + "weight" for name in _FC1), "gate_up", (("F", "H"), ("F", "H"))
     ),
     NameRule(
-        _M + "mlp.linear_fc1.bias",
-        tuple(name + "bias" for name in _FC1),
-        "gate_up",
-        "column",
-        (("F",), ("F",)),
-        "mlp_bias",
+        _M + "mlp.linear_fc1.bias", tuple(name + "bias" for name in _FC1), "gate_up", (("F",), ("F",)), "mlp_bias"
     ),
-    NameRule(_M + "mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",), "plain", "row", (("H", "F"),)),
-    NameRule(_M + "mlp.linear_fc2.bias", (_L + "mlp.down_proj.bias",), "plain", "none", (("H",),), "mlp_bias"),
+    NameRule(_M + "mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",), "row", (("H", "F"),)),
+    NameRule(_M + "mlp.linear_fc2.bias", (_L + "mlp.down_proj.bias",), "plain", (("H",),), "mlp_bias"),
 )
 AFTER_LAYERS = (
-    NameRule("decoder.final_layernorm.weight", ("model.norm.weight",), "plain", "none", (("H",),)),
-    NameRule("output_layer.weight", ("lm_head.weight",), "vocab", "vocab", (("V", "H"),)),
+    NameRule("decoder.final_layernorm.weight", ("model.norm.weight",), "plain", (("H",),)),
+    NameRule("output_layer.weight", ("lm_head.weight",), "vocab", (("V", "H"),)),
 )
 
 # Transformer Engine fuses each norm into the linear layer that follows it; only the name of its weight changes.
@@ -173,9 +144,9 @@ def megatron_names(shape: ModelShape) -> list[str]:
     return [name for name, _ in _rows(shape)]
 
 
-def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Every Hugging Face tensor of the model with its dimensions, in the order an export writes them."""
-    length = {
+def lengths(shape: ModelShape) -> dict[str, int]:
+    """The letters of `NameRule.sizes` as numbers."""
+    return {
         "H": shape.hidden_size,
         "F": shape.ffn_hidden_size,
         "V": shape.vocab_size,
@@ -183,6 +154,11 @@ def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
         "AD": shape.num_attention_heads * shape.head_dim,
         "GD": shape.num_query_groups * shape.head_dim,
     }
+
+
+def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
+    """Every Hugging Face tensor of the model with its dimensions, in the order an export writes them."""
+    length = lengths(shape)
     return {
         hf: tuple(length[letter] for letter in letters)
         for name, row in _rows(shape)

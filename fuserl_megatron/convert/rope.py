@@ -1,66 +1,128 @@
-"""Rotary frequencies, computed operation for operation as transformers does: fp32 results agree to the last bit.
+"""RoPE: the fields of a Hugging Face config in either of the two spellings in use, and the frequencies they give.
 
+The frequencies are computed operation for operation as transformers does: fp32 results agree to the last bit.
 Megatron-core's own rotary module knows only the `factor` of Llama 3 scaling (its three other fields are constants
 there) and no linear or dynamic scaling; a model trained with wrong frequencies is silently a different model.
 Everything here is a pure function of the config's fields. Legend: D dimensions of one attention head.
 """
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-if TYPE_CHECKING:
-    from fuserl_megatron.convert.rope_config import RopeParameters
+from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.fields import number, positive_int
+
+# Which fields each RoPE type needs; every other known field is optional for it or unused by it.
+ROPE_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
 
 
-def rope_inverse_frequencies(
-    rope: RopeParameters, head_dim: int, seq_len: int | torch.Tensor | None = None
-) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies and the factor on cos and sin.
+@dataclass(frozen=True, kw_only=True)
+class RopeParameters:
+    """Rotary position parameters, whichever spelling the config used. Numbers are kept as written in the file."""
+
+    type: str = "default"
+    theta: float = 10000.0
+    max_position_embeddings: int
+    factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+ROPE_NUMBERS = tuple(field.name for field in fields(RopeParameters) if field.default is None)
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", *ROPE_NUMBERS}
+
+
+def read_rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeParameters:
+    """Read `rope_parameters` (transformers 5) or `rope_scaling` + `rope_theta` (before) of the whole config dictionary.
+
+    max_position_embeddings (tokens) stands in for a missing original length; `where` names the file in errors.
+
+    Raises:
+        UserError: unknown type or field, missing field, or two spellings that disagree.
+    """
+    keys = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
+    stated = [_rope_from(key, raw[key], raw, max_positions, where) for key in keys]
+    if len(stated) == 2 and stated[0] != stated[1]:
+        raise UserError(f"{where}: rope_scaling and rope_parameters disagree; keep one of them in config.json")
+    return stated[0] if stated else _rope_from("rope_parameters", {}, raw, max_positions, where)
+
+
+def _rope_from(key: str, given: Any, raw: dict[str, Any], max_positions: int, where: str) -> RopeParameters:
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise UserError(f"{where}: {key} = {given!r} is not supported: one flat set of RoPE fields for all layers is")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_REQUIRED:
+        raise UserError(f"{where}: {key}.rope_type = {kind!r} is not supported; use one of {', '.join(ROPE_REQUIRED)}")
+    unknown = sorted(set(given) - ROPE_KEYS)
+    if unknown:
+        raise UserError(f"{where}: {key}.{unknown[0]} is not a RoPE field we know, so it cannot be honoured; remove it")
+    missing = [name for name in ROPE_REQUIRED[kind] if name not in given]
+    if missing:
+        needs = ", ".join(ROPE_REQUIRED[kind])
+        raise UserError(f"{where}: {key}.{missing[0]} is missing; rope_type {kind} needs {needs}")
+    if given.get("partial_rotary_factor") not in (None, 1):
+        raise UserError(
+            f"{where}: {key}.partial_rotary_factor = {given['partial_rotary_factor']!r} is not supported; only 1.0 is"
+        )
+    numbers = {name: given[name] for name in ROPE_NUMBERS if given.get(name) is not None}
+    for name, value in numbers.items():
+        number(value, f"{key}.{name}", where)
+    derivable = {"factor"} if kind == "yarn" else set()  # yarn: null means max_position_embeddings / original
+    for name in set(ROPE_REQUIRED[kind]) - set(numbers) - derivable:
+        raise UserError(f"{where}: {key}.{name} is null; rope_type {kind} needs a number")
+    if kind in ("yarn", "llama3"):
+        # A top-level field wins over the one inside, and the context length stands in for a missing one.
+        numbers.setdefault("original_max_position_embeddings", max_positions)
+        if raw.get("original_max_position_embeddings") is not None:
+            numbers["original_max_position_embeddings"] = positive_int(raw, "original_max_position_embeddings", where)
+    theta = given.get("rope_theta", raw.get("rope_theta", 10000.0))
+    return RopeParameters(
+        type=kind,
+        theta=number(theta, "rope_theta", where),
+        max_position_embeddings=max_positions,
+        truncate=bool(given.get("truncate", True)),
+        **numbers,
+    )
+
+
+def rope_inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies and the factor on cos and sin, for sequences of up to max_position_embeddings tokens.
 
     The angle of pair d at position p is p * inv_freq[d]; cos and sin are then multiplied by the attention scaling.
     Sources of the formulas: RoPE arXiv 2104.09864; linear 2306.15595; yarn 2309.00071; dynamic and llama3 as in
-    transformers, where they were first written down.
-
-    Only `dynamic` looks at `seq_len`. Its rule: up to max_position_embeddings positions the frequencies are the
-    unscaled ones (whatever `factor` says); beyond, the base grows with the length. transformers passes the length as
-    an integer tensor (largest position + 1 of the batch) while running and so computes the new base in fp32, not in
-    double: give a tensor here to get those bits, an int to get those of its config-time call. It also keeps the
-    largest length seen until a batch is shorter than max_position_embeddings again; that memory is the caller's.
-
-    Args:
-        rope: the model's RoPE fields.
-        head_dim: D, even.
-        seq_len: tokens of the longest sequence; None means max_position_embeddings.
+    transformers, where they were first written down. `dynamic` stretches the base beyond max_position_embeddings only:
+    up to there its frequencies are the unscaled ones, whatever its factor says.
 
     Returns:
         (inv_freq [D/2] in fp32 radians per position, attention scaling without unit).
     """
-    exponents_D2 = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    if rope.type == "default":
-        return 1.0 / (rope.theta**exponents_D2), 1.0
-    if rope.type == "linear":
-        return 1.0 / (rope.theta**exponents_D2) / rope.factor, 1.0
-    if rope.type == "dynamic":
-        return 1.0 / (_dynamic_base(rope, head_dim, seq_len) ** exponents_D2), 1.0
-    if rope.type == "llama3":
-        return _llama3(rope, 1.0 / (rope.theta**exponents_D2)), 1.0
-    if rope.type == "yarn":
-        return _yarn(rope, head_dim, rope.theta**exponents_D2)
+    periods_D2 = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    match rope.type:
+        case "default" | "dynamic":
+            return 1.0 / periods_D2, 1.0
+        case "linear":
+            return 1.0 / periods_D2 / rope.factor, 1.0
+        case "llama3":
+            return _llama3(rope, 1.0 / periods_D2), 1.0
+        case "yarn":
+            return _yarn(rope, head_dim, periods_D2)
     raise ValueError(f"rope type {rope.type!r} is not one of default, linear, dynamic, yarn, llama3")
-
-
-def _dynamic_base(rope: RopeParameters, head_dim: int, seq_len: int | torch.Tensor | None) -> float | torch.Tensor:
-    longest = rope.max_position_embeddings
-    if isinstance(seq_len, torch.Tensor):
-        length = torch.clamp(seq_len, min=longest)
-    else:
-        length = max(seq_len or 0, longest)
-    stretch = (rope.factor * length / longest) - (rope.factor - 1)
-    return rope.theta * stretch ** (head_dim / (head_dim - 2))
 
 
 def _llama3(rope: RopeParameters, inv_freq_D2: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,6 @@ A safetensors file is an 8-byte little-endian header length, a JSON header (name
 raw bytes, without gaps. Everything a header or an index claims is checked against the files before anyone relies on it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

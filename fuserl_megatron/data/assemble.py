@@ -61,12 +61,8 @@ def assemble(
 ) -> PackedBatch:
     """One micro-batch [B, S] on the CPU.
 
-    Args:
-        prepared: tokens, weights and pairs come from here.
-        items: the micro-batch's units with their places; none gives a batch of padding with N = P = 0.
-        num_rows: B.
-        seq_length: S.
-        share_prefix: how the chunks are made up, as they were when the units were packed.
+    `items` are its units with their places, packed under the same `share_prefix`; none gives a batch of padding with
+    N = P = 0.
     """
     shape = (num_rows, seq_length)
     tokens, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +42,9 @@ QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
 
 def build(config: BuildConfig, progress: bool = True) -> Manifest:
-    """Read, check, tokenise and write one data set.
+    """Read, check, tokenise and write one data set; returns the manifest, as written to disk.
 
-    Args:
-        config: what to read and where to write.
-        progress: show a bar when standard error is a terminal and it takes longer than a few seconds.
-
-    Returns:
-        The manifest, as written to disk.
+    With `progress` a bar is shown when standard error is a terminal and it takes longer than a few seconds.
 
     Raises:
         UserError: anything in config or the records that the user can put right, or a full disk. Nothing is left over.
@@ -167,36 +162,20 @@ def _write_groups(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any] |
         with pa.ipc.new_file(file, schema) as writer:
             kept = (row for row in rows if row is not None)
             while waiting := list(islice(kept, ROWS_PER_BATCH)):
-                writer.write_batch(_record_batch(waiting, schema))
+                columns = [_list_array([row[column.name] for row in waiting], column.type) for column in schema]
+                writer.write_batch(pa.RecordBatch.from_arrays(columns, schema=schema))
                 num_rows += len(waiting)
         sync(file)
     return num_rows
 
 
-def _record_batch(rows: list[dict[str, Any]], schema: pa.Schema) -> pa.RecordBatch:
+def _list_array(lists: list[list], kind: pa.ListType) -> pa.ListArray:
     """Lists through numpy: several times faster than Arrow's own conversion of nested Python lists."""
-
-    def lists(name: str, dtype: type) -> pa.ListArray:
-        return _list_array([np.asarray(row[name], dtype) for row in rows])
-
-    responses = [np.asarray(tokens, np.int32) for row in rows for tokens in row["responses"]]
-    outer = np.cumsum([0, *(len(row["responses"]) for row in rows)], dtype=np.int32)
-    columns = [
-        lists("prompt", np.int32),
-        pa.ListArray.from_arrays(outer, _list_array(responses)),
-        lists("source_ids", np.int32),
-        lists("rewards", np.float64),
-        lists("truncated", np.bool_),
-        lists("inputs", np.int32),
-        lists("lines", np.int64),
-        *([lists(SOURCE_LOGPS.name, np.float64)] if SOURCE_LOGPS.name in schema.names else []),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=schema)
-
-
-def _list_array(arrays: list[np.ndarray]) -> pa.ListArray:
-    offsets = np.cumsum([0, *(a.size for a in arrays)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(arrays)))
+    offsets = np.cumsum([0, *map(len, lists)], dtype=np.int32)
+    items = chain.from_iterable(lists)
+    if pa.types.is_list(kind.value_type):
+        return pa.ListArray.from_arrays(offsets, _list_array(list(items), kind.value_type))
+    return pa.ListArray.from_arrays(offsets, pa.array(np.fromiter(items, kind.value_type.to_pandas_dtype())))
 
 
 def _describe(

@@ -130,9 +130,7 @@ class FusedDataset:
     def __init__(self, path: str | Path, verify: bool = True):
         """Open a directory written by `fuserl build`.
 
-        Args:
-            path: the directory.
-            verify: hash groups.arrow and compare (reads the file once); the size is always compared.
+        `verify` hashes groups.arrow and compares (reads the file once); the size is always compared.
 
         Raises:
             UserError: not a fused data set, or groups.arrow is not the file the manifest describes.

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.files import file_sha256
+from fuserl_megatron.config.words import first_line
 
 FIELDS = ("prompt", "source", "response", "reward")
 OPTIONAL_FIELDS = ("source_mean_logps",)
@@ -75,10 +75,7 @@ def _parquet_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(name)
-        missing = [f for f in FIELDS if f not in file.schema_arrow.names]
-        if missing:
-            have = ", ".join(file.schema_arrow.names)
-            raise UserError(f"{name}: column {missing[0]!r} is missing (columns: {have}): needs {', '.join(FIELDS)}")
+        _check_columns(name, file.schema_arrow.names)
         columns = [c for c in file.schema_arrow.names if c not in IGNORED_FIELDS]
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
@@ -98,18 +95,13 @@ def _hub_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
     except Exception as error:  # the hub client raises a dozen unrelated classes; all mean that there is no data
         what = f"no file of that name here, and the hub gave no data set ({first_line(error)})"
         raise UserError(f"inputs: {name}: {what}; without a network connection give a local file") from None
-    missing = [f for f in FIELDS if f not in table.column_names]
-    if missing:
-        raise UserError(f"{name}: column {missing[0]!r} is missing (columns: {', '.join(table.column_names)})")
+    _check_columns(name, table.column_names)
     for number, row in enumerate(table, 1):
         yield (name, number), row
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def input_hash(name: str) -> str | None:
-    """sha256 of a file's bytes; None for a hub data set (its content is covered by the data set's own hash)."""
-    return file_sha256(name) if os.path.exists(name) else None
+def _check_columns(name: str, columns: Sequence[str]) -> None:
+    for field in FIELDS:
+        if field not in columns:
+            have = ", ".join(columns)
+            raise UserError(f"{name}: column {field!r} is missing (columns: {have}): needs {', '.join(FIELDS)}")

@@ -28,13 +28,7 @@ class Placement:
 
 
 def group_chunks(prompt_length: int, response_lengths: Sequence[int], share_prefix: bool) -> list[int]:
-    """Positions of each chunk of one group.
-
-    Args:
-        prompt_length: P, at least 1 token.
-        response_lengths: R_m, at least 1 token each.
-        share_prefix: one chunk for the group instead of one per response.
-    """
+    """Positions of each chunk of one group, from P and R_m: one chunk with a shared prefix, else one per response."""
     if share_prefix:
         return [prompt_length - 1 + sum(response_lengths)]
     return [prompt_length + r - 1 for r in response_lengths]

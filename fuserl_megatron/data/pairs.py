@@ -23,21 +23,11 @@ from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.rewards import RewardTable, reward_table
 from fuserl_megatron.data.units import PairTable, Selection, of_sequences, prepare_preference
-from fuserl_megatron.objectives.weights import (
-    best_and_worst_indices,
-    source_weights,
-    top_m_mask,
-    top_m_weights,
-)
+from fuserl_megatron.objectives.weights import best_and_worst_indices, source_weights, top_m_mask
 
 
 def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperature: float | None = None) -> PreparedSet:
-    """Select responses and pairs for one stage.
-
-    Args:
-        dataset: the fused data set.
-        objective: stage, selection, top_m, loss, target_source and the reward gap filter are read.
-        reward_temperature: tau; None takes the one the data set was built with.
+    """Select responses and pairs for one stage; without a temperature tau, with the one the data set was built with.
 
     Raises:
         UserError: tau is negative or NaN, an unknown setting, or no prompt is left.
@@ -58,8 +48,6 @@ def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperatur
         else:
             top_m = DEFAULT_TOP_M if objective.top_m is None else objective.top_m
             weights_GKN, selected_GKN = _top_m(table, table.scaled(manifest.reward_standardization), top_m, tau)
-    except UserError:
-        raise
     except ValueError as error:
         raise UserError(str(error)) from None
     counts = {"zero_weight": int((selected_GKN & (weights_GKN == 0)).sum())}
@@ -75,7 +63,8 @@ def _top_m(table: RewardTable, scaled_GKN: torch.Tensor, m: int, tau: float) -> 
     absent = torch.iinfo(torch.int64).max
     order_GR = torch.where(ids_GR < 0, absent, ids_GR).argsort(dim=1)
     rewards_GR, mask_GR = (t.flatten(1).gather(1, order_GR) for t in (scaled_GKN, table.mask_GKN))
-    weights_GR, selected_GR = top_m_weights(rewards_GR, m, tau, mask_GR), top_m_mask(rewards_GR, m, mask_GR)
+    selected_GR = top_m_mask(rewards_GR, m, mask_GR)
+    weights_GR = source_weights(rewards_GR, selected_GR, tau)
     back_GR = order_GR.argsort(dim=1)
     return weights_GR.gather(1, back_GR).reshape(shape), selected_GR.gather(1, back_GR).reshape(shape)
 
@@ -83,10 +72,7 @@ def _top_m(table: RewardTable, scaled_GKN: torch.Tensor, m: int, tau: float) -> 
 def pair_table(dataset: FusedDataset, objective: ObjectiveConfig, table: RewardTable) -> PairTable:
     """Pairs inside each source: argmax and argmin of the rewards, with everything dropped counted.
 
-    Args:
-        dataset: its tokens are compared.
-        objective: min_reward_gap and max_reward_gap are read.
-        table: the data set's rewards.
+    Equal tokens make no pair, nor does a reward gap outside objective.min_reward_gap to max_reward_gap.
     """
     counts: Counter[str] = Counter()
     best_GK, worst_GK, has_pair_GK = best_and_worst_indices(table.rewards_GKN, table.mask_GKN)

@@ -18,7 +18,6 @@ class PreparedSet:
 
     Attributes:
         dataset: where the tokens are.
-        stage: "fusesft" or "fusepo".
         reward_temperature: the tau that gave the weights.
         group_ids: [G] data set group of each prompt kept.
         sequence_offsets: [G + 1] first sequence of each prompt.
@@ -38,7 +37,6 @@ class PreparedSet:
     """
 
     dataset: FusedDataset
-    stage: str
     reward_temperature: float
     group_ids: np.ndarray
     sequence_offsets: np.ndarray

@@ -7,6 +7,7 @@ of first appearance.
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,14 +15,14 @@ from difflib import get_close_matches
 from typing import Any, TextIO
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.config.words import first_line
+from fuserl_megatron.data.files import file_sha256
 from fuserl_megatron.data.inputs import (
     FIELDS,
     IGNORED_FIELDS,
     OPTIONAL_FIELDS,
     Place,
     expand_inputs,
-    first_line,
-    input_hash,
     rows,
 )
 
@@ -137,7 +138,8 @@ def load_groups(
             except BadRecord as bad:
                 rejects.add(bad, raw.decode("utf-8", "replace").rstrip() if isinstance(raw, bytes) else raw)
         num_records = loaded.counts["records"] - num_before
-        loaded.inputs.append({"name": name, "sha256": input_hash(name), "records": num_records})
+        sha256 = file_sha256(name) if os.path.exists(name) else None  # a hub data set is covered by the result's own
+        loaded.inputs.append({"name": name, "sha256": sha256, "records": num_records})
     for name in sources:
         if name not in seen:
             near = get_close_matches(name, sorted(seen), n=1) or sorted(seen)[:5]
@@ -196,12 +198,8 @@ def check_source_mean_logps(place: Place, value: Any) -> dict[str, float]:
 def check_source_names(loaded: LoadedRecords, filtered: bool) -> bool:
     """Whether any record has source_mean_logps.
 
-    Args:
-        loaded: all records.
-        filtered: sources were left out on purpose, so that a name unknown here may be one of them.
-
     Raises:
-        UserError: a name there is no source of the data set.
+        UserError: a name there is no source of the data set, and could not be one of those left out (`filtered`).
     """
     found = False
     for group in loaded.groups:

@@ -21,7 +21,6 @@ from fuserl_megatron.data.dataset import Manifest
 from fuserl_megatron.data.files import file_sha256, write_file
 
 DATA_FILE, KEY_FILE = "reference_logps.f32", "reference.json"
-FILL_CHUNK = 1 << 20
 
 
 def hash_model_directory(path: str | Path) -> str:
@@ -38,18 +37,14 @@ def hash_model_directory(path: str | Path) -> str:
         raise UserError(f"{path} holds no .safetensors file: save the model with save_pretrained")
     digest = hashlib.sha256()
     for file in [path / "config.json", *weights]:
-        with open(file, "rb") as opened:
-            digest.update(f"{file.name}\n{hashlib.file_digest(opened, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{file.name}\n{file_sha256(file)}\n".encode())
     return digest.hexdigest()
 
 
 def reference_key(model_hash: str, manifest: Manifest, precision: str) -> str:
-    """The key of a cache: model weights, data set, tokenizer, template and number format.
+    """The key of a cache: model weights (`hash_model_directory`), data set, tokenizer, template and number format.
 
-    Args:
-        model_hash: `hash_model_directory` of the reference model.
-        manifest: of the data set scored.
-        precision: trainer.precision of the scoring pass; bf16 and fp32 give different numbers.
+    The last is trainer.precision of the scoring pass; bf16 and fp32 give different numbers.
     """
     parts = [model_hash, manifest.hash, manifest.tokenizer_hash, manifest.chat_template_hash, precision]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -74,7 +69,7 @@ class ReferenceCache:
         directory = Path(directory)
         if not (directory / KEY_FILE).exists():
             directory.mkdir(parents=True, exist_ok=True)
-            write_file(directory / DATA_FILE, _nan_bytes(num_responses))
+            write_file(directory / DATA_FILE, [np.full(num_responses, np.nan, "<f4").tobytes()])
             cls._write_key(directory, key, num_responses)  # last: its presence makes the cache valid
         return cls(directory, key, num_responses, cls._check(directory, key, num_responses), writable=True)
 
@@ -99,11 +94,7 @@ class ReferenceCache:
             return None
 
     def write(self, response_ids: torch.Tensor | np.ndarray, logps: torch.Tensor | np.ndarray) -> None:
-        """Store summed log-probabilities.
-
-        Args:
-            response_ids: [N] data set ids.
-            logps: [N] summed log-probabilities of the scored tokens.
+        """Store the [N] summed log-probabilities of the scored tokens of [N] responses (data set ids).
 
         Raises:
             UserError: a value is NaN or infinite.
@@ -131,7 +122,8 @@ class ReferenceCache:
         Raises:
             ValueError: one of them has no value.
         """
-        missing = self.missing(response_ids)
+        ids = torch.as_tensor(response_ids).cpu().numpy()
+        missing = ids[self.missing_mask[ids]]
         if missing.size:
             raise ValueError(f"{missing.size} responses have no reference log-probability, the first is {missing[0]}")
         self.flush()
@@ -142,11 +134,6 @@ class ReferenceCache:
     def sha256(self) -> str:
         """Of the numbers: a run that goes on with others is not the same to the last bit."""
         return file_sha256(self.directory / DATA_FILE)
-
-    def missing(self, response_ids: torch.Tensor | np.ndarray) -> np.ndarray:
-        """Those of the ids given that have no value yet."""
-        ids = torch.as_tensor(response_ids).cpu().numpy()
-        return ids[np.isnan(self._logps[ids])]
 
     @property
     def missing_mask(self) -> np.ndarray:
@@ -194,8 +181,3 @@ class ReferenceCache:
         if sha256 and sha256 != file_sha256(directory / DATA_FILE):
             raise UserError(f"{directory}: damaged reference cache (checksum): delete the directory, it is made anew")
         return sha256 is not None
-
-
-def _nan_bytes(count: int) -> list[bytes]:
-    full = np.full(min(count, FILL_CHUNK), np.nan, "<f4").tobytes()
-    return [full] * (count // FILL_CHUNK) + [full[: 4 * (count % FILL_CHUNK)]]

@@ -95,11 +95,7 @@ class GlobalBatchSampler:
         """The plan of one optimizer step; steps count through all epochs."""
         epoch, position = divmod(step, self.steps_per_epoch)
         start = position * self.data.global_batch_size
-        return self._plan(step, epoch, self._order(epoch)[start : start + self.data.global_batch_size])
-
-    def plan_of(self, prompts: np.ndarray) -> StepPlan:
-        """A plan for these prompts (indices into the prepared set)."""
-        return self._plan(0, 0, prompts)
+        return self.plan(self._order(epoch)[start : start + self.data.global_batch_size], step, epoch)
 
     def scoring_plans(self, missing: np.ndarray | None = None, first_prompts: int | None = None) -> Iterator[StepPlan]:
         """Every prompt once in the order of the data set, in the row shapes of training, for a pass without gradients.
@@ -115,15 +111,10 @@ class GlobalBatchSampler:
             prompts = prompts[wanted_G[prompts]]
         size = self.data.global_batch_size
         for step, start in enumerate(range(0, prompts.size, size)):
-            yield self._plan(step, 0, prompts[start : start + size])
+            yield self.plan(prompts[start : start + size], step)
 
     def micro_batches(self, plan: StepPlan, dp_rank: int) -> list[PackedBatch]:
-        """The micro-batches of one data-parallel rank; only these are built.
-
-        Args:
-            plan: from `step` or `scoring_plans`.
-            dp_rank: 0 <= dp_rank < dp_size.
-        """
+        """The micro-batches of one data-parallel rank (0 <= dp_rank < dp_size); only these are built."""
         batches = []
         for i in range(plan.num_microbatches):
             m = i * self.dp_size + dp_rank
@@ -139,7 +130,8 @@ class GlobalBatchSampler:
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([self.seed, epoch]).generate_state(1)[0]))
         return torch.randperm(self.prepared.num_prompts, generator=generator).numpy()
 
-    def _plan(self, step: int, epoch: int, prompts: np.ndarray) -> StepPlan:
+    def plan(self, prompts: np.ndarray, step: int = 0, epoch: int = 0) -> StepPlan:
+        """A plan for these prompts (indices into the prepared set)."""
         prepared, data = self.prepared, self.data
         units = [u for p in prompts.tolist() for u in self._units(p)]
         chunks = [chunks_of(prepared, u, self.share_prefix) for u in units]

@@ -24,12 +24,14 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.inputs import Place, first_line
+from fuserl_megatron.config.words import first_line
+from fuserl_megatron.data.inputs import Place
 from fuserl_megatron.data.records import BadRecord, Messages
 
 MARKER = "fuserl0response0marker"
@@ -110,7 +112,7 @@ class ChatTokenizer:
         self._special_ids = frozenset(self._specials.values())
         first = self.tokenizer.convert_ids_to_tokens(self._ids("a")[:1])
         self._dummy_prefix = bool(first) and first[0].startswith("\u2581")
-        self._closings: dict[str, tuple[str, int]] = {}
+        self._closing = lru_cache(self._closing)
         self.has_generation_prompt = False
         probe: Messages = (("user", "a"),)
         if self.template is not None:
@@ -256,18 +258,15 @@ class ChatTokenizer:
 
     def _closing(self, after: str) -> tuple[str, int]:
         """Text after the response that is scored with it, and the id of the end-of-turn token."""
-        if after not in self._closings:
-            places = [(after.find(text), -len(text), text) for text in self._specials if text in after]
-            if places:
-                start, _, text = min(places)
-                self._closings[after] = after[:start], self._specials[text]
-            elif self.tokenizer.eos_token_id is None:
-                raise UserError(
-                    "tokenizer: it has no eos token and the template ends a turn with no special token: set eos_token"
-                )
-            else:
-                self._closings[after] = after.rstrip(), self.tokenizer.eos_token_id
-        return self._closings[after]
+        places = [(after.find(text), -len(text), text) for text in self._specials if text in after]
+        if places:
+            start, _, text = min(places)
+            return after[:start], self._specials[text]
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "tokenizer: it has no eos token and the template ends a turn with no special token: set eos_token"
+            )
+        return after.rstrip(), self.tokenizer.eos_token_id
 
     def _render(self, messages: Messages, add_generation_prompt: bool) -> str:
         chat = [{"role": role, "content": content} for role, content in messages]

@@ -211,7 +211,7 @@ def of_sequences(
     """A set of weighted sequences without pairs.
 
     Args:
-        selection: the data set and its temperature.
+        selection: where they are from.
         group_ids: [G] prompts kept.
         ids_N: responses used, ascending.
         weights_N: the weight of each.
@@ -228,7 +228,6 @@ def of_sequences(
     none = np.zeros(0, np.int64)
     return PreparedSet(
         dataset=dataset,
-        stage="fusesft" if unit is None else "fusepo",
         reward_temperature=selection.reward_temperature,
         group_ids=group_ids,
         sequence_offsets=offsets,

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
-from fuserl_megatron.config.load import compose_root, from_dict, load_config, to_yaml
+from fuserl_megatron.config.load import from_dict, load_config, to_yaml
 from fuserl_megatron.config.objective import uses_reference
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
 from fuserl_megatron.config.validate import validate, validate_build
@@ -194,7 +195,7 @@ class _Chain:
     def _cluster(self, name: str, trains: bool) -> ClusterConfig:
         """The chain's resources, or one process of them, with the stage's own over them."""
         words = [word for key, word in self.sections.get(name, {}).items() if key.startswith("cluster.")]
-        values = compose_root(LaunchConfig, "config", words)["cluster"] if words else {}
+        values = compose_tree(LaunchConfig, "config", words)["cluster"] if words else {}
         alone = {} if trains else dict(nodes=1, ntasks_per_node=1, gpus_per_node=None)
         changed = {key: values[key] for key in (key_of(word).partition(".")[2] for word in words)}
         merged = dataclasses.asdict(self.config.cluster) | alone | changed

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.launch_sections import LaunchConfig, StageName
-from fuserl_megatron.config.load import compose_root, from_dict
+from fuserl_megatron.config.load import from_dict
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import leaves, nearest, show
 
@@ -26,7 +27,7 @@ def load_sections(
         UserError: a key that neither the launcher nor a section has, a value of the wrong type.
     """
     own, words = _by_section(overrides)
-    values = compose_root(LaunchConfig, config_name or "config", own, config_dir)
+    values = compose_tree(LaunchConfig, config_name or "config", own, config_dir)
     from_yaml = {name: values.pop(name, None) or {} for name in (*SECTIONS, "import")}
     if isinstance(values.get("export"), dict):
         from_yaml["export"] = {"cluster": values["export"].pop("cluster", {})}

@@ -21,9 +21,10 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from fuserl_megatron.config.layout_rules import check_tensor_parallel
 from fuserl_megatron.config.schema import ModelConfig, OptimConfig, UserError
 from fuserl_megatron.convert.hf_config import ModelShape
-from fuserl_megatron.convert.layout import check_tensor_parallel, padded_vocab_size
+from fuserl_megatron.convert.layout import padded_vocab_size
 from fuserl_megatron.convert.names import find_rule
 from fuserl_megatron.convert.rope import rope_inverse_frequencies
 from fuserl_megatron.mcore.attention import SegmentAttention, choose_backend
@@ -211,9 +212,9 @@ def _mark_tensor_parallel(chunk: GPTModel) -> None:
     """Say which parameters are split over TP. Core does so while it initialises weights, which is skipped here; without
     the marks the gradient norm counts the split parameters of the first TP rank only."""
     for name, parameter in chunk.named_parameters():
-        split = find_rule(name)[0].split
-        if split != "none" and not getattr(parameter, "tensor_model_parallel", False):
-            set_tensor_model_parallel_attributes(parameter, True, 1 if split == "row" else 0, 1)
+        rule = find_rule(name)[0].rule
+        if rule != "plain" and not getattr(parameter, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(parameter, True, 1 if rule == "row" else 0, 1)
 
 
 def _hand_through(hidden: torch.Tensor, weight=None, runtime_gather_output=None):

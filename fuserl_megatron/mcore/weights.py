@@ -103,7 +103,7 @@ def _gather_over_tp(
     name: str, part: torch.Tensor, group: dist.ProcessGroup, layout: Layout, holder: int = 0
 ) -> torch.Tensor | None:
     """The whole parameter on one tensor-parallel rank, the holder; None on the others."""
-    if layout.tp_size == 1 or find_rule(name)[0].split == "none":
+    if layout.tp_size == 1 or find_rule(name)[0].rule == "plain":
         return part if layout.tp_rank == holder else None
     parts = [torch.empty_like(part) for _ in range(layout.tp_size)] if layout.tp_rank == holder else None
     dist.gather(part.contiguous(), parts, dst=dist.get_global_rank(group, holder), group=group)

@@ -12,8 +12,8 @@ Shapes: N sequences (responses), U groups (the responses of one prompt from one 
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from fuserl_megatron.objectives.logps import log_sigmoid
 from fuserl_megatron.objectives.preference import PairLoss, Sides, implicit_rewards
 
 
@@ -138,7 +138,7 @@ def wrpo(
     own_P, rejected_P = implicit_rewards(policy, reference, 1.0)
     chosen_P = beta * (alpha * (policy_source_logps_P - reference_source_logps_P) + (1.0 - alpha) * own_P)
     rejected_P = beta * rejected_P
-    return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
+    return PairLoss(-logsigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
 
 
 def wrpo_alpha(step: int, total_steps: int, alpha_end: float) -> float:

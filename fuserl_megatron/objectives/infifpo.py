@@ -11,8 +11,9 @@ Shapes: P pairs, K sources.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from fuserl_megatron.objectives.logps import log_sigmoid, mean_logps
+from fuserl_megatron.objectives.logps import mean_logps
 from fuserl_megatron.objectives.preference import PairLoss, Sides
 
 
@@ -86,4 +87,4 @@ def infifpo(
         fused_P = fused_reference(source_mean_logps[side], source_present_PK, initial_P, chosen=chosen, fusion=fusion)
         rewards.append(beta * (mean_logps(policy[side], lengths[side]) - fused_P))
     chosen_P, rejected_P = rewards
-    return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
+    return PairLoss(-logsigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())

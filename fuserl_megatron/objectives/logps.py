@@ -1,10 +1,9 @@
-"""From token log-probabilities to sequence log-probabilities, and the few stable elementary functions.
+"""From token log-probabilities to sequence log-probabilities, and log(1 - exp(x)) without loss of digits.
 
 Shapes: T scored tokens (flat, over any number of rows), N sequences (responses).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LOG_HALF = -0.6931471805599453
@@ -39,20 +38,6 @@ def mean_logps(logps_N: Tensor, lengths_N: Tensor) -> Tensor:
         [N] in the type of logps_N.
     """
     return logps_N / lengths_N.clamp(min=1)
-
-
-def log_sigmoid(x: Tensor) -> Tensor:
-    """Logarithm of the sigmoid, log s(x) = -log(1 + exp(-x)).
-
-    Finite with a finite gradient for every finite x (|x| of 1e4 and far beyond).
-
-    Args:
-        x: any shape.
-
-    Returns:
-        Same shape, <= 0.
-    """
-    return F.logsigmoid(x)
 
 
 def log1mexp(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ An option that a loss does not read is refused by `checked_options`, never ignor
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -77,31 +77,32 @@ LOSSES: Mapping[PreferenceLoss, LossSpec] = {
 
 FUSIONS = ("max_margin", "mean", "confidence")
 
-# What a numeric option's value must be: (test, words for the error).
-_POSITIVE = (lambda v: 0 < v < math.inf, "a positive number")
-_NOT_NEGATIVE = (lambda v: 0 <= v < math.inf, "zero or a positive number")
-_NUMERIC_RULES = {
-    "beta": _POSITIVE,
-    "label_smoothing": (lambda v: 0 <= v < 0.5, "a number in [0, 0.5)"),
+
+def _number(holds: Callable[[float], bool]) -> Callable[[object], bool]:
+    return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and holds(v)
+
+
+# What an option's value must be: (test, words for the error).
+_NOT_NEGATIVE = (_number(lambda v: 0 <= v < math.inf), "zero or a positive number")
+_RULES = {
+    "beta": (_number(lambda v: 0 < v < math.inf), "a positive number"),
+    "label_smoothing": (_number(lambda v: 0 <= v < 0.5), "a number in [0, 0.5)"),
+    "length_normalized": (lambda v: isinstance(v, bool), "true or false"),
+    "fusion": (lambda v: v in FUSIONS, f"one of {', '.join(FUSIONS)}"),
     "gamma_beta_ratio": _NOT_NEGATIVE,
     "cpo_alpha": _NOT_NEGATIVE,
     "rpo_alpha": _NOT_NEGATIVE,
     "desirable_weight": _NOT_NEGATIVE,
     "undesirable_weight": _NOT_NEGATIVE,
     "kl_coef": _NOT_NEGATIVE,
-    "alpha_end": (lambda v: 0 <= v <= 1, "a number in [0, 1]"),
+    "alpha_end": (_number(lambda v: 0 <= v <= 1), "a number in [0, 1]"),
 }
 
 
 def needs_reference(loss: PreferenceLoss, options: Mapping[str, object]) -> bool:
-    """Whether reference log-probabilities are read under these options.
+    """Whether reference log-probabilities are read under these options (complete ones, from `checked_options`).
 
-    Args:
-        loss: the loss.
-        options: complete options, as `checked_options` returns them.
-
-    Returns:
-        False for the reference-free losses and for RLOO without a KL term.
+    They are not by the reference-free losses and by RLOO without a KL term.
     """
     if loss is PreferenceLoss.RLOO:
         return float(options["kl_coef"]) > 0.0
@@ -109,14 +110,7 @@ def needs_reference(loss: PreferenceLoss, options: Mapping[str, object]) -> bool
 
 
 def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> dict[str, object]:
-    """The complete options of a loss: the given ones, checked, and defaults for the rest.
-
-    Args:
-        loss: a PreferenceLoss or its name.
-        given: option -> value; only options which this loss reads.
-
-    Returns:
-        option -> value, every option that the loss reads.
+    """The complete options of a loss, every one that it reads: the given ones, checked, and defaults for the rest.
 
     Raises:
         ValueError: unknown loss, an option the loss does not read, a required one missing, or a value out of range.
@@ -135,19 +129,19 @@ def checked_options(loss: str | PreferenceLoss, given: Mapping[str, object]) -> 
             )
     options = {**spec.options, **given}
     for name, value in options.items():
-        _check_value(loss, name, value)
+        if value is None:
+            raise ValueError(f"loss {loss.value} needs the option {name!r}: give a value, e.g. {name}=0.1")
+        is_valid, rule = _RULES[name]
+        if not is_valid(value):
+            raise ValueError(f"loss {loss.value}: {name}={value!r} must be {rule}")
     return options
 
 
 def first_step_loss(loss: PreferenceLoss, options: Mapping[str, object]) -> float | None:
     """The loss of every item while policy == reference, the SFT term left out: a run must start from this number.
 
-    Args:
-        loss: the loss.
-        options: complete options, as `checked_options` returns them.
-
-    Returns:
-        The value, or None where it depends on the data (reference-free losses, RLOO, InfiFPO, KTO with two weights).
+    None where it depends on the data (reference-free losses, RLOO, InfiFPO, KTO with two weights). The options are
+    complete ones, from `checked_options`.
     """
     match loss.value:
         case "dpo" | "ln_dpo" | "cdpo" | "robust" | "mappo" | "wrpo":
@@ -159,21 +153,6 @@ def first_step_loss(loss: PreferenceLoss, options: Mapping[str, object]) -> floa
         case "kto" if options["desirable_weight"] == options["undesirable_weight"]:
             return 0.5 * float(options["desirable_weight"])
     return None
-
-
-def _check_value(loss: PreferenceLoss, name: str, value: object) -> None:
-    if value is None:
-        raise ValueError(f"loss {loss.value} needs the option {name!r}: give a value, e.g. {name}=0.1")
-    if name == "fusion":
-        if value not in FUSIONS:
-            raise ValueError(f"loss {loss.value}: fusion={value!r} is unknown; use one of {', '.join(FUSIONS)}")
-    elif name == "length_normalized":
-        if not isinstance(value, bool):
-            raise ValueError(f"loss {loss.value}: length_normalized={value!r} must be true or false")
-    else:
-        is_valid, rule = _NUMERIC_RULES[name]
-        if not isinstance(value, int | float) or isinstance(value, bool) or not is_valid(value):
-            raise ValueError(f"loss {loss.value}: {name}={value!r} must be {rule}")
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -21,8 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
-from fuserl_megatron.objectives.logps import log1mexp, log_sigmoid, mean_logps
+from fuserl_megatron.objectives.logps import log1mexp, mean_logps
 
 Sides = tuple[Tensor, Tensor]
 """(chosen, rejected), [P] each."""
@@ -58,7 +59,7 @@ def implicit_rewards(policy: Sides, reference: Sides, beta: float, lengths: Side
 def dpo(policy: Sides, reference: Sides, *, beta: float) -> PairLoss:
     """DPO: -log s(b (h+ - h-)) (Rafailov et al., arXiv 2305.18290, eq. 7). Implicit rewards b h."""
     chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
-    return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
+    return PairLoss(-logsigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
 
 
 def ln_dpo(policy: Sides, reference: Sides, lengths: Sides, *, beta: float) -> PairLoss:
@@ -68,7 +69,7 @@ def ln_dpo(policy: Sides, reference: Sides, lengths: Sides, *, beta: float) -> P
     response is divided by its own.
     """
     chosen_P, rejected_P = implicit_rewards(policy, reference, beta, lengths)
-    return PairLoss(-log_sigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
+    return PairLoss(-logsigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
 
 
 def cdpo(policy: Sides, reference: Sides, *, beta: float, label_smoothing: float) -> PairLoss:
@@ -79,7 +80,7 @@ def cdpo(policy: Sides, reference: Sides, *, beta: float, label_smoothing: float
     """
     chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
     logits_P = chosen_P - rejected_P
-    losses_P = -(1.0 - label_smoothing) * log_sigmoid(logits_P) - label_smoothing * log_sigmoid(-logits_P)
+    losses_P = -(1.0 - label_smoothing) * logsigmoid(logits_P) - label_smoothing * logsigmoid(-logits_P)
     return PairLoss(losses_P, chosen_P.detach(), rejected_P.detach())
 
 
@@ -91,7 +92,7 @@ def robust(policy: Sides, reference: Sides, *, beta: float, label_smoothing: flo
     """
     chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
     logits_P = chosen_P - rejected_P
-    numerator_P = -(1.0 - label_smoothing) * log_sigmoid(logits_P) + label_smoothing * log_sigmoid(-logits_P)
+    numerator_P = -(1.0 - label_smoothing) * logsigmoid(logits_P) + label_smoothing * logsigmoid(-logits_P)
     return PairLoss(numerator_P / (1.0 - 2.0 * label_smoothing), chosen_P.detach(), rejected_P.detach())
 
 
@@ -120,7 +121,7 @@ def mappo(policy: Sides, reference: Sides, reward_gaps_P: Tensor, *, beta: float
     The closer the two rewards, the less the rejected response is pushed down; dr = 1 is DPO. Implicit rewards b h.
     """
     chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
-    losses_P = -log_sigmoid(chosen_P - reward_gaps_P.to(chosen_P.dtype) * rejected_P)
+    losses_P = -logsigmoid(chosen_P - reward_gaps_P.to(chosen_P.dtype) * rejected_P)
     return PairLoss(losses_P, chosen_P.detach(), rejected_P.detach())
 
 
@@ -131,7 +132,7 @@ def simpo(policy: Sides, lengths: Sides, *, beta: float, gamma: float) -> PairLo
     rewards b log pi(y) / |y|.
     """
     chosen_P, rejected_P = (beta * means_P for means_P in map(mean_logps, policy, lengths))
-    return PairLoss(-log_sigmoid(chosen_P - rejected_P - gamma), chosen_P.detach(), rejected_P.detach())
+    return PairLoss(-logsigmoid(chosen_P - rejected_P - gamma), chosen_P.detach(), rejected_P.detach())
 
 
 def cpo(policy: Sides, lengths: Sides, *, beta: float, cpo_alpha: float) -> PairLoss:
@@ -141,7 +142,7 @@ def cpo(policy: Sides, lengths: Sides, *, beta: float, cpo_alpha: float) -> Pair
     """
     chosen_P, rejected_P = (beta * logps_P for logps_P in policy)
     nll_P = sft_term(policy[0], lengths[0], rpo_alpha=cpo_alpha)
-    return PairLoss(-log_sigmoid(chosen_P - rejected_P) + nll_P, chosen_P.detach(), rejected_P.detach())
+    return PairLoss(-logsigmoid(chosen_P - rejected_P) + nll_P, chosen_P.detach(), rejected_P.detach())
 
 
 def orpo(policy: Sides, lengths: Sides, *, beta: float) -> PairLoss:
@@ -151,7 +152,7 @@ def orpo(policy: Sides, lengths: Sides, *, beta: float) -> PairLoss:
     """
     chosen_P, rejected_P = map(mean_logps, policy, lengths)
     log_odds_P = (chosen_P - rejected_P) - (log1mexp(chosen_P) - log1mexp(rejected_P))
-    losses_P = -chosen_P - beta * log_sigmoid(log_odds_P)
+    losses_P = -chosen_P - beta * logsigmoid(log_odds_P)
     return PairLoss(losses_P, beta * chosen_P.detach(), beta * rejected_P.detach())
 
 

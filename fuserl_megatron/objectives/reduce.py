@@ -34,16 +34,9 @@ def sum_count(values_P: Tensor, mask_P: Tensor | None = None) -> SumCount:
 def sum_count_per_source(
     values_P: Tensor, source_ids_P: Tensor, num_sources: int, mask_P: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`sum_count` for each source.
+    """`sum_count` for each source: sums [K] and counts [K].
 
-    Args:
-        values_P: [P] values.
-        source_ids_P: [P] int64 in 0..num_sources-1 (any valid id for padding).
-        num_sources: K.
-        mask_P: [P] bool, False for padding; None for all.
-
-    Returns:
-        sums [K] and counts [K], float64, detached.
+    Ids of sources are int64 in 0..num_sources-1, any valid one for padding.
     """
     values_P = values_P.detach().double()
     if mask_P is None:
@@ -79,13 +72,6 @@ def stack(metrics: Mapping[str, SumCount], names: Sequence[str]) -> Tensor:
 
 
 def means(stacked_M2: Tensor) -> Tensor:
-    """Means sum / count of each metric; NaN where nothing was counted (a mean of nothing is not 0).
-
-    Args:
-        stacked_M2: [M, 2] reduced sums and counts.
-
-    Returns:
-        [M] float64.
-    """
+    """[M] means, sum / count of each metric; NaN where nothing was counted (a mean of nothing is not 0)."""
     sums_M, counts_M = stacked_M2.unbind(dim=1)
     return torch.where(counts_M > 0, sums_M / counts_M.masked_fill(counts_M == 0, 1.0), torch.nan)

@@ -14,8 +14,6 @@ import math
 import torch
 from torch import Tensor
 
-NEGATIVE_INFINITY = float("-inf")
-
 
 def source_scores(rewards_KN: Tensor, mask_KN: Tensor | None = None, aggregation: str = "max") -> Tensor:
     """One score per source: the best (or the mean) reward of its responses.
@@ -32,11 +30,11 @@ def source_scores(rewards_KN: Tensor, mask_KN: Tensor | None = None, aggregation
     """
     rewards_KN, mask_KN = _rewards_and_mask(rewards_KN, mask_KN)
     if aggregation == "max":
-        return rewards_KN.masked_fill(~mask_KN, NEGATIVE_INFINITY).amax(dim=-1)
+        return rewards_KN.masked_fill(~mask_KN, -math.inf).amax(dim=-1)
     if aggregation == "mean":
         count_K = mask_KN.sum(dim=-1)
         mean_K = rewards_KN.sum(dim=-1) / count_K.clamp(min=1)
-        return mean_K.masked_fill(count_K == 0, NEGATIVE_INFINITY)
+        return mean_K.masked_fill(count_K == 0, -math.inf)
     raise ValueError(f"score aggregation {aggregation!r} is unknown: use 'max' or 'mean'")
 
 
@@ -57,11 +55,13 @@ def source_weights(scores_K: Tensor, present_K: Tensor | None, reward_temperatur
     Raises:
         ValueError: tau is negative or NaN, or the score of a present source is not finite.
     """
-    tau = _checked_temperature(reward_temperature)
+    tau = float(reward_temperature)
+    if not tau >= 0.0:  # also refuses NaN
+        raise ValueError(f"reward_temperature = {tau}: it must be 0 (best source), a positive number or inf (uniform)")
     if present_K is None:
-        present_K = scores_K != NEGATIVE_INFINITY
+        present_K = scores_K != -math.inf
     scores_K, present_K = _rewards_and_mask(scores_K, present_K, what="score")
-    best = scores_K.masked_fill(~present_K, NEGATIVE_INFINITY).amax(dim=-1, keepdim=True)
+    best = scores_K.masked_fill(~present_K, -math.inf).amax(dim=-1, keepdim=True)
     gap_K = torch.where(present_K, scores_K - best, 0.0)  # <= 0; the shift makes any finite reward scale safe
     if tau == 0.0:
         unnormalized_K = (gap_K == 0.0) & present_K
@@ -74,6 +74,8 @@ def source_weights(scores_K: Tensor, present_K: Tensor | None, reward_temperatur
 def top_m_mask(rewards_R: Tensor, m: int, mask_R: Tensor | None = None) -> Tensor:
     """The M highest-reward responses of a pool; equal rewards at the cut: the lower index is kept.
 
+    `source_weights` of the rewards with this mask gives the selected responses the softmax of their own rewards / tau.
+
     Args:
         rewards_R: [..., R] rewards of all responses of all sources of a prompt (flatten [K, N] to get the pool).
         m: how many to keep (>= 1); a pool with fewer keeps all it has.
@@ -85,27 +87,9 @@ def top_m_mask(rewards_R: Tensor, m: int, mask_R: Tensor | None = None) -> Tenso
     if m < 1:
         raise ValueError(f"top_m = {m}: it must be at least 1 (the paper's reviewed version uses 4)")
     rewards_R, mask_R = _rewards_and_mask(rewards_R, mask_R)
-    order_R = rewards_R.masked_fill(~mask_R, NEGATIVE_INFINITY).argsort(dim=-1, descending=True, stable=True)
+    order_R = rewards_R.masked_fill(~mask_R, -math.inf).argsort(dim=-1, descending=True, stable=True)
     rank_R = order_R.argsort(dim=-1)
     return (rank_R < m) & mask_R
-
-
-def top_m_weights(rewards_R: Tensor, m: int, reward_temperature: float, mask_R: Tensor | None = None) -> Tensor:
-    """Weights of the M best responses of a pool: softmax over their own rewards / tau, 0 for all others.
-
-    The limits of tau are those of `source_weights`. A selected response can have weight 0 (tau = 0, or a reward far
-    below the best): ask `top_m_mask` which ones were selected.
-
-    Args:
-        rewards_R: [..., R] rewards of the pool.
-        m: how many responses are selected.
-        reward_temperature: tau >= 0, in the rewards' units.
-        mask_R: [..., R] bool, True where a response exists; None for all.
-
-    Returns:
-        [..., R] float64 weights summing to 1 per prompt (0 for an empty pool).
-    """
-    return source_weights(rewards_R, top_m_mask(rewards_R, m, mask_R), reward_temperature)
 
 
 def effective_number_of_sources(weights_K: Tensor) -> Tensor:
@@ -177,20 +161,13 @@ def best_and_worst_indices(rewards_N: Tensor, mask_N: Tensor | None = None) -> t
         exist or all rewards are equal; best is still right there as long as one response exists, worst too.
     """
     rewards_N, mask_N = _rewards_and_mask(rewards_N, mask_N)
-    high_N = rewards_N.masked_fill(~mask_N, NEGATIVE_INFINITY)
+    high_N = rewards_N.masked_fill(~mask_N, -math.inf)
     low_N = rewards_N.masked_fill(~mask_N, math.inf)
     return high_N.argmax(dim=-1), low_N.argmin(dim=-1), high_N.amax(dim=-1) > low_N.amin(dim=-1)
 
 
 def reward_gaps(chosen_rewards_P: Tensor, rejected_rewards_P: Tensor) -> Tensor:
-    """Gaps dr = r+ - r- in [0, 1], MaPPO's calibration of a pair (arXiv 2507.21183).
-
-    Args:
-        chosen_rewards_P: [P] rewards of the chosen responses.
-        rejected_rewards_P: [P] rewards of the rejected responses.
-
-    Returns:
-        [P] float64.
+    """Gaps dr = r+ - r- in [0, 1] ([P] float64), MaPPO's calibration of a pair (arXiv 2507.21183).
 
     Raises:
         ValueError: a gap lies outside [0, 1].
@@ -199,13 +176,6 @@ def reward_gaps(chosen_rewards_P: Tensor, rejected_rewards_P: Tensor) -> Tensor:
     if not bool(((gaps_P >= 0) & (gaps_P <= 1)).all()):
         raise ValueError("MaPPO needs reward gaps in [0, 1]: scale the rewards to [0, 1] before building the data set")
     return gaps_P
-
-
-def _checked_temperature(reward_temperature: float) -> float:
-    tau = float(reward_temperature)
-    if not tau >= 0.0:  # also refuses NaN
-        raise ValueError(f"reward_temperature = {tau}: it must be 0 (best source), a positive number or inf (uniform)")
-    return tau
 
 
 def _rewards_and_mask(rewards: Tensor, mask: Tensor | None, what: str = "reward") -> tuple[Tensor, Tensor]:
@@ -222,7 +192,7 @@ def _centered(rewards: Tensor, mask: Tensor) -> Tensor:
 
     The largest reward is taken off first: equal rewards then are exact zeros, and a large offset costs no digits.
     """
-    best = rewards.masked_fill(~mask, NEGATIVE_INFINITY).amax(dim=-1, keepdim=True)
+    best = rewards.masked_fill(~mask, -math.inf).amax(dim=-1, keepdim=True)
     shifted = torch.where(mask, rewards - best, 0.0)
     mean = shifted.sum(dim=-1, keepdim=True) / mask.sum(dim=-1, keepdim=True).clamp(min=1)
     return torch.where(mask, shifted - mean, 0.0)

@@ -157,7 +157,7 @@ def _kto_kl(engine: Engine, feed: Feed | None, plan: StepPlan) -> float:
     """KTO's reference point over the plan's prompts, in nats; 0 where a single prompt has no other."""
     if feed is None:
         return 0.0
-    batches = feed.sampler.micro_batches(feed.sampler.plan_of(plan.prompts), engine.layout.dp_rank)
+    batches = feed.sampler.micro_batches(feed.sampler.plan(plan.prompts), engine.layout.dp_rank)
     ids_N, logps_N = score(engine, batches)
     order_N = ids_N.argsort()  # ranks hand in their parts in an order that depends on the layout
     reference_N = feed.reference.scores(batches).lookup(ids_N[order_N])

@@ -49,6 +49,7 @@ def test_defaults_hold():
         ([f"{TP}=2"], 2, SMOLLM2, f"{TP}=2: does not divide the model's 9 attention heads; {TP}=1 would work."),
         ([f"{TP}=9"], 9, SMOLLM2, f"{TP}=9: does not divide the model's 3 key/value heads; {TP}=3 would work."),
         ([f"{TP}=16"], 16, LLAMA_8B, f"{TP}=16: does not divide the model's 8 key/value heads; {TP}=8 would work."),
+        ([f"{TP}=4"], 4, SimpleNamespace(**vars(LLAMA_8B) | {"ffn_hidden_size": 42}), f"{TP}=4: does not divide the model's 42 MLP channels; {TP}=2 would work."),
         ([f"{PP}=4"], 4, SMOLLM2, f"{PP}=4: does not divide the model's 30 layers; {PP}=3 would work."),
         ([f"{TP}=2", f"{PP}=2"], 6, LLAMA_8B, "world size 6: must be a multiple of TP 2 x PP 2 x CP 1 = 4; --nproc 4 or 8 would work."),
         ([f"{TP}=8"], 4, LLAMA_8B, "world size 4: must be a multiple of TP 8 x PP 1 x CP 1 = 8; --nproc 8 would work."),

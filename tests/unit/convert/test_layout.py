@@ -4,17 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tensor_parallel import shard
 
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.layout import (
-    check_tensor_parallel,
+    hf_cuts,
     hf_tensors_from_megatron,
-    merge_gate_up,
     merge_qkv,
     padded_vocab_size,
     row_runs,
-    shard,
-    split_gate_up,
     split_qkv,
     unshard,
 )
@@ -22,6 +20,7 @@ from fuserl_megatron.convert.names import (
     find_rule,
     hf_names,
     hf_shapes,
+    lengths,
     local_name,
     megatron_names,
     te_name,
@@ -94,15 +93,18 @@ def test_every_parameter_shards_unshards_and_returns_exactly(drawn):
         shards = [shard(full, name, tp, rank) for rank in range(tp)]
         assert len({part.shape for part in shards}) == 1
         assert torch.equal(unshard(shards, name), full)
-        if row.split != "none":
+        if row.rule != "plain":
             assert sum(part.numel() for part in shards) == full.numel()
         if row.rule == "qkv":  # a rank's rows are whole groups: it can be split without knowing of the others
             for rank, part in enumerate(shards):
                 for mine, whole in zip(split_qkv(part, shape), parts, strict=True):
                     assert torch.equal(mine, whole.chunk(tp)[rank])
-        if row.rule == "gate_up":
-            for rank, part in enumerate(shards):
-                assert torch.equal(part, torch.cat([half.chunk(tp)[rank] for half in parts]))
+        for rank, part in enumerate(shards if row.rule != "vocab" else ()):
+            cuts = hf_cuts(name, shape, tp, rank)
+            mine = [
+                whole.narrow(dim, start, stop - start) for whole, (_, dim, start, stop) in zip(parts, cuts, strict=True)
+            ]
+            assert torch.equal(full_from(row, mine, shape, tp), part)
         for (hf, tensor), original in zip(hf_tensors_from_megatron(name, full, shape), parts, strict=True):
             assert torch.equal(tensor, original), hf
             assert hf not in seen
@@ -111,14 +113,7 @@ def test_every_parameter_shards_unshards_and_returns_exactly(drawn):
 
 
 def row_sizes(row, shape):
-    length = {
-        "H": shape.hidden_size,
-        "F": shape.ffn_hidden_size,
-        "V": shape.vocab_size,
-        "D": shape.head_dim,
-        "AD": shape.num_attention_heads * shape.head_dim,
-        "GD": shape.num_query_groups * shape.head_dim,
-    }
+    length = lengths(shape)
     return [[length[letter] for letter in letters] for letters in row.sizes]
 
 
@@ -126,7 +121,7 @@ def full_from(row, parts, shape, tp):
     if row.rule == "qkv":
         return merge_qkv(*parts, shape)
     if row.rule == "gate_up":
-        return merge_gate_up(*parts)
+        return torch.cat(parts)
     if row.rule == "vocab":
         missing = padded_vocab_size(shape.vocab_size, tp, 8) - shape.vocab_size
         return torch.nn.functional.pad(parts[0], (0, 0, 0, missing))
@@ -157,9 +152,9 @@ def test_interleaving_and_gate_up_are_not_the_identity():
     )
     q, k, v = qkv_parts(shape, bias=False)
     assert not torch.equal(merge_qkv(q, k, v, shape), torch.cat((q, k, v)))
-    full = merge_gate_up(numbered(8, 4), numbered(8, 4) + 1e6)
+    full = torch.cat((numbered(8, 4), numbered(8, 4) + 1e6))
     assert not torch.equal(shard(full, FC1, 2, 0), full.chunk(2)[0])
-    gate, up = split_gate_up(shard(full, FC1, 2, 1))
+    gate, up = shard(full, FC1, 2, 1).chunk(2)
     assert torch.equal(gate, numbered(8, 4)[4:]) and torch.equal(up, numbered(8, 4)[4:] + 1e6)
 
 
@@ -231,21 +226,8 @@ def test_unknown_parameters_are_named(make_config, name, said):
         hf_names(name, read_config(make_config()))
 
 
-@pytest.mark.parametrize(
-    ("changes", "tp", "said"),
-    [
-        ({}, 8, "key/value heads.*not replicated; use 4"),
-        ({"num_attention_heads": 9, "num_key_value_heads": 3}, 2, "key/value heads"),
-        ({"intermediate_size": 42}, 4, r"feed-forward width.*use 2"),
-    ],
-)
-def test_tensor_parallel_sizes_that_do_not_divide_are_refused(make_config, changes, tp, said):
-    with pytest.raises(ValueError, match=said):
-        check_tensor_parallel(read_config(make_config(**changes)), tp)
-
-
-def test_tensor_parallel_sizes_that_divide_are_accepted(make_config):
-    for tp in (1, 2, 4):
-        check_tensor_parallel(read_config(make_config()), tp)
-    with pytest.raises(ValueError, match="does not divide"):
-        shard(torch.ones(6, 2), "decoder.layers.0.mlp.linear_fc2.weight", 4, 0)
+def test_a_parameter_that_does_not_divide_over_the_ranks_is_named(make_config):
+    with pytest.raises(ValueError, match="linear_fc2.weight: 6 does not divide over 4"):
+        hf_cuts("decoder.layers.0.mlp.linear_fc2.weight", read_config(make_config(intermediate_size=6)), 4, 0)
+    with pytest.raises(ValueError, match=r"linear_proj.weight \(key/value heads\): 4 does not divide over 8"):
+        hf_cuts("decoder.layers.0.self_attention.linear_proj.weight", read_config(make_config()), 8, 0)

@@ -56,21 +56,19 @@ def test_frequencies_are_those_of_transformers_bit_for_bit(make_config, kind):
         assert torch.equal(actual, expected.inv_freq), config
         assert scaling == expected.attention_scaling
         if kind != "default":
-            for length in (None, 1, positions, positions + 1, 3 * positions, torch.tensor(3 * positions)):
+            for length in (None, 1, positions, *([] if kind == "dynamic" else [positions + 1, 3 * positions])):
                 expected_freq, expected_scaling = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"), seq_len=length)
-                actual, scaling = rope_inverse_frequencies(ours, head_dim, length)
                 assert torch.equal(actual, expected_freq) and scaling == expected_scaling, (config, length)
 
 
-def test_dynamic_follows_the_longest_sequence_as_the_running_module_does(make_config):
+def test_dynamic_is_unscaled_up_to_the_models_length_as_in_the_running_module(make_config):
     config = make_config(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0})
     module, ours = LlamaRotaryEmbedding(AutoConfig.for_model(**config)), read_config(config).rope
-    for length in (40, 200, 300, 50):
+    actual, _ = rope_inverse_frequencies(ours, 6)
+    assert torch.equal(actual, rope_inverse_frequencies(read_config(make_config()).rope, 6)[0])
+    for length, is_ours in ((40, True), (128, True), (300, False), (50, True)):
         module(torch.zeros(1), torch.arange(length)[None])
-        actual, _ = rope_inverse_frequencies(ours, 6, torch.tensor(length))
-        assert torch.equal(actual, module.inv_freq), length
-    unscaled = read_config(make_config()).rope
-    assert torch.equal(rope_inverse_frequencies(ours, 6, 128)[0], rope_inverse_frequencies(unscaled, 6)[0])
+        assert torch.equal(actual, module.inv_freq) == is_ours, length
 
 
 @pytest.mark.parametrize("inside", [{}, {"original_max_position_embeddings": 100}])

@@ -9,17 +9,16 @@ import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data import files
-from fuserl_megatron.data.reference import FILL_CHUNK, ReferenceCache, hash_model_directory, reference_key
+from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory, reference_key
 
 
 def test_write_resume_finish_and_read(tmp_path):
     cache = ReferenceCache.open_or_create(tmp_path / "c", "key", 6)
-    assert cache.missing(np.arange(6)).tolist() == [0, 1, 2, 3, 4, 5] and not cache.complete
+    assert cache.missing_mask.all() and not cache.complete
     cache.write(torch.tensor([4, 1]), torch.tensor([-4.5, -1.25], dtype=torch.float64))
     cache.flush()
     del cache
     again = ReferenceCache.open_or_create(tmp_path / "c", "key", 6)
-    assert again.missing(torch.tensor([0, 1, 4])).tolist() == [0]
     assert again.missing_mask.tolist() == [True, False, True, True, False, True]
     with pytest.raises(ValueError, match="1 responses have no reference log-probability, the first is 0"):
         again.finish(np.array([0, 1]))
@@ -74,7 +73,7 @@ def test_an_interrupted_creation_is_no_cache(tmp_path, monkeypatch):
     assert ReferenceCache.open_or_create(tmp_path / "c", "key", 3).missing_mask.all()
 
 
-@pytest.mark.parametrize("size", [1, FILL_CHUNK, FILL_CHUNK + 1])
+@pytest.mark.parametrize("size", [1, 1000])
 def test_size_of_a_new_cache(tmp_path, size):
     cache = ReferenceCache.open_or_create(tmp_path, "key", size)
     assert cache.missing_mask.all() and (tmp_path / "reference_logps.f32").stat().st_size == 4 * size

@@ -107,7 +107,7 @@ def check_all_sequences(sampler):
                 prepared.response_ids[first + prepared.rejected[p]],
             )
             expected[int(ends[0]), int(ends[1])] = (prepared.pair_weights[p], prepared.pair_source_ids[p])
-    assert pairs == expected and bool(pairs) == (prepared.stage == "fusepo")
+    assert pairs == expected and bool(pairs) == (prepared.unit is not None)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -16,7 +16,6 @@ from fuserl_megatron.objectives.weights import (
     source_weights,
     standardize,
     top_m_mask,
-    top_m_weights,
 )
 
 NAN = float("nan")
@@ -106,15 +105,15 @@ def test_scores_over_a_data_set_with_holes():
 def test_top_m_keeps_the_best_and_weighs_them_by_their_own_rewards():
     rewards_R = column(0.1, 0.9, 0.4, 0.9, 0.4, 0.2)
     assert top_m_mask(rewards_R, 3).tolist() == [False, True, True, True, False, False]  # tie: lower index
-    weights_R = top_m_weights(rewards_R, 3, 0.5)
+    weights_R = source_weights(rewards_R, top_m_mask(rewards_R, 3), 0.5)
     assert_equal(weights_R[[1, 2, 3]], source_weights(column(0.9, 0.4, 0.9), None, 0.5))
     assert weights_R[[0, 4, 5]].tolist() == [0.0, 0.0, 0.0]
     assert top_m_mask(rewards_R, 99).all()
     mask_R = torch.tensor([True, False, True, False, True, True])
     assert top_m_mask(rewards_R, 2, mask_R).tolist() == [False, False, True, False, True, False]
     # m = 1 is the best response, whatever tau; per_source with one response per source and M = K is the same thing.
-    assert top_m_weights(rewards_R, 1, 0.01).tolist() == [0, 1, 0, 0, 0, 0]
-    assert_equal(top_m_weights(rewards_R, 6, 0.3), source_weights(rewards_R, None, 0.3))
+    assert source_weights(rewards_R, top_m_mask(rewards_R, 1), 0.01).tolist() == [0, 1, 0, 0, 0, 0]
+    assert_equal(source_weights(rewards_R, top_m_mask(rewards_R, 6), 0.3), source_weights(rewards_R, None, 0.3))
     with pytest.raises(ValueError, match="top_m"):
         top_m_mask(rewards_R, 0)
 
