@@ -14,11 +14,6 @@ from fuserl_megatron.cli import main
 ROWS = ["loss", "gradient norm", "embedding", "qkv", "proj", "fc1", "fc2", "norms", "output"]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("case"))
-
-
 def parity_of(config, fault=None, **options):
     """Exit code and what was printed, with a mistake planted when asked for."""
     from fuserl_megatron.mcore import model, step
