@@ -122,19 +122,15 @@ class Stopping:
         if any_rank(self.wanted(), self.device):
             raise Stopped
 
-    def reason(self) -> str:
-        """Which rank was told what. All ranks call it."""
-        from fuserl_megatron.mcore.parallel import from_all_ranks
-
-        named = [f"{why} (rank {rank})" for rank, why in enumerate(from_all_ranks(self._told)) if why]
-        return named[0] if named else "request"
-
     def leave(self, directory: Path, where: str, is_main: bool) -> None:
         """What every rank does after `Stopped`: rank 0 writes REQUEUE and says how to go on.
 
         A batch script does not know which folder the settings name; FUSERL_MARKER is a file where it looks as well.
         """
-        why = f"stopped by {self.reason()} {where}"
+        from fuserl_megatron.mcore.parallel import from_all_ranks
+
+        rank, told = next((rank, told) for rank, told in enumerate(from_all_ranks(self._told)) if told)
+        why = f"stopped by {told} (rank {rank}) {where}"
         if not is_main:
             return
         directory.mkdir(parents=True, exist_ok=True)
