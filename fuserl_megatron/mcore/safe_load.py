@@ -37,6 +37,9 @@ class _Inert:
     def __init__(self, *_args: Any, **_kwargs: Any):
         pass
 
+    def __setstate__(self, _state: Any):
+        pass
+
 
 def _classes(module: Any) -> dict[tuple[str, str], type]:
     own = (x for x in vars(module).values() if isinstance(x, type) and x.__module__ == module.__name__)
@@ -66,10 +69,16 @@ _FP8_NAMES = {
 } | {
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): _Inert,
     ("torch._utils", "_rebuild_tensor_v2"): _Inert,
+    # core 0.19 puts its own function in the place of torch's, so that states saved under it name that one
     ("torch.storage", "_load_from_bytes"): lambda content: _weights_only(io.BytesIO(content)),
+    ("megatron.core.safe_globals", "safe_load_from_bytes"): lambda content: _weights_only(io.BytesIO(content)),
+    ("numpy._core.multiarray", "_reconstruct"): _Inert,
+    ("numpy.core.multiarray", "_reconstruct"): _Inert,
+    ("numpy", "ndarray"): _Inert,
+    ("numpy", "dtype"): _Inert,
     ("collections", "OrderedDict"): OrderedDict,
 }
-"""What Transformer Engine's extra state may name: its recipes and tensors (the list that core 0.19 checks by)."""
+"""What Transformer Engine's extra state may name: recipes, tensors, arrays (the list that core 0.19 checks by)."""
 
 
 class _Unpickler(pickle.Unpickler):

@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 from unittest.mock import patch
 
+import numpy
 import pytest
 import torch
 from fusion_case import SFT, make_case, make_config
@@ -76,12 +77,28 @@ def plant_storage_in_fp8_state(folder, evil):
     plant_fp8_state(folder, Nested(evil))
 
 
+class Storage(Nested):
+    """As core 0.19 lets torch write one."""
+
+    def __reduce__(self):
+        return sys.modules["megatron.core.safe_globals"].safe_load_from_bytes, (self.content,)
+
+
+def safe_load_from_bytes(content):
+    raise AssertionError("called")
+
+
 def plant_harmless_fp8_state(folder, evil):
     names = ("transformer_engine", "transformer_engine.common", "transformer_engine.common.recipe")
     modules = {name: ModuleType(name) for name in names}  # only so that pickle can write the name down
     recipe = modules[names[-1]].DelayedScaling = type("DelayedScaling", (), {"__module__": names[-1]})
-    with patch.dict(sys.modules, modules):
-        plant_fp8_state(folder, {"scale_fwd": torch.ones(3), "recipe": recipe()})
+    own = "megatron.core.safe_globals"
+    if not hasattr(sys.modules.get(own), "safe_load_from_bytes"):  # core before 0.19
+        modules[own] = ModuleType(own)
+        modules[own].safe_load_from_bytes = safe_load_from_bytes
+    state = {"scale_fwd": torch.ones(3), "amax": numpy.ones(3), "storage": Storage(torch.ones(3)), "recipe": recipe()}
+    with patch.dict(sys.modules, modules), patch.object(safe_load_from_bytes, "__module__", own):
+        plant_fp8_state(folder, state)
 
 
 PLANTS = [
