@@ -1,4 +1,9 @@
+import sys
+from pathlib import Path
+
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent / "distributed"))  # fusion_case, also for tests elsewhere
 
 
 @pytest.fixture(scope="session")
@@ -8,3 +13,11 @@ def ranks():
 
     with Ranks() as pool:
         yield pool
+
+
+@pytest.fixture(scope="session")
+def case(tmp_path_factory):
+    """Paths of a tiny policy and reference and of a data set."""
+    from fusion_case import make_case
+
+    return make_case(tmp_path_factory.mktemp("case"))

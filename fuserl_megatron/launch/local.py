@@ -80,11 +80,6 @@ def run_ranks(command: Sequence[str], num_ranks: int, environ: Mapping[str, str]
     rank 0 reports as well is not repeated. When a rank fails, all are killed. SIGTERM and SIGUSR1 are passed on, and it
     is the ranks' affair what they do then and how long it takes: saving a checkpoint, in training.
 
-    Args:
-        command: the program and its arguments, the same for every rank.
-        num_ranks: processes to start.
-        environ: environment of the ranks, before the rank's own variables.
-
     Returns:
         0, or the exit code of the rank that failed first (128 + signal number for a killed one, 130 after Ctrl-C).
     """

@@ -7,22 +7,24 @@ import json
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore.dist_format import iteration_directory
 from fuserl_megatron.mcore.manifest import find_damage
-from fuserl_megatron.mcore.model import gather_parameters
-from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.model import TargetModel, gather_parameters
+from fuserl_megatron.mcore.parallel import Layout, from_all_ranks
 from fuserl_megatron.mcore.safe_load import check_pickles
 from fuserl_megatron.mcore.saving import PROGRESS, Saving, first_line
 from fuserl_megatron.mcore.step import Engine
 
 FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
+ADVICE = ": remove that folder to use the checkpoint before it, or start in another run.results_dir."
 
 
 def _metadata() -> dict:
@@ -35,31 +37,34 @@ def _metadata() -> dict:
     }
 
 
-def _state(engine: Engine, *, is_loading: bool) -> dict:
+def _state(target: TargetModel, optimizer: ChainedOptimizer | None, *, is_loading: bool) -> dict:
     metadata = _metadata()
     # with virtual stages layers carry their global index, so that all chunks make one model
-    models = {f"model{i}": c.sharded_state_dict(metadata=metadata) for i, c in enumerate(engine.target.chunks)}
-    state = dict(models) if len(models) > 1 else {"model": models["model0"]}
-    if engine.optimizer is not None:
+    state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(target.chunks)}
+    if optimizer is not None:
         if is_loading:
-            _materialize_optimizer_state(engine.optimizer)
-        state["optimizer"] = engine.optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+            _materialize_optimizer_state(optimizer)
+        state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _named(chunks: list[GPTModel]) -> list[tuple[str, GPTModel]]:
+    """With the names that Megatron gives them in a state."""
+    return [(f"model{i}" if len(chunks) > 1 else "model", chunk) for i, chunk in enumerate(chunks)]
 
 
 def begin_save(engine: Engine, root: str | Path, iteration: int, progress: dict, background: bool = False) -> Saving:
     """Take weights and optimizer state of this step and start writing them; `Saving.publish` ends it. Every rank calls
     it; arguments as of `Saving`."""
     gather_parameters(engine.wrapped)
-    return Saving(engine.layout, _state(engine, is_loading=False), root, iteration, progress, background)
+    state = _state(engine.target, engine.optimizer, is_loading=False)
+    return Saving(engine.layout, state, root, iteration, progress, background)
 
 
 def damage_of(root: str | Path, iteration: int, layout: Layout) -> str | None:
     """What is wrong with a checkpoint, None where it is whole: every rank verifies a share of it, all learn."""
-    found: list[str | None] = [None] * layout.world_size
     mine = find_damage(iteration_directory(root, iteration), iteration, layout.rank, layout.world_size)
-    dist.all_gather_object(found, mine)
-    return next((damage for damage in found if damage), None)
+    return next(filter(None, from_all_ranks(mine)), None)
 
 
 def read_progress(root: str | Path, iteration: int) -> dict:
@@ -77,26 +82,21 @@ def read_progress(root: str | Path, iteration: int) -> dict:
         ) from None
 
 
-def load(engine: Engine, root: str | Path, iteration: int) -> None:
-    """Fill model and optimizer from a checkpoint of any layout.
+def load(target: TargetModel, folder: Path, optimizer: ChainedOptimizer | None = None, advice: str = ADVICE) -> None:
+    """Fill a model, and its optimizer where one is given, from an iteration's folder of a checkpoint of any layout.
 
     Raises:
         UserError: the checkpoint does not fit the model, cannot be read, or names anything foreign to run.
     """
-    directory = iteration_directory(root, iteration)
-    check_pickles(directory)
+    check_pickles(folder)
     try:
-        state = dist_checkpointing.load(_state(engine, is_loading=True) | {"iteration": 0}, str(directory))
+        state = dist_checkpointing.load(_state(target, optimizer, is_loading=True) | {"iteration": 0}, str(folder))
     except FAILURES as error:  # damaged files surface as many kinds of errors
-        raise UserError(
-            f"{directory}: cannot be loaded ({first_line(error)}): remove that folder to use the checkpoint before it, "
-            "or start in another run.results_dir."
-        ) from error
-    chunks = engine.target.chunks
-    for i, chunk in enumerate(chunks):
-        chunk.load_state_dict(state["model" if len(chunks) == 1 else f"model{i}"])
-    if engine.optimizer is not None:
-        _load_optimizer(engine.optimizer, state["optimizer"])
+        raise UserError(f"{folder}: cannot be loaded ({first_line(error)}){advice}") from error
+    for name, chunk in _named(target.chunks):
+        chunk.load_state_dict(state[name])
+    if optimizer is not None:
+        _load_optimizer(optimizer, state["optimizer"])
 
 
 # Core's distributed optimizer with torch's AdamW (no Transformer Engine, no Apex) needs three things around a load, on

@@ -7,7 +7,7 @@ weights belong to forward_backward: only a trace shows them (exp_manager.profile
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,19 +22,10 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time what runs inside under this name."""
+        """Time what runs inside under this name; also a decorator of functions."""
         begin = _now()
         yield
         self._spans.append((name, begin, _now()))
-
-    def around(self, name: str, function: Callable) -> Callable:
-        """The function, timed under this name."""
-
-        def timed(*args, **kwargs):
-            with self.part(name):
-                return function(*args, **kwargs)
-
-        return timed
 
     def read(self) -> dict[str, float]:
         """Seconds by part since the last reading; waits for the device."""

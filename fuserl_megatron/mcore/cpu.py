@@ -17,8 +17,7 @@ and is left out (`no_requests`), and torch leaves the backward pass out by itsel
 """
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -55,25 +54,14 @@ class _CoreOnCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-@contextmanager
-def no_requests() -> Iterator[None]:
-    """Code of core that asks for no "cuda": a model's forward pass. Spares it the Python call for each function."""
-    if _mode is None:
-        yield
-        return
-    with torch._C.DisableTorchFunction():
-        yield
+def no_requests() -> AbstractContextManager:
+    """Around code of core that asks for no "cuda", a model's forward pass: no Python call for each function there."""
+    return nullcontext() if _mode is None else torch._C.DisableTorchFunction()
 
 
-class _InertStream:
+class _InertStream(nullcontext):
     def __getattr__(self, _name):
         return lambda *args, **kwargs: None
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc_info):
-        return False
 
 
 def enable() -> bool:

@@ -3,6 +3,7 @@
 Legend: as in offline.py.
 """
 
+import functools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -152,8 +153,4 @@ def checkpoint_key(name: str) -> tuple[str, int | None]:
 
 def widest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype that holds them all without loss."""
-    found = list(set(dtypes))
-    result = found[0]
-    for dtype in found[1:]:
-        result = torch.promote_types(result, dtype)
-    return result
+    return functools.reduce(torch.promote_types, dtypes)

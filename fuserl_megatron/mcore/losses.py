@@ -52,14 +52,7 @@ def batch_loss(
     sources: Sequence[str],
     values: StepValues,
 ) -> tuple[Tensor, dict[str, reduce.SumCount]]:
-    """Loss and metrics of one micro-batch.
-
-    Args:
-        objective: stage, loss and options.
-        logps_N: [N] log pi summed over the scored tokens, with gradient.
-        batch: the micro-batch.
-        sources: names by source id.
-        values: what the loss needs of the global batch.
+    """Loss and metrics of one micro-batch, from log pi summed over the scored tokens of each sequence, with gradient.
 
     Returns:
         0-d sum over the items of weight x loss, and the metrics by name (`metric_names`).

@@ -6,7 +6,7 @@ share the files between them.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -43,14 +43,8 @@ def _with_own_hash(content: dict) -> str:
 
 
 def find_damage(directory: Path, iteration: int, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint: file and fault, None where it is whole.
-
-    Args:
-        directory: the checkpoint's folder.
-        iteration: the one that the folder's name promises.
-        part: which share of the files is looked at, from 0.
-        parts: how many such shares make the whole.
-    """
+    """What is wrong with a checkpoint: file and fault, None where it is whole. Looks at one of `parts` equal shares of
+    the files; iteration is the one that the folder's name promises."""
     try:
         text = (directory / MANIFEST).read_text(encoding="utf-8")
         content = json.loads(text)
@@ -68,12 +62,9 @@ def find_damage(directory: Path, iteration: int, part: int = 0, parts: int = 1) 
         return f"{MANIFEST} is not readable JSON of a manifest"
     # the largest first, in turn: equal shares
     names = sorted(files, key=lambda name: (-files[name]["bytes"], name))[part::parts]
-    return _first(names, lambda name: _fault_of(directory / name, files[name]))
-
-
-def _first(names: Sequence[str], fault_of) -> str | None:
     with ThreadPoolExecutor(THREADS) as pool:
-        return next((fault for fault in pool.map(fault_of, names) if fault), None)
+        faults = pool.map(lambda name: _fault_of(directory / name, files[name]), names)
+        return next(filter(None, faults), None)
 
 
 def _fault_of(file: Path, entry: dict) -> str | None:

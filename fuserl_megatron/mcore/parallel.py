@@ -187,6 +187,13 @@ def from_main_rank(value, device: torch.device):
     return box[0]
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's picklable value, on every rank."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 def on_main_rank(layout: Layout, action: Callable[..., Any], *args: Any) -> Any:
     """What rank 0 alone does, and its result on all ranks. What keeps it from that is raised on all of them: the others
     would wait for it in the next collective until the timeout."""

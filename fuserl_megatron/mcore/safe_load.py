@@ -13,6 +13,8 @@ import io
 import pickle
 import re
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,11 +92,19 @@ class _Unpickler(pickle.Unpickler):
         return self._names[module, name]
 
 
-def _refused(file: Path, name: str) -> UserError:
-    return UserError(
-        f"{file}: names {name}, which no checkpoint needs and which could run commands: not opened; "
-        "use a checkpoint whose origin you know"
-    )
+@contextmanager
+def _reading(file: Path, problem: str) -> Iterator[None]:
+    """Around the reading of a pickle: whatever is wrong with it becomes one line for the user."""
+    try:
+        yield
+    except _ForeignName as error:
+        raise UserError(
+            f"{file}: names {error}, which no checkpoint needs and which could run commands: not opened; "
+            "use a checkpoint whose origin you know"
+        ) from None
+    except Exception as error:  # a damaged pickle raises anything
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{file}: {problem} ({type(error).__name__}: {reason}); {AGAIN}") from None
 
 
 def read_index(folder: str | Path) -> dcp.Metadata:
@@ -104,15 +114,10 @@ def read_index(folder: str | Path) -> dcp.Metadata:
         UserError: it names something foreign, is damaged, or is not there.
     """
     file = Path(folder) / INDEX
-    try:
-        with open(file, "rb") as stream:
-            return _Unpickler(stream, _INDEX_NAMES).load()
-    except FileNotFoundError:
-        raise UserError(f"{folder}: no {INDEX}, so not a complete distributed checkpoint; {AGAIN}") from None
-    except _ForeignName as error:
-        raise _refused(file, str(error)) from None
-    except Exception as error:  # a damaged pickle raises anything
-        raise UserError(f"{file}: not a readable checkpoint index ({type(error).__name__}: {error}); {AGAIN}") from None
+    if not file.exists():
+        raise UserError(f"{folder}: no {INDEX}, so not a complete distributed checkpoint; {AGAIN}")
+    with _reading(file, "not a readable checkpoint index"), open(file, "rb") as stream:
+        return _Unpickler(stream, _INDEX_NAMES).load()
 
 
 def check_pickles(folder: str | Path) -> None:
@@ -126,7 +131,8 @@ def check_pickles(folder: str | Path) -> None:
     folder = Path(folder)
     index = read_index(folder)
     if (folder / COMMON).exists():  # core 0.19 keeps these values among the others
-        _load_plain(folder / COMMON, folder / COMMON)
+        with _reading(folder / COMMON, "not readable"):
+            _weights_only(folder / COMMON)
     try:
         small = {key for key, entry in index.state_dict_metadata.items() if isinstance(entry, dcp.BytesStorageMetadata)}
         places = [(key.fqn, place) for key, place in index.storage_data.items() if key.fqn in small]
@@ -140,10 +146,13 @@ def check_pickles(folder: str | Path) -> None:
                 content = stream.read(place.length)
         except (OSError, TypeError, ValueError) as error:
             raise UserError(f"{file}: {key} cannot be read ({error}); {AGAIN}") from None
-        _check_fp8(_load_plain(io.BytesIO(content), file), file)
+        with _reading(file, "not readable"):
+            state = _weights_only(io.BytesIO(content))
+        with _reading(file, "FP8 state that is not readable"):
+            _check_fp8(state)
 
 
-def _check_fp8(state: Any, file: Path) -> None:
+def _check_fp8(state: Any) -> None:
     """Transformer Engine's state is a pickle inside a tensor of bytes, which it unpickles."""
     for value in torch.utils._pytree.tree_leaves(state):
         raw = b""
@@ -151,15 +160,8 @@ def _check_fp8(state: Any, file: Path) -> None:
             raw = value.getvalue()
         elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8:
             raw = value.numpy().tobytes()
-        try:
-            if raw:
-                _Unpickler(io.BytesIO(raw), _FP8_NAMES).load()
-        except _ForeignName as error:
-            raise _refused(file, str(error)) from None
-        except Exception as error:  # no pickle of such a state
-            raise UserError(
-                f"{file}: FP8 state that is not readable ({type(error).__name__}: {error}); {AGAIN}"
-            ) from None
+        if raw:
+            _Unpickler(io.BytesIO(raw), _FP8_NAMES).load()
 
 
 def _weights_only(source: Path | BinaryIO) -> Any:
@@ -171,13 +173,3 @@ def _weights_only(source: Path | BinaryIO) -> Any:
         if foreign:
             raise _ForeignName(foreign[1]) from None
         raise
-
-
-def _load_plain(source: Path | BinaryIO, file: Path) -> Any:
-    try:
-        return _weights_only(source)
-    except _ForeignName as error:
-        raise _refused(file, str(error)) from None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{file}: not readable ({type(error).__name__}: {reason}); {AGAIN}") from None

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from fuserl_megatron.data.files import sync_path
+from fuserl_megatron.data.files import sync_path, write_file
 from fuserl_megatron.mcore.dist_format import (
     COMMON,
     CONFIG,
@@ -38,7 +38,7 @@ from fuserl_megatron.mcore.dist_format import (
     saved_iterations,
 )
 from fuserl_megatron.mcore.manifest import describe, write_manifest
-from fuserl_megatron.mcore.parallel import Layout, any_rank, from_main_rank
+from fuserl_megatron.mcore.parallel import Layout, any_rank, from_all_ranks, from_main_rank
 
 PROGRESS = "progress.json"
 
@@ -47,16 +47,10 @@ class Saving:
     """Every rank makes one at the same step, and calls its methods at the same time as the others."""
 
     def __init__(self, layout: Layout, state: dict, root: str | Path, iteration: int, progress: dict, background: bool):
-        """Take the state and start writing it.
+        """Take core's sharded state dict and start writing it into the run's checkpoints folder; JSON-able progress
+        travels along, for `checkpoint.read_progress`.
 
-        Args:
-            layout: of the ranks.
-            state: core's sharded state dict, weights current.
-            root: the run's checkpoints folder.
-            iteration: steps done.
-            progress: JSON-able values that travel along, for `checkpoint.read_progress`.
-            background: copy the state into memory of the host and return while it is written; otherwise it is written
-                when this returns.
+        In the background the state is copied into memory of the host, and this returns while it is written.
         """
         self.layout, self.root, self.iteration, self.background = layout, Path(root), iteration, background
         sharded, common = save_preprocess(state | {"iteration": iteration})
@@ -155,8 +149,7 @@ class Saving:
         return final
 
     def _all_or_none(self) -> None:
-        problems: list[str | None] = [None] * self.layout.world_size
-        dist.all_gather_object(problems, self._problem and first_line(self._problem))
+        problems = from_all_ranks(self._problem and first_line(self._problem))
         failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
         if failed:
             if self.layout.is_main and self._partial:
@@ -168,17 +161,12 @@ def remove_leftovers(root: Path) -> None:
     """What a killed run was writing or removing, none of it under its name. One rank, while no save is under way."""
     for left in root.glob(".iter_*.partial"):
         shutil.rmtree(left, ignore_errors=True)
-    _new_pointer(root).unlink(missing_ok=True)
-
-
-def _new_pointer(root: Path) -> Path:
-    return root / f".{POINTER}.tmp"
+    (root / f"{POINTER}.partial").unlink(missing_ok=True)
 
 
 def _own_chunks(layout: Layout, tensors: Sequence[ShardedTensor]) -> set[tuple[str, tuple]]:
     """What this rank writes: data-parallel ranks hold the same, and share the work by bytes. The same plan on all."""
-    held: list[dict] = [{}] * layout.world_size
-    dist.all_gather_object(held, {(t.key, t.global_offset): t.data.nbytes for t in tensors})
+    held = from_all_ranks({(t.key, t.global_offset): t.data.nbytes for t in tensors})
     load, own = [0] * layout.world_size, set()
     for chunk, size in sorted(
         {c: n for chunks in held for c, n in chunks.items()}.items(), key=lambda c: (-c[1], c[0])
@@ -199,10 +187,7 @@ def _rename(root: Path, partial: Path, final: Path, iteration: int) -> None:
     _remove(final)
     partial.rename(final)
     sync_path(root)
-    pointer = _new_pointer(root)
-    pointer.write_text(f"{iteration}\n")
-    sync_path(pointer)
-    pointer.rename(root / POINTER)
+    write_file(root / POINTER, [f"{iteration}\n".encode()])
     sync_path(root)
 
 

@@ -9,6 +9,7 @@ Shapes: B rows, S tokens per row (of this rank, with context parallelism), T sco
 H hidden, M metrics.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,7 +33,7 @@ from fuserl_megatron.mcore.logprob import vocab_parallel_logps
 from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
-from fuserl_megatron.mcore.parallel import Layout, any_rank, on_any_rank
+from fuserl_megatron.mcore.parallel import Layout, any_rank, from_all_ranks, on_any_rank
 from fuserl_megatron.mcore.precision import scoring
 from fuserl_megatron.mcore.visibility import Visibility
 from fuserl_megatron.objectives import reduce
@@ -149,11 +150,7 @@ def forward_backward(
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one global batch into the DDP buffers. Returns the loss and the metrics, equal on all ranks.
 
-    Args:
-        engine: with wrapped chunks.
-        batches: this data-parallel rank's micro-batches, as many on every rank.
-        normalizer: prompts (or weighted tokens) of the global batch over all ranks.
-        values: what the loss needs of the global batch.
+    Every data-parallel rank has as many micro-batches; normalizer is the prompts (or weighted tokens) of all of them.
 
     Raises:
         NonFiniteError: on every rank, naming the rank, micro-batch and prompts of the loss that is not finite.
@@ -214,9 +211,8 @@ def _stop_if_not_finite(engine: Engine, reports: list, batches: Sequence[PackedB
     if reports:
         finite = torch.stack(reports)[:, 0, 0].isfinite().tolist()
         bad = [i for i, ok in enumerate(finite) if not ok]
-    if not any_rank(bool(bad), engine.layout.device):
-        return
-    raise NonFiniteError(f"the loss is not finite: {_named_everywhere(engine, batches, bad)}")
+    if any_rank(bool(bad), engine.layout.device):
+        raise NonFiniteError(f"the loss is not finite: {_named_everywhere(engine, batches, bad)}")
 
 
 def _named_everywhere(engine: Engine, batches: Sequence[PackedBatch], which: Sequence[int]) -> str:
@@ -226,9 +222,7 @@ def _named_everywhere(engine: Engine, batches: Sequence[PackedBatch], which: Seq
         f"responses {_named(batches[i], engine.source_names)}"
         for i in which
     ]
-    gathered = [None] * engine.layout.world_size
-    dist.all_gather_object(gathered, mine)
-    return "; ".join(text for part in gathered for text in part)
+    return "; ".join(itertools.chain(*from_all_ranks(mine)))
 
 
 def _named(batch: PackedBatch, source_names: Sequence[str]) -> str:
@@ -291,7 +285,5 @@ def score(engine: Engine, batches: Sequence[PackedBatch]) -> tuple[torch.Tensor,
     mine = None
     if found and engine.layout.tp_rank == 0 and engine.layout.cp_rank == 0:
         mine = (torch.cat([ids for ids, _ in found]).cpu(), torch.cat([logps for _, logps in found]).cpu())
-    gathered = [None] * engine.layout.world_size
-    dist.all_gather_object(gathered, mine)
-    parts = [part for part in gathered if part is not None]
+    parts = [part for part in from_all_ranks(mine) if part is not None]
     return torch.cat([ids for ids, _ in parts]), torch.cat([logps for _, logps in parts])

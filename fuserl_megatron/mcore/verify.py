@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.config.words import leaves
 from fuserl_megatron.convert.names import megatron_names
 from fuserl_megatron.mcore.verify_sides import Side, Tokens, open_side, tokenizer_of
 
@@ -97,16 +98,10 @@ def verify(
 
 def compare_configs(a: Side, b: Side) -> dict[str, Any]:
     """The fields that change what the model computes; dtype and unknown fields are left out."""
-    first, second = _flat(a.shape), _flat(b.shape)
+    plain = (dataclasses.replace(side.shape, raw={}, dtype=None) for side in (a, b))
+    first, second = (dict(leaves(dataclasses.asdict(shape))) for shape in plain)
     different = {key: [first[key], second[key]] for key in first if first[key] != second[key]}
     return {"same": not different, "different": different}
-
-
-def _flat(shape) -> dict[str, Any]:
-    fields = {
-        f.name: getattr(shape, f.name) for f in dataclasses.fields(shape) if f.name not in ("raw", "dtype", "rope")
-    }
-    return fields | {f"rope.{key}": value for key, value in dataclasses.asdict(shape.rope).items()}
 
 
 def compare_tensors(a: Side, b: Side) -> dict[str, Any]:

@@ -111,14 +111,14 @@ class MegatronSide:
 
     def load(self) -> None:
         """Build core's model and load the checkpoint with core's own loader."""
-        from fuserl_megatron.mcore import parallel, weights
+        from fuserl_megatron.mcore import checkpoint, parallel
         from fuserl_megatron.mcore.attention import SegmentAttention
         from fuserl_megatron.mcore.model import build_model
 
         model = ModelConfig(path=str(self._config_dir), transformer_impl="local")
         layout = parallel.initialize(model, TrainerConfig(accelerator="cpu", precision="32"))
         self._target = build_model(self.shape, model, layout, torch.float32)
-        weights.load_checkpoint_weights(self._target, self._folder)
+        checkpoint.load(self._target, self._folder, advice="; is it of this model?")
         self._chunk = self._target.chunks[0].eval()
         self._attention = [m for m in self._chunk.modules() if isinstance(m, SegmentAttention)]
 
@@ -153,9 +153,8 @@ class MegatronSide:
         length = ids_BS.shape[1]
         visible = torch.ones(length, length, dtype=torch.bool).tril() & real_BS[:, None, :]
         visible = visible | torch.eye(length, dtype=torch.bool)  # padding sees itself: a softmax over nothing is NaN
-        originals = [(module, module.forward) for module in self._attention]
-        for module, forward in originals:
-            module.forward = _with_cache(forward)
+        for module in self._attention:
+            module.forward = _with_cache(module.forward)
         try:
             out = []
             for _ in range(count):
@@ -167,7 +166,7 @@ class MegatronSide:
                 real_BS = torch.cat((real_BS, torch.ones_like(ids_BS, dtype=torch.bool)), dim=1)
                 visible = real_BS[:, None, :]
         finally:
-            for module, _ in originals:
+            for module in self._attention:
                 del module.forward  # the class's own again
         return torch.cat(out, dim=1).tolist()
 

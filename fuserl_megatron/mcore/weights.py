@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 
 from fuserl_megatron.config.schema import UserError
@@ -17,9 +16,8 @@ from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
 from fuserl_megatron.convert.whole_directory import discard
 from fuserl_megatron.mcore.model import TargetModel
-from fuserl_megatron.mcore.parallel import Layout, on_main_rank
+from fuserl_megatron.mcore.parallel import Layout, from_all_ranks, on_main_rank
 from fuserl_megatron.mcore.precision import fill, plain
-from fuserl_megatron.mcore.safe_load import check_pickles
 
 
 def named_parameters(target: TargetModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -54,38 +52,13 @@ def load_hf_weights(target: TargetModel, directory: str, layout: Layout) -> None
 
 
 @torch.no_grad()
-def load_checkpoint_weights(target: TargetModel, folder: str | Path) -> None:
-    """Fill this rank's parameters from the folder of one iteration of a Megatron checkpoint, whatever layout wrote it.
-
-    Raises:
-        UserError: the checkpoint does not fit the model, cannot be read, or names anything foreign to run.
-    """
-    check_pickles(folder)
-    metadata = {"dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
-    state = {f"model{i}": chunk.sharded_state_dict(metadata=metadata) for i, chunk in enumerate(target.chunks)}
-    try:
-        state = dist_checkpointing.load(state, str(folder))
-    except Exception as error:  # damaged files surface as many kinds of errors
-        text = str(error).strip().splitlines() or [""]
-        raise UserError(
-            f"{folder}: cannot be loaded ({type(error).__name__}: {text[0]}); is it of this model?"
-        ) from error
-    for i, chunk in enumerate(target.chunks):
-        chunk.load_state_dict(state[f"model{i}"])
-
-
-@torch.no_grad()
 def gather_hf_tensors(
     target: TargetModel, layout: Layout, value: Callable[[torch.nn.Parameter], torch.Tensor] = plain
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """All Hugging Face tensors in export order, on rank 0's CPU; the other ranks take part and get nothing.
 
-    Peak extra memory is one full parameter. Every rank must exhaust the iterator.
-
-    Args:
-        target: the model.
-        layout: this rank's place.
-        value: what to gather of each parameter, in its shape; the weights unless said (main_grad for gradients).
+    `value` says what to gather of each parameter, in its shape (main_grad for gradients). Peak extra memory is one full
+    parameter and its pickle. Every rank must exhaust the iterator.
     """
     held = dict(named_parameters(target))
     tp_group = ps.get_tensor_model_parallel_group()
@@ -115,20 +88,10 @@ def _to_rank_zero(full: torch.Tensor | None, layout: Layout) -> torch.Tensor | N
     holder = torch.tensor([layout.rank if full is not None else layout.world_size], device=layout.device)
     dist.all_reduce(holder, op=dist.ReduceOp.MIN)
     source = int(holder)
-    if source == 0:
-        return full.cpu() if layout.is_main else None
-    if layout.rank == source:
-        dist.broadcast_object_list([(tuple(full.shape), full.dtype)], src=source)
-        dist.send(full.contiguous(), dst=0)
-        return None
-    described = [None]
-    dist.broadcast_object_list(described, src=source)
-    if not layout.is_main:
-        return None
-    shape, dtype = described[0]
-    received = torch.empty(shape, dtype=dtype, device=layout.device)
-    dist.recv(received, src=source)
-    return received.cpu()
+    box = [full.cpu() if layout.rank == source else None]
+    if source:
+        dist.broadcast_object_list(box, src=source, device=layout.device)
+    return box[0] if layout.is_main else None
 
 
 def export_hf(
@@ -168,9 +131,7 @@ def export_hf(
 
     partial = on_main_rank(layout, begin)
     try:
-        outcome = _write_own_part(target, layout, partial, max_shard_bytes)
-        outcomes = [None] * layout.world_size if layout.is_main else None
-        dist.gather_object(outcome, outcomes, dst=0)
+        outcomes = from_all_ranks(_write_own_part(target, layout, partial, max_shard_bytes))
         on_main_rank(layout, finish)
     except BaseException:  # also a rank that died, and Ctrl-C
         if layout.is_main:

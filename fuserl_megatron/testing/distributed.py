@@ -10,7 +10,6 @@ import os
 import pickle
 import socket
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -131,8 +130,3 @@ class Ranks:
 
     def __exit__(self, *exc_info) -> None:
         self.close()
-
-
-def scratch_directory() -> str:
-    """A fresh directory that every rank of a job may be told of."""
-    return tempfile.mkdtemp(prefix="fuserl-test-")

@@ -7,6 +7,7 @@ from pathlib import Path
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel, weights
+from fuserl_megatron.mcore.dist_format import iteration_directory
 from fuserl_megatron.mcore.model import gather_parameters
 from fuserl_megatron.mcore.step import Engine
 from fuserl_megatron.train.logging import say
@@ -20,7 +21,7 @@ def load_best(engine: Engine, checkpoints: Path, history: History, step: int) ->
             return step
         what, damage = f"best {history.monitor}: step {best}", checkpoint.damage_of(checkpoints, best, engine.layout)
         if damage is None:
-            checkpoint.load(engine, checkpoints, best)
+            checkpoint.load(engine.target, iteration_directory(checkpoints, best), engine.optimizer)
             say(f"{what}, whose weights are exported", engine.layout.is_main)
             return best
         say(f"WARNING: {what}, whose checkpoint is damaged ({damage}): the next best", engine.layout.is_main)

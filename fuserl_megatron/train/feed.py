@@ -127,21 +127,14 @@ def with_references(
     """
     if not uses_reference(config.objective):
         return list(feeds)
-    if config.objective.reference_mode in ("resident", "swap"):
-        live = LiveReference(config, engine)
-        return [_filled(feed, live, live) for feed in feeds]
-    every = [*feeds, *(feed.mismatched for feed in feeds if feed.mismatched)]
-    jobs = [(feed.prepared, feed.sampler, feed.directory) for feed in every]
-    stored = stored_references(config, engine, jobs, between_batches)
-    others = iter(stored[len(feeds) :])
-    return [
-        _filled(feed, own, next(others) if feed.mismatched else None)
-        for feed, own in zip(feeds, stored[: len(feeds)], strict=True)
-    ]
+    live = LiveReference(config, engine) if config.objective.reference_mode in ("resident", "swap") else None
+    stored = stored_references(config, engine, between_batches)
 
+    def filled(feed: Feed) -> Feed:
+        own = live or stored(feed.prepared, feed.sampler, feed.directory)
+        return replace(feed, reference=own, mismatched=feed.mismatched and filled(feed.mismatched))
 
-def _filled(feed: Feed, own: Reference, other: Reference | None) -> Feed:
-    return replace(feed, reference=own, mismatched=feed.mismatched and replace(feed.mismatched, reference=other))
+    return [filled(feed) for feed in feeds]
 
 
 def step_values(config: Config, engine: Engine, feed: Feed, plan: StepPlan, step: int, total: int) -> StepValues:

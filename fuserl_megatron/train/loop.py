@@ -6,10 +6,13 @@ import time
 from pathlib import Path
 
 from fuserl_megatron.config.facts import total_steps, warmup_steps
+from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.data.dataset import FusedDataset
+from fuserl_megatron.data.files import write_file
 from fuserl_megatron.mcore import checkpoint, parallel, weights
+from fuserl_megatron.mcore.dist_format import iteration_directory
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
 from fuserl_megatron.train.checks import InvariantError, check_batches, check_prepared, first_step_check
 from fuserl_megatron.train.export import export, load_best
@@ -28,7 +31,7 @@ from fuserl_megatron.train.meters import peak_tflops, rates, step_flops, time_sp
 from fuserl_megatron.train.monitor import check_monitor
 from fuserl_megatron.train.profiling import StepProfiler
 from fuserl_megatron.train.reference import stored_hash
-from fuserl_megatron.train.resume import run_identity, steps_to_resume, write_config
+from fuserl_megatron.train.resume import run_identity, steps_to_resume
 from fuserl_megatron.train.saver import Saver
 from fuserl_megatron.train.schedule import lr_at
 from fuserl_megatron.train.stopping import Stopped, Stopping, resume_command
@@ -81,7 +84,8 @@ def _run(
     started = time.monotonic()
     engine = make_engine(config, layout, shape, dataset.sources)
     if layout.is_main:
-        write_config(config, directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_file(directory / "config.yaml", [to_yaml(config).encode()])
         describe_start(config, layout, shape, prepared, sampler, total, done)
 
     training, *validation = with_references(config, engine, feeds, stopping.check)
@@ -94,9 +98,9 @@ def _run(
         weights.load_hf_weights(engine.target, config.model.path, layout)
     engine = with_optimizer(config, engine)
     core = engine.target.config
-    core.finalize_model_grads_func = engine.clock.around("gradient_sync", core.finalize_model_grads_func)
+    core.finalize_model_grads_func = engine.clock.part("gradient_sync")(core.finalize_model_grads_func)
     if done:
-        checkpoint.load(engine, checkpoints, done)
+        checkpoint.load(engine.target, iteration_directory(checkpoints, done), engine.optimizer)
     seconds, warmup = time.monotonic() - started, warmup_steps(config.optim, total)
     say(f"ready after {seconds:.1f} s; {warmup} warm-up steps\n", layout.is_main)
 

@@ -27,8 +27,8 @@ PEAKS = {
 key is searched for in the name that the driver gives."""
 
 
-def forward_flops(shape: ModelShape, tokens: int, attended_keys: int, scored_tokens: int) -> int:
-    """Model FLOPs of one forward pass.
+def step_flops(shape: ModelShape, tokens: int, attended_keys: int, scored_tokens: int) -> int:
+    """Model FLOPs of forward and backward pass.
 
     Args:
         shape: the model.
@@ -41,12 +41,7 @@ def forward_flops(shape: ModelShape, tokens: int, attended_keys: int, scored_tok
     layer = shape.hidden_size * (2 * width + key_value_width) + 3 * shape.hidden_size * shape.ffn_hidden_size
     linear = 2 * shape.num_layers * layer * tokens
     attention = 4 * shape.num_layers * width * attended_keys
-    return linear + attention + 2 * shape.hidden_size * shape.vocab_size * scored_tokens
-
-
-def step_flops(shape: ModelShape, tokens: int, attended_keys: int, scored_tokens: int) -> int:
-    """Model FLOPs of forward and backward pass; arguments as for `forward_flops`."""
-    return 3 * forward_flops(shape, tokens, attended_keys, scored_tokens)
+    return 3 * (linear + attention + 2 * shape.hidden_size * shape.vocab_size * scored_tokens)
 
 
 def peak_tflops(device_name: str | None, number_format: str) -> float | None:
@@ -75,16 +70,8 @@ def describe_peak(device_name: str | None, number_format: str) -> str:
 def rates(
     seconds: float, flops: int, prompts: int, real_tokens: int, world_size: int, peak: float | None
 ) -> dict[str, float]:
-    """What a step's line says of its speed.
-
-    Args:
-        seconds: of the whole step.
-        flops: model FLOPs of the global batch.
-        prompts: groups of the global batch.
-        real_tokens: positions of the global batch that are not padding.
-        world_size: devices that share the work.
-        peak: of one device in TFLOP/s, None where unknown: there is no MFU then.
-    """
+    """What a step's line says of its speed. flops, prompts and real_tokens (all but padding) are those of the global
+    batch; peak is one device's in TFLOP/s, None where it is not known: there is no MFU then."""
     tflops = flops / seconds / world_size / 1e12
     found = dict(
         tokens_per_second=real_tokens / seconds, groups_per_second=prompts / seconds, model_tflops_per_device=tflops

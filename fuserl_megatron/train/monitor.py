@@ -8,15 +8,7 @@ from fuserl_megatron.mcore.losses import metric_names
 
 
 def check_monitor(config: Config, sources: Sequence[str]) -> None:
-    """Refuse a monitor that no validation gives.
-
-    Args:
-        config: the run.
-        sources: of the held-out data set; some metrics are per source.
-
-    Raises:
-        UserError: no such metric; the nearest one is named.
-    """
+    """Refuse a monitor that no validation on these sources gives: UserError with the nearest one."""
     monitor = config.exp_manager.checkpoint_callback_params.monitor
     known = ["val_loss", *(f"val_{name}" for name in metric_names(config.objective, sources))]
     if monitor is not None and monitor not in known:

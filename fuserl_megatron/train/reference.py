@@ -9,6 +9,7 @@ All three hand out float32 sums.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -45,28 +46,21 @@ class LiveReference:
     """Modes resident and swap. Every rank makes one and calls `scores` at the same time."""
 
     def __init__(self, config: Config, engine: Engine):
-        """Load the reference.
-
-        Args:
-            config: the run.
-            engine: the policy's. In mode swap its weights are replaced by the reference's: load the policy afterwards.
-        """
+        """Load the reference. engine is the policy's, yet without an optimizer; in mode swap its weights are replaced
+        by the reference's: load the policy afterwards."""
         self.swapping = config.objective.reference_mode == "swap"
-        path = reference_path(config)
-        if self.swapping:
-            weights.load_hf_weights(engine.target, path, engine.layout)
-            self._held = [parameter.detach().cpu().clone() for parameter in _parameters(engine)]
-        else:
+        if not self.swapping:
             dtype = engine.target.config.params_dtype
             target = build_model(engine.target.shape, config.model, engine.layout, dtype, config.trainer.precision)
-            weights.load_hf_weights(target, path, engine.layout)
-            engine = dataclasses.replace(engine, target=target, wrapped=[], optimizer=None)
-        self.engine = dataclasses.replace(engine, wrapped=[], optimizer=None)
+            engine = dataclasses.replace(engine, target=target)
+        weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
+        self.engine = engine
+        self._held = _copies(engine) if self.swapping else []
 
     def scores(self, batches: Sequence[PackedBatch]) -> Scores:
         """Score the global batch whose part `batches` is; all of it comes back, on every rank."""
         if self.swapping:
-            policy = [parameter.detach().cpu().clone() for parameter in _parameters(self.engine)]
+            policy = _copies(self.engine)
             _put(self.engine, self._held)
         try:
             ids_N, logps_N = score(self.engine, batches)
@@ -92,31 +86,31 @@ def reference_path(config: Config) -> str:
 
 
 def stored_references(
-    config: Config,
-    engine: Engine,
-    jobs: Sequence[tuple[PreparedSet, GlobalBatchSampler, Path]],
-    between_batches: Callable[[], None],
-) -> list[ReferenceCache]:
-    """Caches of the sequences of each job (prepared set, sampler, directory); what is not there yet is scored now.
+    config: Config, engine: Engine, between_batches: Callable[[], None]
+) -> Callable[[PreparedSet, GlobalBatchSampler, Path], ReferenceCache]:
+    """What opens the cache of a prepared set in a directory; what is not there yet is scored then, laid out by the
+    sampler.
 
     The reference's weights are loaded into the engine's model, once and only if something has to be scored.
     What `between_batches` raises loses nothing: what is scored is kept, and a resumed run scores the rest.
 
-    Raises:
-        UserError: on every rank, a cache of another model, data set, tokenizer, template or precision.
+    It raises UserError on every rank, where a cache is of another model, data set, tokenizer, template or precision.
     """
-    found, loaded = [], False
-    for prepared, sampler, directory in jobs:
+
+    @functools.cache
+    def load() -> None:
+        weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
+
+    def opened(prepared: PreparedSet, sampler: GlobalBatchSampler, directory: Path) -> ReferenceCache:
         cache, key, missing = _open(config, engine.layout, prepared, directory)
         if missing[prepared.response_ids].any():
-            if not loaded:
-                weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
-                loaded = True
+            load()
             _score_missing(config, engine, prepared, sampler, cache, missing, between_batches)
         else:
             say(f"reference: log-probabilities of {reference_path(config)} found in {directory}", engine.layout.is_main)
-        found.append(cache or ReferenceCache.open(directory, key, prepared.dataset.num_responses))
-    return found
+        return cache or ReferenceCache.open(directory, key, prepared.dataset.num_responses)
+
+    return opened
 
 
 def _open(
@@ -173,6 +167,10 @@ def _score_missing(
 
 def _parameters(engine: Engine) -> list[torch.nn.Parameter]:
     return [parameter for chunk in engine.target.chunks for parameter in chunk.parameters()]
+
+
+def _copies(engine: Engine) -> list[torch.Tensor]:
+    return [parameter.detach().cpu().clone() for parameter in _parameters(engine)]
 
 
 @torch.no_grad()

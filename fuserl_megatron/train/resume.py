@@ -6,22 +6,14 @@ import json
 import os
 from pathlib import Path
 
-from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.words import leaves
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel
 from fuserl_megatron.mcore.dist_format import candidates, iteration_directory
 from fuserl_megatron.train.logging import say
 
 PROBE_BYTES = 1 << 20
-
-
-def write_config(config: Config, directory: Path) -> None:
-    """The resolved configuration beside the run's results, whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    partial = directory / ".config.yaml.partial"
-    partial.write_text(to_yaml(config), encoding="utf-8")
-    partial.replace(directory / "config.yaml")
 
 
 def run_identity(config: Config, dataset: FusedDataset, reward_temperature: float, total: int) -> dict:
@@ -95,31 +87,17 @@ def steps_to_resume(
     if layout.is_main:
         for problem in problems:
             say(f"WARNING: damaged checkpoint in {checkpoints}: {problem}. Step {found} is used instead")
-    saved, problem = {}, None
-    if layout.is_main and found:
-        try:
-            saved = checkpoint.read_progress(checkpoints, found)
-            _check_same_run(checkpoints, saved, identity)
-        except UserError as error:
-            problem = str(error)
-    saved, problem = parallel.from_main_rank((saved, problem), layout.device)
-    if problem:
-        raise UserError(problem)
+    saved = parallel.on_main_rank(layout, _progress_of_this_run, checkpoints, found, identity) if found else {}
     return found, list(damaged), saved
 
 
-def _check_same_run(checkpoints: Path, saved: dict, identity: dict) -> None:
-    saved, now = _flat(saved), _flat(identity)
-    for key in now:
-        if saved.get(key) != now[key]:
+def _progress_of_this_run(checkpoints: Path, iteration: int, identity: dict) -> dict:
+    progress = checkpoint.read_progress(checkpoints, iteration)
+    saved = dict(leaves(progress))
+    for key, now in leaves(identity):
+        if saved.get(key) != now:
             raise UserError(
-                f"{checkpoints} belongs to a run with {key}={saved.get(key)}, this one has {key}={now[key]}: "
+                f"{checkpoints} belongs to a run with {key}={saved.get(key)}, this one has {key}={now}: "
                 "use the same value to continue, or another run.results_dir to start anew."
             )
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return progress

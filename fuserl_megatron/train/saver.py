@@ -25,15 +25,7 @@ class Saver:
     """The checkpoints of one run. At most one is under way."""
 
     def __init__(self, config: Config, engine: Engine, checkpoints: Path, done: int, damaged: Sequence[int] = ()):
-        """Start counting.
-
-        Args:
-            config: the run.
-            engine: what is saved.
-            checkpoints: where.
-            done: the step resumed from, 0 for a fresh start.
-            damaged: checkpoints that were found damaged on start.
-        """
+        """Start counting from the step resumed from, 0 for a fresh start; damaged: checkpoints found so on start."""
         self.engine, self.root, self.saved, self.damaged = engine, checkpoints, done, tuple(damaged)
         self.params = config.exp_manager.checkpoint_callback_params
         self.enabled = self.params.every_n_train_steps is not None or self.params.train_time_interval is not None
@@ -59,10 +51,7 @@ class Saver:
     def save(self, step: int, progress: dict, kept: Sequence[int] = ()) -> None:
         """Write a checkpoint of this step, in the background where that is set; nothing when there is one already.
 
-        Args:
-            step: steps done.
-            progress: JSON-able values that travel along.
-            kept: steps whose checkpoints must stay.
+        JSON-able progress travels along; checkpoints of the steps in kept must stay.
         """
         self.wait()
         if not self.enabled or step == self.saved:
@@ -98,7 +87,8 @@ class Saver:
 
     def _retry(self, saving: Saving, error: OSError) -> None:
         tries = 1 + self.params.save_retries
-        self._say(f"WARNING: {error}; try {self._tries} of {tries}")
+        is_main = self.engine.layout.is_main
+        say(f"WARNING: {error}; try {self._tries} of {tries}", is_main)
         if self._tries < tries:
             time.sleep(PAUSE_S * 2 ** (self._tries - 1))
             self._tries += 1
@@ -106,9 +96,10 @@ class Saver:
             return
         self._under_way, self._failed = None, saving.iteration
         last = f"step {self.saved} in {self.root}" if self.saved else "none"
-        self._say(
+        say(
             f"WARNING: there is no checkpoint of step {saving.iteration}: {tries} tries failed; is the disk full? "
-            f"The last good one: {last}. The run goes on from memory"
+            f"The last good one: {last}. The run goes on from memory",
+            is_main,
         )
 
     def failure(self) -> str | None:
@@ -118,7 +109,3 @@ class Saver:
         again = f"goes on from step {self.saved}" if self.saved else "starts anew"
         where = f"the last checkpoint, of step {self._failed}, could not be written to {self.root}"
         return f"{where}: make room there; the same command {again}"
-
-    def _say(self, text: str) -> None:
-        if self.engine.layout.is_main:
-            say(text)

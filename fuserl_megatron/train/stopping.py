@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fuserl_megatron.config.words import seconds_of
+from fuserl_megatron.data.files import write_file
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 MARKER = "REQUEUE"
@@ -76,13 +77,7 @@ class Stopping:
     """Whether a run is to stop now. Every rank has one; `check` is called by all of them at the same time."""
 
     def __init__(self, device, max_time_per_run: str | None = None, environ: Mapping[str, str] = os.environ):
-        """Know the limits.
-
-        Args:
-            device: for the ranks' agreement.
-            max_time_per_run: DD:HH:MM:SS from the start of this process; None: no limit.
-            environ: SLURM says there when the job ends.
-        """
+        """max_time_per_run: DD:HH:MM:SS from the start of this process, or None; the SLURM job's end is in environ."""
         self.device = device
         self.save_s = 0.0
         """Seconds that writing a checkpoint takes, so far as is known."""
@@ -127,34 +122,22 @@ class Stopping:
         if any_rank(self.wanted(), self.device):
             raise Stopped
 
-    def reason(self) -> str:
-        """Which rank was told what. All ranks call it."""
-        import torch.distributed as dist
-
-        heard = [None] * dist.get_world_size()
-        dist.all_gather_object(heard, self._told)
-        named = [f"{why} (rank {rank})" for rank, why in enumerate(heard) if why]
-        return named[0] if named else "request"
-
     def leave(self, directory: Path, where: str, is_main: bool) -> None:
-        """What every rank does after `Stopped`: rank 0 leaves the marker and says how to go on."""
-        why = f"stopped by {self.reason()} {where}"
-        if is_main:
-            leave_marker(directory, why)
-            print(f"{why}; continue with: {resume_command()}", flush=True)
+        """What every rank does after `Stopped`: rank 0 writes REQUEUE and says how to go on.
 
+        A batch script does not know which folder the settings name; FUSERL_MARKER is a file where it looks as well.
+        """
+        from fuserl_megatron.mcore.parallel import from_all_ranks
 
-def leave_marker(directory: Path, why: str, environ: Mapping[str, str] = os.environ) -> None:
-    """Write REQUEUE: what happened, and the command that goes on. By rename: it is whole or not there.
-
-    A batch script does not know which folder the settings name; FUSERL_MARKER is a file where it looks as well.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    also = [Path(environ["FUSERL_MARKER"])] if environ.get("FUSERL_MARKER") else []
-    for file in (directory / MARKER, *also):
-        partial = file.with_name(f".{file.name}.partial")
-        partial.write_text(f"{why}\n{resume_command()}\n", encoding="utf-8")
-        partial.replace(file)
+        rank, told = next((rank, told) for rank, told in enumerate(from_all_ranks(self._told)) if told)
+        why = f"stopped by {told} (rank {rank}) {where}"
+        if not is_main:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        also = [Path(os.environ["FUSERL_MARKER"])] if os.environ.get("FUSERL_MARKER") else []
+        for file in (directory / MARKER, *also):
+            write_file(file, [f"{why}\n{resume_command()}\n".encode()])
+        print(f"{why}; continue with: {resume_command()}", flush=True)
 
 
 def remove_marker(directory: Path, environ: Mapping[str, str] = os.environ) -> None:

@@ -58,7 +58,7 @@ class History:
         """Go on from the validations in the checkpoint resumed from; later ones in validation.jsonl are dropped."""
         self.path = directory / FILE
         params = config.exp_manager.checkpoint_callback_params
-        self.monitor, self.mode, self.top_k = params.monitor, params.mode, params.save_top_k
+        self.monitor, self.top_k, self.sign = params.monitor, params.save_top_k, 1.0 if params.mode == "min" else -1.0
         self.stopping = config.exp_manager.early_stopping_callback_params
         self.records, self._lines = list(records), None
         if is_main:
@@ -86,11 +86,8 @@ class History:
         """The save_top_k best steps by the monitored metric (ties: the earlier one); step 0 has no checkpoint."""
         if self.monitor is None:
             return []
-        sign = 1.0 if self.mode == "min" else -1.0
-        scored = [
-            (sign * r[self.monitor], r["step"]) for r in self.records if r["step"] and r.get(self.monitor) is not None
-        ]
-        best = [step for _, step in sorted(scored)]
+        known = [r for r in self.records if r["step"] and r.get(self.monitor) is not None]
+        best = [step for _, step in sorted((self.sign * r[self.monitor], r["step"]) for r in known)]
         return best if self.top_k < 0 else best[: self.top_k]
 
     def decisions(self, step: int, layout: Layout) -> tuple[bool, bool, list[int]]:
@@ -102,11 +99,11 @@ class History:
         """Whether `patience` validations in a row brought no new best value (a value that is not a number is none)."""
         if self.stopping.patience is None:
             return False
-        sign, best, waited = 1.0 if self.mode == "min" else -1.0, math.inf, 0
+        best, waited = math.inf, 0
         for record in sorted(self.records, key=lambda r: r["step"]):
             value = record.get(self.monitor)
-            if value is not None and sign * value < best - self.stopping.min_delta:
-                best, waited = sign * value, 0
+            if value is not None and self.sign * value < best - self.stopping.min_delta:
+                best, waited = self.sign * value, 0
             else:
                 waited += 1
         return waited >= self.stopping.patience

@@ -148,49 +148,38 @@ def _with_reference(objective, paths):
 
 def loss_and_gradients(config, reference_dir, sampler_step=0):
     """Loss, metrics, gradient norm, (rank 0) gradients by HF name, micro-batches and prompts of one step."""
-    import dataclasses
-
-    from fuserl_megatron.config.objective import with_loss_defaults
-    from fuserl_megatron.convert.hf_config import read_config
-    from fuserl_megatron.data.dataset import FusedDataset
-    from fuserl_megatron.mcore import model as m
     from fuserl_megatron.mcore import parallel, step, weights
-    from fuserl_megatron.mcore.optimizer import build_optimizer, gradient_norm
+    from fuserl_megatron.mcore.optimizer import gradient_norm
+    from fuserl_megatron.train import feed as f
     from fuserl_megatron.train.checks import check_batches, check_prepared
-    from fuserl_megatron.train.feed import make_feed, step_values, with_references
 
-    config = with_loss_defaults(config)
+    config, shape, (dataset,) = f.open_run(config, [config.data.path])
     layout = parallel.initialize(config.model, config.trainer)
-    dataset = FusedDataset(config.data.path)
-    feed = make_feed(config, dataset, layout, str(reference_dir))
+    feed = f.make_feed(config, dataset, layout, str(reference_dir))
     check_prepared(config, feed.prepared)
-    target = m.build_model(read_config(config.model.path), config.model, layout, torch.float32)
-    engine = step.Engine(
-        target=target,
-        layout=layout,
-        objective=config.objective,
-        source_names=dataset.sources,
-        logprob_chunk_size=config.model.logprob_chunk_size,
-    )
-    (feed,) = with_references(config, engine, [feed])
-    weights.load_hf_weights(target, config.model.path, layout)
-    wrapped = m.wrap_for_training(target, config.optim)
-    engine = dataclasses.replace(
-        engine, wrapped=wrapped, optimizer=build_optimizer(wrapped, config.optim, config.trainer, torch.float32)
-    )
+    engine = f.make_engine(config, layout, shape, dataset.sources)
+    (feed,) = f.with_references(config, engine, [feed])
+    weights.load_hf_weights(engine.target, config.model.path, layout)
+    engine = f.with_optimizer(config, engine)
     plan = feed.sampler.step(sampler_step)
     normalizer = plan.normalizer(config.objective.nll_reduction)
     batches = feed.batches(plan, layout.dp_rank)
     check_batches(config, feed.prepared.unit, batches, layout)
-    values = step_values(config, engine, feed, plan, STEP, TOTAL)
+    values = f.step_values(config, engine, feed, plan, STEP, TOTAL)
     loss, metrics = step.forward_backward(engine, batches, normalizer, values)
     grads = None
     if not config.optim.use_distributed_optimizer:
         grads = {
             name: g.double()
-            for name, g in weights.gather_hf_tensors(target, layout, lambda p: p.main_grad.detach().clone())
+            for name, g in weights.gather_hf_tensors(engine.target, layout, lambda p: p.main_grad.detach().clone())
         }
     return loss, metrics, gradient_norm(engine.optimizer), grads, plan.num_microbatches, plan.num_prompts
+
+
+def run(config):
+    from fuserl_megatron.train.loop import train
+
+    return train(config)
 
 
 def several(configs, reference_dir):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from plain_model import batch_of_rows, load_engine
 
 from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
 
@@ -85,43 +86,16 @@ def reference(tmp_path_factory):
     return make
 
 
-def make_batch(rows_BT):
-    from fuserl_megatron.data.batch import PackedBatch
-
-    B, S = rows_BT.shape[0], rows_BT.shape[1] - 1
-    ids, one = torch.zeros(B, S, dtype=torch.int64), torch.ones(B, dtype=torch.int64)
-    return PackedBatch(
-        tokens_BS=rows_BT[:, :-1].contiguous(), labels_BS=rows_BT[:, 1:].contiguous(),
-        positions_BS=torch.arange(S).expand(B, -1).contiguous(), segment_ids_BS=ids, parent_ids_BS=ids,
-        sequence_ids_BS=torch.arange(B)[:, None].expand(-1, S).contiguous(), lengths_N=one * S,
-        weights_N=one.double(), source_ids_N=one * 0, prompt_ids_N=torch.arange(B), response_ids_N=torch.arange(B),
-        chosen_index_P=one[:0], rejected_index_P=one[:0], pair_weights_P=one[:0].double(), pair_source_ids_P=one[:0],
-    )  # fmt: skip
-
-
 def through_megatron(source, destination, tp, pp, vpp, rows):
     """Load, run, export. On the last stage: log-probabilities [B, S] and the most probable tokens; None elsewhere."""
     import torch.distributed as dist
     from megatron.core import parallel_state as ps
 
-    from fuserl_megatron.config.schema import ModelConfig, ObjectiveConfig, TrainerConfig
-    from fuserl_megatron.convert.hf_config import read_config
-    from fuserl_megatron.mcore import parallel, step, weights
-    from fuserl_megatron.mcore.model import build_model
+    from fuserl_megatron.mcore import step, weights
 
-    model = ModelConfig(
-        path=source,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-    )
-    layout = parallel.initialize(model, TrainerConfig())
-    target = build_model(read_config(source), model, layout, torch.float32)
-    weights.load_hf_weights(target, source, layout)
-    engine = step.Engine(
-        target=target, layout=layout, objective=ObjectiveConfig(), source_names=["a"], logprob_chunk_size=17
-    )
-    batch, found = make_batch(torch.tensor(rows)), []
+    engine = load_engine(source, tp, pp, vpp)
+    target = engine.target
+    batch, found = batch_of_rows(torch.tensor(rows)), []
 
     def on_output(hidden_BSH, batch):
         logps = step._hidden_to_token_logps(engine, hidden_BSH, batch).view(ROWS, -1)
@@ -133,7 +107,7 @@ def through_megatron(source, destination, tp, pp, vpp, rows):
 
     with torch.no_grad():
         step._run_schedule(engine, [batch] * (pp if vpp else 1), on_output, forward_only=True)
-    weights.export_hf(target, layout, destination, source_dir=source, lineage={"target": source})
+    weights.export_hf(target, engine.layout, destination, source_dir=source, lineage={"target": source})
     return found[0] if found else None
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 from fusion_case import DPO, SFT, loss_and_gradients, make_case, make_config, several, twin, worst_relative_error
+from mistakes import mistake
 
 BOUND = 1e-5
 # tp, pp, dp, sequence parallel
@@ -113,34 +114,5 @@ def test_negative_controls_break_the_bound(ranks, case, expected, tmp_path, faul
 
 def planted(fault, configs, reference_dir):
     """The worker with one mistake in it."""
-    from unittest import mock
-
-    from fuserl_megatron.mcore import model, step
-
-    visible = step.Visibility
-    original_loss = step.batch_loss
-
-    def wrong_loss(objective, logps_N, batch, sources, values):
-        total, metrics = original_loss(objective, logps_N, batch, sources, values)
-        local = len(set(batch.prompt_ids_N.tolist())) if fault == "divide_by_local_count" else batch.num_sequences
-        return total * 7 / max(local, 1) / 2, metrics  # 7 prompts, 2 ranks or pairs
-
-    core_config = model.TransformerConfig
-
-    def without_overlap(**fields):
-        return core_config(**fields | dict(overlap_p2p_comm=False, batch_p2p_comm=True))
-
-    class Unmarked(model.RMSNorm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.weight.sequence_parallel = False
-
-    patches = {
-        "divide_by_local_count": mock.patch.object(step, "batch_loss", wrong_loss),
-        "divide_by_rows": mock.patch.object(step, "batch_loss", wrong_loss),
-        "ignore_segments": mock.patch.object(step, "Visibility", lambda s, _, *rest: visible(s * 0, s * 0, *rest)),
-        "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
-        "no_overlap": mock.patch.object(model, "TransformerConfig", without_overlap),
-    }
-    with patches[fault]:
+    with mistake(fault):
         return several(configs, reference_dir)

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 
 import pytest
-from fusion_case import DPO, LOSSES, loss_and_gradients, make_case, several, twin, worst_relative_error
+from fusion_case import DPO, LOSSES, loss_and_gradients, several, twin, worst_relative_error
 from fusion_case import make_config as make_any_config
 from test_layouts import BOUND, check, compare, planted
 
@@ -23,11 +23,6 @@ LAYOUTS = {
 def make_config(case, objective, **changes):
     """All responses of a prompt (RLOO) fit two rows."""
     return make_any_config(case, objective, **{"seq_length": 200, **changes})
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("case"))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fusion_case import DPO, SFT, make_case, make_config
+from fusion_case import DPO, SFT, make_config, run
+from plain_model import load_engine
 from safetensors.torch import load_file, save_file
 
 from fuserl_megatron.testing.tiny import LLAMA3_ROPE, save_char_tokenizer, save_tiny_model
@@ -110,17 +111,9 @@ def save_with_core(directory, folder, tp, pp, dtype):
     from megatron.core import dist_checkpointing
     from megatron.core import parallel_state as ps
 
-    from fuserl_megatron.config.schema import ModelConfig, TrainerConfig
-    from fuserl_megatron.convert.hf_config import read_config
-    from fuserl_megatron.mcore import parallel, weights
-    from fuserl_megatron.mcore.model import build_model
-
-    model = ModelConfig(path=directory, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    layout = parallel.initialize(model, TrainerConfig())
-    target = build_model(read_config(directory), model, layout, dtype)
-    weights.load_hf_weights(target, directory, layout)
+    (chunk,) = load_engine(directory, tp, pp, dtype=dtype).target.chunks
     metadata = {"dp_cp_group": ps.get_data_parallel_group(with_context_parallel=True)}
-    dist_checkpointing.save({"model": target.chunks[0].sharded_state_dict(metadata=metadata), "iteration": 7}, folder)
+    dist_checkpointing.save({"model": chunk.sharded_state_dict(metadata=metadata), "iteration": 7}, folder)
 
 
 @pytest.mark.parametrize("tp,pp", LAYOUTS)
@@ -204,17 +197,6 @@ def test_dtypes_change_on_request_and_mixed_files_lose_nothing(models, tmp_path)
     megatron_to_hf(tmp_path / "wide", tmp_path / "wide_back")
     wide = load_file(tmp_path / "wide_back" / "model.safetensors")
     assert all(torch.equal(wide[n], before[n].bfloat16().float() if "mlp" in n else before[n]) for n in before)
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("case"))
-
-
-def run(config):
-    from fuserl_megatron.train.loop import train
-
-    return train(config)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import resource
 from pathlib import Path
 
 import pytest
+from plain_model import load_engine
 
 from fuserl_megatron.testing.tiny import LLAMA3_ROPE, save_char_tokenizer, save_tiny_model
 
@@ -48,40 +49,19 @@ def models(tmp_path_factory):
     return made
 
 
-def load(source, tp, pp, vpp):
-    import torch
-
-    from fuserl_megatron.config.schema import ModelConfig, TrainerConfig
-    from fuserl_megatron.convert.hf_config import read_config
-    from fuserl_megatron.mcore import parallel, weights
-    from fuserl_megatron.mcore.model import build_model
-
-    model = ModelConfig(
-        path=source,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp,
-    )
-    layout = parallel.initialize(model, TrainerConfig())
-    target = build_model(read_config(source), model, layout, torch.float32)
-    weights.load_hf_weights(target, source, layout)
-    return target, layout
-
-
 def export(source, destination, tp, pp, vpp, file_limits=()):
     """Load, export. The bytes this rank handed to the kernel, and the error's text or None."""
     from fuserl_megatron.config.schema import UserError
     from fuserl_megatron.mcore import weights
 
-    target, layout = load(source, tp, pp, vpp)
+    engine = load_engine(source, tp, pp, vpp)
     before, limit = written_so_far(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    if layout.rank in file_limits:
+    if engine.layout.rank in file_limits:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
     error = None
     try:
-        weights.export_hf(
-            target, layout, destination, source_dir=source, lineage={"target": "tiny"}, max_shard_bytes=SHARD_BYTES
-        )
+        options = dict(source_dir=source, lineage={"target": "tiny"}, max_shard_bytes=SHARD_BYTES)
+        weights.export_hf(engine.target, engine.layout, destination, **options)
     except UserError as raised:
         error = str(raised)
     finally:
@@ -133,7 +113,8 @@ def peak_of_export(source, destination, everything_first):
     """MiB by which the peak of this rank's memory exceeds what it held before the export."""
     from fuserl_megatron.mcore import weights
 
-    target, layout = load(source, 2, 1, None)
+    engine = load_engine(source, tp=2)
+    target, layout = engine.target, engine.layout
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     status = Path("/proc/self/status").read_text
     before = int(status().split("VmRSS:")[1].split()[0])

@@ -8,45 +8,19 @@ from unittest import mock
 import psutil
 import pytest
 from fusion_case import DPO, LOSSES, SFT, make_case, make_config
+from mistakes import mistake
 
 from fuserl_megatron.cli import main
 
 ROWS = ["loss", "gradient norm", "embedding", "qkv", "proj", "fc1", "fc2", "norms", "output"]
 
 
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("case"))
-
-
 def parity_of(config, fault=None, **options):
     """Exit code and what was printed, with a mistake planted when asked for."""
-    from fuserl_megatron.mcore import model, step
     from fuserl_megatron.train import parity
 
-    original_loss = step.batch_loss
-
-    class Unmarked(model.RMSNorm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.weight.sequence_parallel = False
-
-    def divided_by_local_count(objective, logps_N, batch, sources, values):
-        total, metrics = original_loss(objective, logps_N, batch, sources, values)
-        return total / max(len(set(batch.prompt_ids_N.tolist())), 1), metrics
-
-    visible = step.Visibility
-
-    def causal_alone(segments_BS, _, *rest):
-        return visible(segments_BS * 0, segments_BS * 0, *rest)
-
-    plant = {
-        None: contextlib.nullcontext(),
-        "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
-        "divide_by_local_count": mock.patch.object(step, "batch_loss", divided_by_local_count),
-        "ignore_segments": mock.patch.object(step, "Visibility", causal_alone),
-    }
-    with plant[fault], contextlib.redirect_stdout(io.StringIO()) as out:
+    planted = mistake(fault) if fault else contextlib.nullcontext()
+    with planted, contextlib.redirect_stdout(io.StringIO()) as out:
         return parity.parity(config, **options), out.getvalue()
 
 

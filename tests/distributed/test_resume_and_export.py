@@ -7,19 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusion_case import DPO, SFT, make_case, make_config
+from fusion_case import DPO, SFT, make_config, run
+from plain_model import load_engine
 from safetensors.torch import load_file
-
-
-@pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("case"))
-
-
-def run(config):
-    from fuserl_megatron.train.loop import train
-
-    return train(config)
 
 
 def losses(directory):
@@ -159,13 +149,7 @@ def test_hf_to_megatron_to_hf_is_exact(ranks, tmp_path, tie, tp, pp):
 
 
 def there_and_back(source, destination, tp, pp):
-    from fuserl_megatron.config.schema import ModelConfig, TrainerConfig
-    from fuserl_megatron.convert.hf_config import read_config
-    from fuserl_megatron.mcore import parallel, weights
-    from fuserl_megatron.mcore.model import build_model
+    from fuserl_megatron.mcore import weights
 
-    model = ModelConfig(path=source, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    layout = parallel.initialize(model, TrainerConfig())
-    target = build_model(read_config(source), model, layout, torch.float32)
-    weights.load_hf_weights(target, source, layout)
-    weights.export_hf(target, layout, destination, source_dir=source, lineage={"target": source})
+    engine = load_engine(source, tp, pp)
+    weights.export_hf(engine.target, engine.layout, destination, source_dir=source, lineage={"target": source})

@@ -57,28 +57,15 @@ def twin(paths):
 def packed(config, num_tokens, fault=None, band="cheapest"):
     """The same two, of this layout, on rank 0; with one planted mistake when asked."""
     import torch
-    import torch.distributed as dist
 
-    from fuserl_megatron.convert.hf_config import read_config
-    from fuserl_megatron.data.dataset import FusedDataset
     from fuserl_megatron.mcore import attention, parallel, step, weights
-    from fuserl_megatron.mcore import model as m
-    from fuserl_megatron.train.feed import make_feed
+    from fuserl_megatron.train.feed import make_engine, make_feed, open_run, with_optimizer
 
+    config, shape, (data,) = open_run(config, [config.data.path])
     layout = parallel.initialize(config.model, config.trainer)
-    data = FusedDataset(config.data.path)
-    feed = make_feed(config, data, layout)
-    target = m.build_model(read_config(config.model.path), config.model, layout, torch.float32)
-    weights.load_hf_weights(target, config.model.path, layout)
-    wrapped = m.wrap_for_training(target, config.optim)
-    engine = step.Engine(
-        target=target,
-        layout=layout,
-        objective=config.objective,
-        source_names=data.sources,
-        logprob_chunk_size=29,
-        wrapped=wrapped,
-    )
+    feed, engine = make_feed(config, data, layout), make_engine(config, layout, shape, data.sources)
+    weights.load_hf_weights(engine.target, config.model.path, layout)
+    engine = with_optimizer(config, engine)
 
     def on_output(output, batch):
         logps_T = step._hidden_to_token_logps(engine, output, batch)
@@ -111,14 +98,13 @@ def packed(config, num_tokens, fault=None, band="cheapest"):
         mock.patch.object(attention, "cheapest_band", choose),
         mock.patch.object(step, "Visibility", leaking if fault == "sibling leak" else visible),
     ):
-        for part in wrapped:
+        for part in engine.wrapped:
             part.train()
             part.zero_grad_buffer()
         found = step._run_schedule(engine, make(feed.sampler.step(0), layout.dp_rank), on_output, forward_only=False)
-    gathered = [None] * layout.world_size
-    dist.all_gather_object(gathered, found if layout.tp_rank == 0 else [])
+    gathered = parallel.from_all_ranks(found if layout.tp_rank == 0 else [])
     values = {key: value for part in gathered for micro_batch in part for key, value in micro_batch.items()}
-    grads = dict(weights.gather_hf_tensors(target, layout, lambda p: p.main_grad.detach().clone()))
+    grads = dict(weights.gather_hf_tensors(engine.target, layout, lambda p: p.main_grad.detach().clone()))
     return values, {name: grad.double() for name, grad in grads.items()}
 
 

@@ -7,26 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusion_case import DPO, LOSSES, SFT, make_case, make_config
+from fusion_case import DPO, LOSSES, SFT, make_case, make_config, run
 from safetensors.torch import load_file
 
 from fuserl_megatron.config.schema import CheckpointConfig, EarlyStoppingConfig, UserError
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory):
-    return make_case(tmp_path_factory.mktemp("case"))
-
-
-@pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("held_out"), num_prompts=5, seed=9)["data"]
-
-
-def run(config):
-    from fuserl_megatron.train.loop import train
-
-    return train(config)
 
 
 def with_validation(config, held_out, *, every=2, limit=None, patience=None, **checkpoint):

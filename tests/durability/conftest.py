@@ -1,9 +1,4 @@
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))  # fusion_case
 
 
 @pytest.fixture(scope="session")
@@ -12,10 +7,3 @@ def fleet():
     from fleet import Fleet
 
     return Fleet()
-
-
-@pytest.fixture(scope="session")
-def case(tmp_path_factory):
-    from fusion_case import make_case
-
-    return make_case(tmp_path_factory.mktemp("case"))

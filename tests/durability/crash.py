@@ -27,7 +27,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
+TESTS = Path(__file__).parents[1]
+sys.path[:0] = [str(TESTS / "durability"), str(TESTS / "distributed"), str(TESTS)]
 
 from fleet import ROOT, Fleet, case_settings, records  # noqa: E402
 

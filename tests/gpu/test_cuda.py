@@ -1,13 +1,9 @@
 """The proofs of tests/distributed on one CUDA device with NCCL. `make test-gpu`; skipped where torch sees no GPU."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 

@@ -4,8 +4,6 @@ from pathlib import Path
 import pytest
 from cluster import Cluster, why_not
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
-
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory):
