@@ -179,11 +179,11 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
 def _family_of(raw: dict[str, Any], where: str) -> tuple[str, Family]:
     known = ", ".join(f"{family.architecture}" for family in FAMILIES.values())
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in list(FAMILIES):  # what the file says need not be hashable
         raise UserError(f"{where}: model_type = {model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     architectures = raw.get("architectures")
-    if architectures and list(architectures) != [family.architecture]:
+    if architectures and architectures != [family.architecture]:
         raise UserError(f"{where}: architectures = {architectures!r} is not supported; use one of {known}")
     return model_type, family
 
@@ -220,14 +220,17 @@ def _refuse_unrepresentable(
         refuse("attention_bias", f"{family.architecture} does not read it; remove it from config.json")
     if set_to_other_than("mlp_bias", False) and not family.reads_mlp_bias:
         refuse("mlp_bias", f"{family.architecture} does not read it; remove it from config.json")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         refuse("layer_types", "only full_attention in every layer is")
     window = raw.get("sliding_window", family.default_sliding_window)
     if family.sliding == "flag" and not raw.get("use_sliding_window", False):
         window = None
     if family.sliding == "flag" and raw.get("max_window_layers", 28) >= num_layers:
         window = None  # the layers from max_window_layers on slide: none here
-    if family.sliding != "none" and window is not None and window < max_positions:
+    if family.sliding == "none" or window is None:
+        return
+    if positive_int({"sliding_window": window}, "sliding_window", where) < max_positions:
         raise UserError(
             f"{where}: sliding_window = {window} is not supported: attention is full over max_position_embeddings = "
             f"{max_positions}; set sliding_window to null only if the model was trained so"
@@ -238,6 +241,6 @@ def _read_dtype(raw: dict[str, Any], where: str) -> torch.dtype | None:
     text = raw.get("dtype", raw.get("torch_dtype"))
     if text is None:
         return None
-    if text not in DTYPES:
+    if text not in list(DTYPES):
         raise UserError(f"{where}: dtype = {text!r} is not supported; use one of {', '.join(DTYPES)}")
     return DTYPES[text]
