@@ -154,10 +154,14 @@ class ShardReader:
         """Fill `out`, which is contiguous, from row `start` on."""
         if out.numel() == 0:
             return
-        with self._lock:
-            if stored.file not in self._handles:
-                self._handles[stored.file] = open(stored.file, "rb", buffering=0)
-        if not read_into(self._handles[stored.file], stored.start + start * stored.row_bytes, out):
+        try:
+            with self._lock:
+                if stored.file not in self._handles:
+                    self._handles[stored.file] = open(stored.file, "rb", buffering=0)
+            complete = read_into(self._handles[stored.file], stored.start + start * stored.row_bytes, out)
+        except OSError as error:  # without the file's name it would pass for the destination's
+            raise UserError(f"{stored.file}: cannot be read ({error.strerror}); copy it again") from None
+        if not complete:
             raise UserError(f"{stored.file}: ends inside {name}; the file was cut short while it was read")
 
 
