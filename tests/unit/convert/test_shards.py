@@ -203,6 +203,15 @@ def test_pickled_weights_need_leave_and_are_loaded_weights_only(tmp_path, make_c
                 assert torch.equal(tensor, weights[hf])
 
 
+@pytest.mark.parametrize(
+    "content", [{"state_dict": {}}, {3: torch.ones(2)}, {"a": torch.eye(2).to_sparse()}, [torch.ones(2)]]
+)
+def test_a_pickle_of_anything_but_weights_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="more than named, dense tensors"):
+        ShardReader(tmp_path, allow_pickle=True)
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     class Attack:
         def __reduce__(self):
