@@ -2,7 +2,7 @@
 
 Nothing heavy is imported before a command needs it: `--help`, a misspelt key or a wrong layout answer within a second.
 Exit codes: 0 done, 1 a failed check or a crash, 2 something the user can put right (one line), 130 after Ctrl-C,
-143 after SIGTERM.
+143 after SIGTERM, 129 after SIGHUP (the terminal is gone).
 """
 
 import argparse
@@ -20,6 +20,8 @@ from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.secrets import redact
 from fuserl_megatron.config.words import one_line
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.subparser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    starts_ranks = hasattr(options, "nproc") or options.run is commands.demo  # those pass SIGTERM on
+    starts_ranks = hasattr(options, "nproc") or options.run is commands.demo  # those have their own way to stop
     return _exit_code("fuserl", lambda: options.run(options), starts_ranks)
 
 
@@ -63,8 +65,11 @@ def batch_conversion(parser: argparse.ArgumentParser, convert: Callable[[argpars
     return _exit_code(parser.prog, run)
 
 
-def _exit_code(program: str, run: Callable[[], int], passes_sigterm_on: bool = False) -> int:
-    before = None if passes_sigterm_on else signal.signal(signal.SIGTERM, _terminated)
+def _exit_code(program: str, run: Callable[[], int], starts_ranks: bool = False) -> int:
+    before = {} if starts_ranks else {number: signal.getsignal(number) for number in STOPS}
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
+    for number in before:
+        signal.signal(number, _stopped)
     try:
         return run()
     except KeyboardInterrupt:
@@ -78,14 +83,15 @@ def _exit_code(program: str, run: Callable[[], int], passes_sigterm_on: bool = F
         print(f"{program}: error: {message_of(error)}", file=sys.stderr)
         return 2
     finally:
-        if not passes_sigterm_on:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _terminated(_signal: int, _frame: object) -> None:
-    """Unwind as Ctrl-C does, so that nothing half-written stays; once, for the clean-up must not be cut short."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise SystemExit(143)
+def _stopped(number: int, _frame: object) -> None:
+    """Unwind, so that nothing half-written stays; once, for a second signal must not cut the clean-up short."""
+    for other in STOPS:
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 def message_of(error: Exception) -> str:

@@ -289,7 +289,7 @@ def _bytes(text: str) -> int:
     number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in units else (text, "")
     try:
         size = int(float(number) * units.get(unit, 1))
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise UserError(f"--max-shard-size {text}: is no size; 5GB would work.")

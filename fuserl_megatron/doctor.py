@@ -16,6 +16,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fuserl_megatron.config.machine import usable_cores
+
 CORE_RANGE = ((0, 16, 1), (0, 20))
 """megatron-core: from the first, below the second."""
 ASK_TORCH = """
@@ -207,6 +209,7 @@ def _driver() -> Finding:
 
 
 def _machine() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    return Finding(name="machine", status="ok", found=f"{cores} cores, {memory:.0f} GiB memory, {platform.system()}")
+    return Finding(
+        name="machine", status="ok", found=f"{usable_cores()} cores, {memory:.0f} GiB memory, {platform.system()}"
+    )

@@ -1,7 +1,6 @@
 """Copying a model's numbers from files to files: small windows of rows, parts of the model side by side."""
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -9,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from fuserl_megatron.config.machine import usable_cores
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.names import hf_names, hf_shapes, megatron_names
 from fuserl_megatron.convert.shard_writer import WINDOW_BYTES
@@ -47,12 +47,12 @@ def in_parts(
     Args:
         shape: the model.
         work: takes the part's number, its parameters' Megatron names and a window to pass them through.
-        threads: at most so many, and at most one a core.
+        threads: at most so many, and at most one a core that this process may use.
 
     Returns:
         What `work` returned, part by part. The first error in any of them stops the others and is raised.
     """
-    parts, before = [[] for _ in range(min(threads, os.cpu_count() or 1))], 0
+    parts, before = [[] for _ in range(min(threads, usable_cores()))], 0
     shapes = hf_shapes(shape)
     sizes = {name: sum(math.prod(shapes[hf]) for hf in hf_names(name, shape)) for name in megatron_names(shape)}
     total = sum(sizes.values())

@@ -186,11 +186,11 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
 
 def _family_of(raw: dict[str, Any], where: str) -> tuple[str, Family]:
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
+    if model_type not in list(FAMILIES):  # what the file says need not be hashable
         raise UserError(f"{where}: model_type = {model_type!r} is not supported; use one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
     architectures = raw.get("architectures")
-    if architectures and list(architectures) != [family.architecture]:
+    if architectures and architectures != [family.architecture]:
         known = ", ".join(family.architecture for family in FAMILIES.values())
         raise UserError(f"{where}: architectures = {architectures!r} is not supported; use one of {known}")
     return model_type, family
@@ -210,14 +210,17 @@ def _refuse_unrepresentable(
     for key, is_read in (("attention_bias", family.reads_attention_bias), ("mlp_bias", family.reads_mlp_bias)):
         if raw.get(key) and not is_read:
             refuse(key, f"{family.architecture} does not read it; remove it from config.json")
-    if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
+    layers = raw.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
         refuse("layer_types", "only full_attention in every layer is")
     window = raw.get("sliding_window", family.default_sliding_window)
     if family.sliding == "flag" and not raw.get("use_sliding_window", False):
         window = None
     if family.sliding == "flag" and raw.get("max_window_layers", 28) >= num_layers:
         window = None  # the layers from max_window_layers on slide: none here
-    if family.sliding != "none" and window is not None and window < max_positions:
+    if family.sliding == "none" or window is None:
+        return
+    if positive_int({"sliding_window": window}, "sliding_window", where) < max_positions:
         raise UserError(
             f"{where}: sliding_window = {window} is not supported: attention is full over max_position_embeddings = "
             f"{max_positions}; set sliding_window to null only if the model was trained so"
@@ -228,6 +231,6 @@ def _read_dtype(raw: dict[str, Any], where: str) -> torch.dtype | None:
     text = raw.get("dtype", raw.get("torch_dtype"))
     if text is None:
         return None
-    if text not in DTYPES:
+    if text not in list(DTYPES):
         raise UserError(f"{where}: dtype = {text!r} is not supported; use one of {', '.join(DTYPES)}")
     return DTYPES[text]

@@ -212,7 +212,11 @@ def companion_files(source: Path, require_tokenizer: bool) -> list[tuple[Path, P
     found = [source / name for name in (*TOKENIZER_FILES, *COMPANION_FILES)]
     for pattern in COMPANION_PATTERNS:
         found += sorted(source.glob(pattern))
-    return [(file, file.relative_to(source)) for file in found if file.is_file()]
+    found = [file for file in found if file.is_file()]
+    for file in found:
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file}: cannot be read; change its permissions, or copy the directory without it")
+    return [(file, file.relative_to(source)) for file in found]
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -67,7 +67,7 @@ def _rope_from(key: str, given: Any, raw: dict[str, Any], max_positions: int, wh
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{where}: {key} = {given!r} is not supported: one flat set of RoPE fields for all layers is")
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_REQUIRED:
+    if kind not in list(ROPE_REQUIRED):
         raise UserError(f"{where}: {key}.rope_type = {kind!r} is not supported; use one of {', '.join(ROPE_REQUIRED)}")
     unknown = sorted(set(given) - ROPE_KEYS)
     if unknown:

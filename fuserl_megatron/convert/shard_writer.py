@@ -159,7 +159,7 @@ def converted(part: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor
         UserError: a finite number becomes infinite in float16.
     """
     window = part.to(device="cpu", dtype=dtype).contiguous()
-    if dtype == torch.float16 and not bool(window.isfinite().all()) and bool(part.isfinite().all()):
+    if dtype == torch.float16 != part.dtype and bool((window.isinf() & part.isfinite().cpu()).any()):
         raise UserError(f"{name}: has values beyond float16's range; use bfloat16 or float32")
     return window
 

@@ -72,8 +72,10 @@ class ShardReader:
                 raise UserError(
                     f"{file}: not loadable as plain weights ({reason}); convert it to safetensors"
                 ) from None
-            if not isinstance(loaded, dict) or not all(isinstance(t, torch.Tensor) for t in loaded.values()):
-                raise UserError(f"{file}: holds more than tensors; save the model's state dict as safetensors")
+            if not isinstance(loaded, dict) or not all(_is_plain(*item) for item in loaded.items()):
+                raise UserError(
+                    f"{file}: holds more than named, dense tensors; save the model's state dict as safetensors"
+                )
             self._pickled = (file, loaded)
         return self._pickled[1]
 
@@ -154,11 +156,19 @@ class ShardReader:
         """Fill `out`, which is contiguous, from row `start` on."""
         if out.numel() == 0:
             return
-        with self._lock:
-            if stored.file not in self._handles:
-                self._handles[stored.file] = open(stored.file, "rb", buffering=0)
-        if not read_into(self._handles[stored.file], stored.start + start * stored.row_bytes, out):
+        try:
+            with self._lock:
+                if stored.file not in self._handles:
+                    self._handles[stored.file] = open(stored.file, "rb", buffering=0)
+            complete = read_into(self._handles[stored.file], stored.start + start * stored.row_bytes, out)
+        except OSError as error:  # without the file's name it would pass for the destination's
+            raise UserError(f"{stored.file}: cannot be read ({error.strerror}); copy it again") from None
+        if not complete:
             raise UserError(f"{stored.file}: ends inside {name}; the file was cut short while it was read")
+
+
+def _is_plain(name: object, value: object) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def check_tensors(reader: ShardReader, shape: ModelShape) -> None:

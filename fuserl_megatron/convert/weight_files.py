@@ -108,8 +108,8 @@ def find_files(directory: Path, allow_pickle: bool) -> tuple[list[Path], dict[st
             raise UserError(f"{directory}: neither {SAFE_SINGLE} nor {SAFE_INDEX} is there; is it a complete model?")
         if not allow_pickle:
             raise UserError(
-                f"{directory}: holds only pickled weights ({PICKLE_SINGLE}); convert them to safetensors, or allow "
-                "pickle (--allow-pickle) if you trust the file"
+                f"{directory}: holds only pickled weights ({PICKLE_SINGLE}); convert them to safetensors, or, if "
+                "you trust the file, use `fuserl convert` with --allow-pickle"
             )
     if single.exists() and index.exists():
         raise UserError(f"{directory}: holds both {single.name} and {index.name}; remove the one that is out of date")

@@ -19,7 +19,7 @@ SLACK_BYTES = 2**20  # headers, index, directory entries
 
 
 def check_destination(target: Path, source_dir: str | Path | None, force: bool) -> None:
-    """Refuse a destination that is a file, is not empty (without `force`), or holds the source.
+    """Refuse a destination that is a file or mount point, is not empty (without `force`), or holds the source or us.
 
     Raises:
         UserError: one line.
@@ -32,8 +32,15 @@ def check_destination(target: Path, source_dir: str | Path | None, force: bool) 
             )
     if target.exists() and not target.is_dir():
         raise UserError(f"{target}: a file is in the way; choose a directory")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise UserError(f"{target}: not empty; choose another destination or replace it with --force")
+    if os.path.ismount(target):
+        raise UserError(f"{target}: a mount point, which cannot be renamed; choose a directory in it")
+    if target.is_dir() and any(target.iterdir()):
+        if not force:
+            raise UserError(f"{target}: not empty; choose another destination or replace it with --force")
+        if target in (here := Path.cwd(), *here.parents):  # also what an unset shell variable leads to
+            raise UserError(
+                f"{target}: holds the current directory, which would be removed; choose another destination"
+            )
 
 
 def create_partial(target: Path, needed_bytes: int) -> Path:
@@ -61,7 +68,7 @@ def publish(partial: Path, target: Path) -> None:
     """Flush everything below `partial` to the device and rename it to `target`, moving an older target aside first.
 
     Raises:
-        UserError: the file system refused; the older target is back in its place.
+        UserError: the file system refused; the older target is back in its place, or only its remains are in the way.
     """
     aside = target.with_name(f".{target.name}.replaced-{os.getpid()}-{secrets.token_hex(4)}")
     try:
@@ -72,14 +79,18 @@ def publish(partial: Path, target: Path) -> None:
                 os.rename(target, aside)
             os.rename(partial, target)
         finally:
-            if aside.exists():
-                if target.exists():
-                    shutil.rmtree(aside)
-                else:
-                    os.rename(aside, target)
+            if aside.exists() and not target.exists():
+                os.rename(aside, target)
         _sync(target.parent)
     except OSError as error:
         raise cannot_write(target, error) from error
+    try:
+        if aside.exists():
+            shutil.rmtree(aside)
+    except OSError as error:
+        raise UserError(
+            f"{target}: written, but what it replaces cannot be removed ({error.strerror}); remove {aside}"
+        ) from error
 
 
 def discard(partial: Path) -> None:

@@ -16,6 +16,8 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
+from fuserl_megatron.config.machine import usable_cores
+
 USER_ERROR = 2
 OTHERS_MAY_REPORT_S = 2.0
 """After the first rank failed, seconds for the others to end by themselves: most user errors are met by all ranks."""
@@ -37,10 +39,8 @@ def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
 
 def rank_environment(rank: int, num_ranks: int, port: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What a rank on this machine needs to find the others. Values the user already chose are kept."""
-    # cores this process may use, which a scheduler or container sets; not those of the whole machine
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     defaults = {
-        "OMP_NUM_THREADS": str(max(1, cores // num_ranks)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // num_ranks)),
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",  # core's order of communication and computation relies on it
     }
     if any(name == "lo" for _, name in socket.if_nameindex()):

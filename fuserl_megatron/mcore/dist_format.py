@@ -58,7 +58,7 @@ def newest_iteration(root: str | Path) -> int | None:
         return None
     text = pointer.read_text(errors="replace").strip()
     have = saved_iterations(root)
-    if not text.isdigit() or int(text) not in have:
+    if not (text.isascii() and text.isdigit()) or int(text) not in have:
         raise UserError(
             f"{pointer} says {text[:40]!r}, but the checkpoints there are {have or 'none'}: "
             "write one of these numbers into the file, or remove it to start anew."

@@ -5,6 +5,7 @@ Legend: as in offline.py.
 
 import functools
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     Raises:
         UserError: there is no checkpoint, or nothing says which model it is of.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))  # "." has neither a name nor a parent
     if not path.is_dir():
         raise UserError(f"{path}: no such directory; give a Megatron checkpoint or the folder of a training run")
     folder = iteration_folder(path)
@@ -50,9 +51,7 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
         hint = "; it is a Hugging Face directory already" if (path / "config.json").exists() else ""
         raise UserError(f"{path}: no {POINTER}, so not a Megatron checkpoint{hint}; give one that has it")
     root = folder.parent
-    lineage: dict[str, Any] = {"checkpoint": str(folder)}
-    if (root / "lineage.json").is_file():
-        lineage |= json.loads((root / "lineage.json").read_text())
+    lineage = {"checkpoint": str(folder)} | _read_lineage(root / "lineage.json")
     if hf is not None:
         config_dir = tokenizer_dir = Path(local_model(hf, weights=False))
     elif (root / "hf" / "config.json").is_file():
@@ -64,6 +63,13 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     if not (config_dir / "config.json").is_file():
         raise UserError(f"{config_dir}: no config.json there; name a directory with the model's config.json: --hf DIR")
     return Checkpoint(folder, config_dir, tokenizer_dir, lineage)
+
+
+def _read_lineage(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file}: not readable as a JSON object ({error}); remove it or copy it again") from None
 
 
 def iteration_folder(path: Path) -> Path | None:

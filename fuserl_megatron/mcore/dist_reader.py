@@ -139,7 +139,11 @@ class DistReader:
         if dtype != out.dtype:
             raise UserError(f"{file}: {key} is {dtype}, but {out.dtype} is called for; {AGAIN}")
         target = out if out.is_contiguous() else torch.empty(out.shape, dtype=dtype)
-        if not read_into(self._handles[file.name], start + first * dtype.itemsize, target):
+        try:
+            complete = read_into(self._handles[file.name], start + first * dtype.itemsize, target)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror}); {AGAIN}") from None
+        if not complete:
             raise UserError(f"{file}: ends inside {key}; {AGAIN}")
         if target is not out:
             out.copy_(target)
@@ -156,9 +160,9 @@ class DistReader:
         if place is None:
             raise UserError(f"{self.directory}: the index does not say where {key} {list(offsets)} lies; {AGAIN}")
         file = self.directory / place.relative_path
-        if file.name not in self._handles:
-            self._handles[file.name] = open(file, "rb", buffering=0)
         try:
+            if file.name not in self._handles:
+                self._handles[file.name] = open(file, "rb", buffering=0)
             dtype, start = numbers_of(self._handles[file.name], place.offset, place.length, math.prod(sizes))
         except Exception as error:  # zip and pickle raise anything on damaged bytes
             reason = (str(error).strip().splitlines() or [""])[0]

@@ -2,7 +2,6 @@
 what core writes at any layout, we read. Exactly, in both directions."""
 
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -167,7 +166,7 @@ def test_many_threads_and_tiny_windows_change_no_number(models, tmp_path, monkey
     from fuserl_megatron.mcore.offline import hf_to_megatron, megatron_to_hf
 
     directory, _ = models["llama"]
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(copying, "usable_cores", lambda: 8)
     monkeypatch.setattr(copying, "WINDOW_BYTES", 256)  # thousands of turns between the threads
     before = load_file(directory / "model.safetensors")
     for attempt in map(str, range(3)):

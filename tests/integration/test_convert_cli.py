@@ -2,6 +2,7 @@
 that `verify` must see, and bad input: one clear line, the exit code, nothing half-written."""
 
 import contextlib
+import errno
 import json
 import os
 import resource
@@ -343,6 +344,14 @@ def spoil_pointer(checkpoint):
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("12")
 
 
+def spoil_pointer_number(checkpoint):
+    (checkpoint / "latest_checkpointed_iteration.txt").write_text("²")  # a digit, but no number
+
+
+def spoil_lineage(checkpoint):
+    (checkpoint / "lineage.json").write_text("")
+
+
 def spoil_dist_config(checkpoint):
     spoil_config(checkpoint / "hf")
 
@@ -362,6 +371,8 @@ def spoil_dist_tokenizer(checkpoint):
         (spoil_distcp_gone, "no such file, but the checkpoint's index names it"),
         (spoil_dist_index, "not a readable checkpoint index"),
         (spoil_pointer, "says '12'"),
+        (spoil_pointer_number, "says '²'"),
+        (spoil_lineage, "lineage.json: not readable as a JSON object"),
         (spoil_dist_config, "but the config calls for"),
         (spoil_no_config, "--hf DIR"),
         (spoil_dist_tokenizer, "holds no tokenizer"),
@@ -405,6 +416,48 @@ def test_the_source_is_never_replaced(model, tmp_path, capsys, direction, own_te
     template = ["--hf", model[0]] if own_template and direction == "megatron-to-hf" else []
     line = error_line(capsys, "convert", direction, source, around, "--force", *template)
     assert "would remove the model" in line and source.is_dir()
+
+
+@BOTH
+@pytest.mark.parametrize("destination", ["", ".", ".."])
+def test_the_current_directory_is_never_replaced(model, tmp_path, capsys, monkeypatch, direction, destination):
+    """An unset variable of the shell is the empty path, which is the current directory."""
+    here = tmp_path / "around" / "here"
+    here.mkdir(parents=True)
+    (here / "precious").touch()
+    monkeypatch.chdir(here)
+    line = error_line(capsys, "convert", direction, source_of(model, direction), destination, "--force")
+    assert "holds the current directory" in line and (here / "precious").exists()
+
+
+@BOTH
+def test_a_mount_point_is_refused_before_anything_is_copied(model, tmp_path, capsys, direction):
+    with mounted(tmp_path / "disk", "size=64m") as disk:
+        assert "a mount point" in error_line(capsys, "convert", direction, source_of(model, direction), disk)
+    assert leftovers(tmp_path) == ["disk"]
+
+
+@pytest.mark.parametrize("inside", ["", "iter_0000000"])
+def test_a_checkpoint_may_be_the_current_directory(model, tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(model[1] / inside)
+    assert cli.main(["convert", "megatron-to-hf", ".", str(tmp_path / "out")]) == 0
+
+
+@BOTH
+def test_a_source_that_cannot_be_read_is_named_and_not_the_destination(model, tmp_path, capsys, monkeypatch, direction):
+    source = source_of(model, direction)
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", fail)
+        line = error_line(capsys, "convert", direction, source, tmp_path / "out")
+        assert "cannot be read (Input/output error)" in line and str(source) in line
+    monkeypatch.setattr(os, "access", lambda file, _: Path(file).name != "tokenizer.json")
+    line = error_line(capsys, "convert", direction, source, tmp_path / "out")
+    assert "tokenizer.json: cannot be read" in line and str(source) in line
+    assert leftovers(tmp_path) == []
 
 
 @BOTH

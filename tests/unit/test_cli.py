@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fuserl_megatron import __version__, commands, doctor
+from fuserl_megatron import __version__, cli, commands, doctor
 from fuserl_megatron.cli import build_parser, main
 from fuserl_megatron.commands import _bytes, check
 from fuserl_megatron.config.load import from_dict, load_config
@@ -138,6 +138,7 @@ def test_user_errors_come_before_torch():
         (["train", "model.path=/none", "data.path=/none"], "model.path=/none: no such directory"),
         (["build", "inputs=[a]"], "output: required and not set"),
         (["convert", "megatron-to-hf", "a", "b", "--max-shard-size", "big"], "--max-shard-size big: is no size"),
+        (["convert", "megatron-to-hf", "a", "b", "--max-shard-size", "infGB"], "--max-shard-size infGB: is no size"),
     ]
     code = (
         "import sys; from fuserl_megatron.cli import main\n"
@@ -174,6 +175,36 @@ def test_ctrl_c_ends_with_130(monkeypatch):
     assert main(["doctor"]) == 130
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_second_signal_does_not_cut_the_clean_up_short(monkeypatch, name, code):
+    cleaned_up = []
+
+    def stopped_three_times(options):
+        try:
+            signal.raise_signal(getattr(signal, name))
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            cleaned_up.append(True)
+
+    monkeypatch.setattr(commands, "doctor", stopped_three_times)
+    try:
+        ended = main(["doctor"])
+    except SystemExit as stopped:
+        ended = stopped.code
+    assert (ended, cleaned_up) == (code, [True])
+
+
+def test_what_is_ignored_stays_ignored(monkeypatch):
+    """As under nohup."""
+    monkeypatch.setattr(commands, "doctor", lambda options: signal.raise_signal(signal.SIGHUP) or 0)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert main(["doctor"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_build_that_is_ended_leaves_nothing(tmp_path):
     """SIGTERM, as a scheduler sends it, while records are being read."""
     code = (
@@ -199,10 +230,11 @@ def test_a_build_that_is_ended_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "tokenizer"]
 
 
-def test_the_caller_s_handler_of_sigterm_comes_back(capsys):
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", cli.STOPS)
+def test_the_caller_s_handlers_come_back(capsys, number):
+    before = signal.getsignal(number)
     error_line(capsys, "build", "inputs=[a]")
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
 
 
 def test_tensor_parallel_that_does_not_divide_the_heads(capsys, paths):

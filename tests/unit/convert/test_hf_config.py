@@ -122,6 +122,12 @@ def test_harmless_settings_are_accepted(make_config, family, changes):
             "disagree",
         ),
         ("llama", {"rope_theta": -1.0}, "rope_theta"),
+        ("llama", {"model_type": ["llama"]}, "model_type = ['llama']"),
+        ("llama", {"architectures": 7}, "architectures = 7"),
+        ("llama", {"layer_types": 7}, "layer_types = 7"),
+        ("llama", {"torch_dtype": ["float32"]}, "dtype = ['float32']"),
+        ("llama", {"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "rope_type = ['linear']"),
+        ("mistral", {"sliding_window": "4k"}, "sliding_window = '4k'"),
     ],
 )
 def test_what_cannot_be_represented_is_refused_by_name(make_config, family, changes, named):

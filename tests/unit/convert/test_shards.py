@@ -204,6 +204,15 @@ def test_pickled_weights_need_leave_and_are_loaded_weights_only(tmp_path, make_c
                 assert torch.equal(tensor, weights[hf])
 
 
+@pytest.mark.parametrize(
+    "content", [{"state_dict": {}}, {3: torch.ones(2)}, {"a": torch.eye(2).to_sparse()}, [torch.ones(2)]]
+)
+def test_a_pickle_of_anything_but_weights_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="more than named, dense tensors"):
+        ShardReader(tmp_path, allow_pickle=True)
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     class Attack:
         def __reduce__(self):
@@ -288,13 +297,14 @@ def test_a_file_cut_while_it_is_read_is_an_error_not_a_crash(tmp_path, make_conf
 
 
 def test_wrong_writes_are_refused(tmp_path):
-    with ShardWriter(tmp_path, {"a": (2, 3), "b": (1,)}, torch.float16) as writer:
+    with ShardWriter(tmp_path, {"a": (2, 3), "b": (2,)}, torch.float16) as writer:
         with pytest.raises(UserError, match="c: not among"):
             writer.write("c", torch.ones(1))
         with pytest.raises(UserError, match=r"a: shape \[3, 2\]"):
             writer.write("a", torch.ones(3, 2))
-        with pytest.raises(UserError, match="float16's range"):
-            writer.write("b", torch.tensor([1e6]))
+        for beside in (0.0, torch.inf):  # what is infinite already hides nothing
+            with pytest.raises(UserError, match="float16's range"):
+                writer.write("b", torch.tensor([1e6, beside]))
         writer.write("a", torch.ones(3, 2).T)  # not contiguous
         with pytest.raises(UserError, match="a: written twice"):
             writer.write("a", torch.ones(2, 3))

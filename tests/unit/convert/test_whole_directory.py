@@ -17,6 +17,21 @@ def test_sizes_in_a_unit_that_shows_them(num_bytes, text):
     assert whole_directory.size(num_bytes) == text
 
 
+def test_what_is_replaced_but_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+
+    def refuse(path, ignore_errors=False):
+        if not ignore_errors:
+            raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(UserError, match=r"written, but .* \(Permission denied\); remove .*/\.out\.replaced-"):
+        with whole_directory.whole_directory(tmp_path / "out", needed_bytes=0, source_dir=None, force=True) as partial:
+            (partial / "new").touch()
+    assert (tmp_path / "out" / "new").exists()
+
+
 def test_a_small_disk_is_refused_in_figures_that_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=262144))
     with pytest.raises(UserError, match=r"needs 1\.45 MB but its disk has 262\.14 kB free"):
