@@ -4,13 +4,14 @@ Rooms are imported inside the functions, after everything that can be checked wi
 """
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fuserl_megatron.config.facts import replica_ranks
+from fuserl_megatron.config.facts import replica_ranks, row_length
 from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
 
@@ -197,9 +198,10 @@ def _laid_out(config: Config, num_ranks: int) -> list[str]:
     from fuserl_megatron.data.sampler import GlobalBatchSampler
 
     lines, dp_size = [], num_ranks // replica_ranks(config.model)
+    rows = dataclasses.replace(config.data, seq_length=row_length(config))
     for path in filter(None, (config.data.path, config.data.validation_path)):
         prepared = prepare(FusedDataset(path, verify=False), config.objective, config.data.reward_temperature)
-        sampler = GlobalBatchSampler(prepared, config.data, config.run.seed, dp_size)
+        sampler = GlobalBatchSampler(prepared, rows, config.run.seed, dp_size)
         lines.append(
             f"{path}: {prepared.num_prompts} prompts in {sampler.steps_per_epoch} steps an epoch, "
             f"{prepared.response_ids.size} sequences, {prepared.chosen.size} pairs"

@@ -8,6 +8,7 @@ to put right, 130 and 143 interrupted.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -21,8 +22,15 @@ def main() -> int:
     parser.add_argument("source", help="checkpoint root, one of its iter_* folders, or a run's results folder")
     parser.add_argument("destination", help="Hugging Face directory to write")
     parser.add_argument("--hf", metavar="DIR", help="config and tokenizer, when the checkpoint names none")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, metavar="GB", help="of one weight file (default 5)")
+    help_gb = "of one weight file (default 5)"
+    parser.add_argument("--max-shard-gb", type=_gigabytes, default=5.0, metavar="GB", help=help_gb)
     return batch_conversion(parser, _convert)
+
+
+def _gigabytes(text: str) -> float:
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size; 5 would work")
+    return float(text)
 
 
 def _convert(options: argparse.Namespace) -> Path:

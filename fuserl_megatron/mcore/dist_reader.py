@@ -9,7 +9,7 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
@@ -68,7 +68,7 @@ class DistReader:
         self._check_files()
         self._handles: dict[str, BinaryIO] = {}
         self._described: dict[tuple[str, tuple[int, ...]], tuple[Path, int, torch.dtype]] = {}
-        self._last: tuple[Any, list] = (None, [])
+        self._found: dict[tuple[str, int | None], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         self._lock = threading.Lock()
 
     def _check_files(self) -> None:
@@ -126,12 +126,13 @@ class DistReader:
         return out
 
     def _chunks_of(self, key: str, layer: int | None) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        last, found = self._last
-        if last != (key, layer):  # the same parameter is asked for many times in a row
+        if (key, layer) not in self._found:  # the same parameter is asked for many times in a row
             chunks = self.keys[key].chunks
             found = [c for c in chunks if layer is None or c[0][0] <= layer < c[0][0] + c[1][0]]
-            self._last = ((key, layer), found)
-        return found
+            if len({offsets for offsets, _ in found}) < len(found):  # another may be missing, and the sum still right
+                raise UserError(f"{self.directory}: the index lists a chunk of {key} twice; {AGAIN}")
+            self._found[key, layer] = found
+        return self._found[key, layer]
 
     def _read_chunk(self, key: str, offsets: tuple, sizes: tuple, first: int, out: torch.Tensor) -> None:
         """Fill `out` with the chunk's numbers from number `first` on."""

@@ -5,6 +5,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -340,6 +341,14 @@ def spoil_dist_index(checkpoint):
     (checkpoint / "iter_0000000" / ".metadata").write_bytes(b"nonsense")
 
 
+def spoil_chunks(checkpoint):
+    file = checkpoint / "iter_0000000" / ".metadata"
+    index = pickle.loads(file.read_bytes())
+    chunks = index.state_dict_metadata["decoder.layers.mlp.linear_fc1.weight"].chunks
+    chunks[1] = chunks[0]  # as many numbers as before
+    file.write_bytes(pickle.dumps(index))
+
+
 def spoil_pointer(checkpoint):
     (checkpoint / "latest_checkpointed_iteration.txt").write_text("12")
 
@@ -370,6 +379,7 @@ def spoil_dist_tokenizer(checkpoint):
         (spoil_distcp, "truncated"),
         (spoil_distcp_gone, "no such file, but the checkpoint's index names it"),
         (spoil_dist_index, "not a readable checkpoint index"),
+        (spoil_chunks, "lists a chunk of decoder.layers.mlp.linear_fc1.weight twice"),
         (spoil_pointer, "says '12'"),
         (spoil_pointer_number, "says '²'"),
         (spoil_lineage, "lineage.json: not readable as a JSON object"),
