@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-slow test-durability test-gpu test-nemo bench lint clean
+.PHONY: help venv demo test test-distributed test-others test-slow test-durability test-gpu test-nemo bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
@@ -20,7 +20,15 @@ demo: $(INSTALLED)  ## the skills experiment: build, FuseSFT, FusePO, export, ev
 	$(BIN)/fuserl demo --dir demo
 
 test: lint  ## lint and all tests but the slow and the GPU ones
-	$(PYTEST) -m "not slow and not gpu"
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-distributed test-others
+
+# Side by side, for ranks of a test wait for each other half of the time. Its report comes in one piece, at its end.
+test-distributed: $(INSTALLED)
+	@report=$$(mktemp); $(PYTEST) -m "not slow and not gpu" tests/distributed > $$report 2>&1; code=$$?; \
+	  cat $$report; rm -f $$report; exit $$code
+
+test-others: $(INSTALLED)
+	$(PYTEST) -m "not slow and not gpu" --ignore=tests/distributed
 
 test-slow: $(INSTALLED)  ## the long proofs
 	$(PYTEST) -m "slow and not gpu"

@@ -4,14 +4,17 @@ A test hands over a module-level function; it runs on `world_size` of the worker
 environment set, and comes back as a list of the ranks' results. After each job the worker leaves its process groups.
 """
 
+import contextlib
 import gc
 import multiprocessing as mp
 import os
 import pickle
+import signal
 import socket
 import sys
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -71,6 +74,12 @@ def _let_go() -> None:
     gc.collect()
 
 
+def _children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):  # no /proc
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
 class Ranks:
     """A pool of worker processes. Use as a context manager or call `close`."""
 
@@ -119,7 +128,11 @@ class Ranks:
         """End all workers; a later `run` starts new ones."""
         for process, connection in self._workers:
             if kill:
+                others = _children(process.pid)
                 process.kill()
+                for other in others:  # core's process for the results of a save outlives a killed rank
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(other, signal.SIGKILL)
             else:
                 connection.send_bytes(b"")
             process.join(20)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from fuserl_megatron import __version__, cli, commands, doctor
-from fuserl_megatron.cli import build_parser, main
+from fuserl_megatron.cli import STOPS, build_parser, main
 from fuserl_megatron.commands import _bytes, check
 from fuserl_megatron.config.load import from_dict, load_config
 from fuserl_megatron.config.objective import with_defaults
@@ -188,10 +188,15 @@ def test_a_second_signal_does_not_cut_the_clean_up_short(monkeypatch, name, code
             cleaned_up.append(True)
 
     monkeypatch.setattr(commands, "doctor", stopped_three_times)
+    usual = {number: signal.SIG_DFL for number in STOPS} | {signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # pytest may run under nohup
     try:
         ended = main(["doctor"])
     except SystemExit as stopped:
         ended = stopped.code
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assert (ended, cleaned_up) == (code, [True])
 
 
