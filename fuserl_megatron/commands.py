@@ -4,14 +4,13 @@ Rooms are imported inside the functions, after everything that can be checked wi
 """
 
 import argparse
-import dataclasses
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fuserl_megatron.config.facts import replica_ranks, row_length
+from fuserl_megatron.config.facts import replica_ranks, row_settings
 from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
 
@@ -198,7 +197,7 @@ def _laid_out(config: Config, num_ranks: int) -> list[str]:
     from fuserl_megatron.data.sampler import GlobalBatchSampler
 
     lines, dp_size = [], num_ranks // replica_ranks(config.model)
-    rows = dataclasses.replace(config.data, seq_length=row_length(config))
+    rows = row_settings(config)
     for path in filter(None, (config.data.path, config.data.validation_path)):
         prepared = prepare(FusedDataset(path, verify=False), config.objective, config.data.reward_temperature)
         sampler = GlobalBatchSampler(prepared, rows, config.run.seed, dp_size)

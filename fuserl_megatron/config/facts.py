@@ -1,8 +1,9 @@
 """What follows from the settings: layout product, batch arithmetic, number of steps. Numbers, and lines to print."""
 
 import math
+from dataclasses import replace
 
-from fuserl_megatron.config.schema import Config, ModelConfig, OptimConfig, TrainerConfig
+from fuserl_megatron.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 
 
 def replica_ranks(model: ModelConfig) -> int:
@@ -49,6 +50,11 @@ def row_length(config: Config) -> int:
     positions = FP8_MULTIPLES[config.trainer.precision] * ranks
     multiple = math.lcm(positions // math.gcd(positions, data.micro_batch_size), row_multiple(config))
     return -(-data.seq_length // multiple) * multiple
+
+
+def row_settings(config: Config) -> DataConfig:
+    """The settings by which rows are laid out: those of the run with `row_length`."""
+    return replace(config.data, seq_length=row_length(config))
 
 
 def layout_fact(config: Config, world_size: int, data_parallel_size: int) -> str:

@@ -18,6 +18,7 @@ import json
 import math
 import os
 import pickle
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -120,6 +121,17 @@ def candidates(root: str | Path) -> tuple[list[int], str | None]:
     return order, None if at in have else f"{pointer} says {at}, but {iteration_directory(root, at).name} is not there"
 
 
+def _container(scratch: Path, sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
+    """What `torch.save` puts before and after the numbers of a tensor; these are neither in memory nor written."""
+    with tempfile.TemporaryFile(dir=scratch) as file:
+        with torch.serialization.skip_data():
+            torch.save(torch.empty(sizes, dtype=dtype), file)
+        length, numel = file.seek(0, os.SEEK_END), math.prod(sizes)
+        start = numbers_of(file, 0, length, numel)[1]
+        end = start + numel * dtype.itemsize
+        return os.pread(file.fileno(), start, 0), os.pread(file.fileno(), length - end, end)
+
+
 class DistWriter:
     """Writes one iteration's folder. A chunk's place is reserved first; its numbers come in any order.
 
@@ -144,12 +156,11 @@ class DistWriter:
             self._file = open(self.files[-1], "xb")
         return self._file
 
-    def _append(self, value: Any, index: dcp.MetadataIndex) -> tuple[BinaryIO, int]:
+    def _append(self, value: Any, index: dcp.MetadataIndex) -> None:
         stream = self._stream()
         start = stream.tell()
         torch.save(value, stream)
         self._note(index, stream, start)
-        return stream, start
 
     def _note(self, index: dcp.MetadataIndex, stream: BinaryIO, start: int) -> None:
         stream.flush()
@@ -173,25 +184,16 @@ class DistWriter:
         entry = self._entries[key]
         assert entry.properties.dtype == dtype and entry.size == torch.Size(size), f"{key}: chunks disagree"
         entry.chunks.append(dcp.ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=torch.Size(sizes)))
-        where, numel = dcp.MetadataIndex(key, torch.Size(offsets)), math.prod(sizes)
-        if (sizes, dtype) in self._around:  # all layers have the same shapes, and torch.save takes a millisecond
-            before, after = self._around[sizes, dtype]
-            stream = self._stream()
-            start = stream.tell()
-            stream.write(before)
-            stream.seek(numel * dtype.itemsize, os.SEEK_CUR)
-            stream.write(after)
-            self._note(where, stream, start)
-            return start + len(before)
-        with torch.serialization.skip_data():  # the container around the numbers, without touching memory for them
-            stream, start = self._append(torch.empty(sizes, dtype=dtype), where)
-        with open(stream.name, "rb", buffering=0) as written:
-            place = numbers_of(written, start, stream.tell() - start, numel)[1]
-            end = place + numel * dtype.itemsize
-            before = os.pread(written.fileno(), place - start, start)
-            after = os.pread(written.fileno(), stream.tell() - end, end)
-        self._around[sizes, dtype] = before, after
-        return place
+        if (sizes, dtype) not in self._around:  # all layers have the same shapes, and torch.save takes a millisecond
+            self._around[sizes, dtype] = _container(self.directory, sizes, dtype)
+        before, after = self._around[sizes, dtype]
+        stream = self._stream()
+        start = stream.tell()
+        stream.write(before)
+        stream.seek(math.prod(sizes) * dtype.itemsize, os.SEEK_CUR)
+        stream.write(after)
+        self._note(dcp.MetadataIndex(key, torch.Size(offsets)), stream, start)
+        return start + len(before)
 
     def write(self, place: int, rows: torch.Tensor) -> None:
         """Write contiguous numbers into the chunk reserved last, at a byte counted from the start of the file."""

@@ -62,6 +62,10 @@ class _ForeignName(pickle.UnpicklingError):
     """A name that no checkpoint needs."""
 
 
+def _load_from_bytes(content: bytes) -> Any:
+    return _weights_only(io.BytesIO(content))
+
+
 _FP8_NAMES = {
     ("transformer_engine.common.recipe", name): _Inert
     for name in ("DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScaling")
@@ -70,8 +74,8 @@ _FP8_NAMES = {
     ("megatron.core.extensions.transformer_engine", "TEDelayedScaling"): _Inert,
     ("torch._utils", "_rebuild_tensor_v2"): _Inert,
     # core 0.19 puts its own function in the place of torch's, so that states saved under it name that one
-    ("torch.storage", "_load_from_bytes"): lambda content: _weights_only(io.BytesIO(content)),
-    ("megatron.core.safe_globals", "safe_load_from_bytes"): lambda content: _weights_only(io.BytesIO(content)),
+    ("torch.storage", "_load_from_bytes"): _load_from_bytes,
+    ("megatron.core.safe_globals", "safe_load_from_bytes"): _load_from_bytes,
     ("numpy._core.multiarray", "_reconstruct"): _Inert,
     ("numpy.core.multiarray", "_reconstruct"): _Inert,
     ("numpy", "ndarray"): _Inert,

@@ -89,8 +89,10 @@ def _to_rank_zero(full: torch.Tensor | None, layout: Layout) -> torch.Tensor | N
     dist.all_reduce(holder, op=dist.ReduceOp.MIN)
     source = int(holder)
     box = [full.cpu() if layout.rank == source else None]
-    if source:
-        dist.broadcast_object_list(box, src=source, device=layout.device)
+    if source and layout.rank == source:
+        dist.send_object_list(box, dst=0, device=layout.device)
+    elif source and layout.is_main:
+        dist.recv_object_list(box, src=source, device=layout.device)
     return box[0] if layout.is_main else None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fuserl_megatron.config.facts import row_length
+from fuserl_megatron.config.facts import row_settings
 from fuserl_megatron.config.objective import uses_reference, with_loss_defaults
 from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig, UserError
 from fuserl_megatron.convert.hf_config import ModelShape, read_config
@@ -104,7 +104,7 @@ def make_feed(config: Config, dataset: FusedDataset, layout: Layout, folder: str
         UserError: nothing is left, something does not fit, or the data lack what the loss reads.
     """
     prepared = prepare(dataset, config.objective, config.data.reward_temperature)
-    rows = replace(config.data, seq_length=row_length(config))
+    rows = row_settings(config)
     multiple = layout.pp_size if layout.vpp_size else 1
 
     def laid_out(prepared: PreparedSet, rows: DataConfig, folder: str, other: Feed | None = None) -> Feed:
