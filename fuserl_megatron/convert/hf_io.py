@@ -31,7 +31,7 @@ from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
 from fuserl_megatron.convert.weight_files import find_files
-from fuserl_megatron.convert.whole_directory import cannot_write, check_destination, create_partial, discard, publish
+from fuserl_megatron.util.whole_directory import cannot_write, check_destination, create_partial, discard, publish
 
 
 def check_model_directory(path: str | Path, allow_pickle: bool = False) -> Path:
@@ -125,7 +125,8 @@ def begin_export(
     if source_dir is None and require_tokenizer:
         raise UserError(f"{target}: no source to copy the tokenizer from; name the model the weights started from")
     check_destination(target, source_dir, force)
-    partial = create_partial(target, total_bytes(shapes, dtype) + sum(file.stat().st_size for file, _ in files))
+    needed = total_bytes(shapes, dtype) + sum(file.stat().st_size for file, _ in files)
+    partial = create_partial(target, needed, source_dir=source_dir, force=force)
     try:
         copy_companions(files, partial)
         write_json(partial / "config.json", config_dict)

@@ -6,7 +6,6 @@ Writes beside the output and renames at the end, so the output directory is the 
 import errno
 import math
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
@@ -29,13 +28,14 @@ from fuserl_megatron.data.dataset import (
     FusedDataset,
     Manifest,
 )
-from fuserl_megatron.data.files import file_sha256, replace_directory, sync
+from fuserl_megatron.data.files import file_sha256, sync
 from fuserl_megatron.data.pairs import pair_table
 from fuserl_megatron.data.progress import watched
 from fuserl_megatron.data.records import BadRecord, LoadedRecords, RecordGroup, Rejects, check_source_names, load_groups
 from fuserl_megatron.data.rewards import reward_table
 from fuserl_megatron.data.tokenize import BadPrompt, ChatTokenizer
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
+from fuserl_megatron.util.whole_directory import create_partial, discard, publish
 
 EXAMPLE_TEMPERATURES = (0.01, 0.1, 1.0)
 QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
@@ -51,19 +51,20 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
     """
     validate_build(config)
     output = _check_output(config)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
     tokenizer = ChatTokenizer(config.tokenizer, config.chat_template, config.max_length)
+    partial = create_partial(output, None, source_dir=None, force=True)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+        _check_output(config)  # another build may have finished there before the lock was ours
         manifest = _write(config, tokenizer, partial, progress)
-        replace_directory(partial, output)
+        publish(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"no space left on the disk of {output.parent}: free some or set another output") from None
+        if error.filename is None:
+            raise UserError(f"output: {config.output} cannot be written ({error.strerror})") from None
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        discard(partial)
     return manifest
 
 

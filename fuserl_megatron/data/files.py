@@ -1,8 +1,7 @@
-"""Durable writing: a file or directory appears whole under its name, or not at all."""
+"""Durable writing: a file appears whole under its name, or not at all."""
 
 import hashlib
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
@@ -27,22 +26,6 @@ def sync_path(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def replace_directory(partial: Path, output: Path) -> None:
-    """Put the finished directory in the place of the old one; if that fails the old one is put back."""
-    sync_path(partial)
-    old = output.parent / f".{output.name}.old-{os.getpid()}"
-    try:
-        if output.exists():
-            os.rename(output, old)
-        os.rename(partial, output)
-    except BaseException:
-        if old.exists() and not output.exists():
-            os.rename(old, output)
-        raise
-    sync_path(output.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_file(path: Path, pieces: Iterable[bytes]) -> None:

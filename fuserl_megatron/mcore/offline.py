@@ -27,10 +27,10 @@ from fuserl_megatron.convert.layout import padded_vocab_size, row_runs
 from fuserl_megatron.convert.names import find_rule, hf_shapes
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, converted, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors
-from fuserl_megatron.convert.whole_directory import check_destination, whole_directory
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
 from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, find_checkpoint, stored_key, widest
 from fuserl_megatron.mcore.dist_reader import DistReader
+from fuserl_megatron.util.whole_directory import check_destination, whole_directory
 
 # modules whose extra state core asks for when it loads under the local spec; under the other spec they are the same
 _WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")

@@ -14,10 +14,10 @@ from fuserl_megatron.convert.layout import hf_tensors_from_megatron, unshard
 from fuserl_megatron.convert.names import find_rule, hf_shapes, local_name, megatron_names
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
-from fuserl_megatron.convert.whole_directory import discard
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.parallel import Layout, from_all_ranks, on_main_rank
 from fuserl_megatron.mcore.precision import fill, plain
+from fuserl_megatron.util.whole_directory import discard
 
 
 def named_parameters(target: TargetModel) -> Iterator[tuple[str, torch.nn.Parameter]]:

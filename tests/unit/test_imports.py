@@ -15,14 +15,15 @@ PACKAGE = ROOT / "fuserl_megatron"
 SCHEMA = "config.schema"  # UserError may be raised anywhere
 LOSS_TABLE = "objectives.loss_table"  # plain data without torch, against which the settings are checked
 MAY_IMPORT = {
-    "config": set(),
+    "util": set(),
+    "config": {"util"},
     "objectives": set(),
-    "convert": {"config"},
-    "data": {"config", "objectives"},
-    "mcore": {"config", "objectives", "convert", "data"},
-    "train": {"config", "objectives", "data", "mcore", "convert"},
-    "launch": {"config"},
-    "testing": {"config", "mcore"},
+    "convert": {"config", "util"},
+    "data": {"config", "objectives", "util"},
+    "mcore": {"config", "objectives", "convert", "data", "util"},
+    "train": {"config", "objectives", "data", "mcore", "convert", "util"},
+    "launch": {"config", "util"},
+    "testing": {"config", "mcore", "util"},
 }
 ENTRIES = {"arguments", "cli", "commands", "doctor"}  # may import everything; nothing but each other imports them
 TORCH_ONLY = {"torch"} | set(sys.stdlib_module_names)

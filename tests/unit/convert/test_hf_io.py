@@ -22,7 +22,7 @@ from fuserl_megatron.convert.layout import hf_tensors_from_megatron
 from fuserl_megatron.convert.names import hf_shapes, megatron_names
 from fuserl_megatron.convert.shard_writer import ShardWriter
 from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
-from fuserl_megatron.convert.whole_directory import discard
+from fuserl_megatron.util.whole_directory import discard
 
 LINEAGE = {"target": "tiny", "sources": ["a", "b"], "data manifest": "sha256:0", "config": {"stage": "fusesft"}}
 

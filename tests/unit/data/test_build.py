@@ -191,7 +191,7 @@ def test_same_input_same_hash(build_dataset, make_record, tmp_path):
 @pytest.mark.parametrize(
     "failure", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left"), OSError(errno.EIO, "I/O")]
 )
-@pytest.mark.parametrize("where", ["sync", "replace_directory"])
+@pytest.mark.parametrize("where", ["sync", "publish"])
 def test_an_interrupted_build_leaves_the_old_output_and_nothing_else(
     build_dataset, make_record, tmp_path, monkeypatch, failure, where
 ):
@@ -216,7 +216,7 @@ def test_a_failing_rename_puts_the_old_output_back(build_dataset, make_record, t
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", fail_on_the_new_one)
-    with pytest.raises(OSError, match="I/O error"):
+    with pytest.raises(UserError, match="I/O error"):
         build_dataset([make_record(response="w9")], force=True)
     assert FusedDataset(tmp_path / "fused").hash == old and listing(tmp_path) == ["fused", "in.jsonl"]
 

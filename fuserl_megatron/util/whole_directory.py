@@ -1,21 +1,28 @@
 """Directories that are either complete or not there.
 
 Everything is prepared in a hidden directory beside the destination (same file system), flushed to the device and
-renamed at the very end. On any error the hidden directory goes; an older destination stays as it was.
+renamed at the very end. On any error the hidden directory goes; an older destination stays as it was. From the making
+of the hidden directory to its end the destination is locked (`locks.py`): a second writer is refused, and what a killed
+one left behind can be told from what is being written.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.locks import only_writer
 
 SLACK_BYTES = 2**20  # headers, index, directory entries
+
+_locks: dict[Path, ExitStack] = {}
+"""The lock of each hidden directory this process has not published or discarded yet."""
 
 
 def check_destination(target: Path, source_dir: str | Path | None, force: bool) -> None:
@@ -43,29 +50,48 @@ def check_destination(target: Path, source_dir: str | Path | None, force: bool) 
             )
 
 
-def create_partial(target: Path, needed_bytes: int) -> Path:
-    """Make the hidden directory beside the target, after a look at the free space.
+def create_partial(target: Path, needed_bytes: int | None, *, source_dir: str | Path | None, force: bool) -> Path:
+    """Make the hidden directory beside the target, after `check_destination` and a look at the free space.
+
+    needed_bytes is what will be written; None where nobody knows: then the free space is not looked at.
+    The target is locked until `publish` or `discard` is called with what this returns.
 
     Raises:
-        UserError: not enough space, or the place cannot be written.
+        UserError: somebody else writes there, not enough space, or the place cannot be written.
     """
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        needed, free = needed_bytes + SLACK_BYTES, shutil.disk_usage(target.parent).free
-        if free < needed:
-            raise UserError(
-                f"{target}: needs {size(needed)} but its disk has {size(free)} free; "
-                "free space or choose another destination"
-            )
-        partial.mkdir()
-    except OSError as error:
-        raise cannot_write(target, error, "created") from None
+    with ExitStack() as stack:
+        try:
+            advice = "choose another destination"
+            stack.enter_context(only_writer(target.with_name(f".{target.name}.lock"), target, advice))
+            _remove_leftovers(target)
+            check_destination(target, source_dir, force)
+            if needed_bytes is not None:
+                needed, free = needed_bytes + SLACK_BYTES, shutil.disk_usage(target.parent).free
+                if free < needed:
+                    raise UserError(
+                        f"{target}: needs {size(needed)} but its disk has {size(free)} free; "
+                        "free space or choose another destination"
+                    )
+            partial.mkdir()
+        except OSError as error:
+            raise cannot_write(target, error, "created") from None
+        _locks[partial] = stack.pop_all()
     return partial
 
 
+def _remove_leftovers(target: Path) -> None:
+    """What killed writers left, with the lock held. An older target that was moved aside last is put back first."""
+    name = glob.escape(target.name)
+    replaced = sorted(target.parent.glob(f".{name}.replaced-*"), key=lambda path: path.stat().st_mtime)
+    if replaced and not target.exists():
+        os.rename(replaced.pop(), target)
+    for left in [*replaced, *target.parent.glob(f".{name}.partial-*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def publish(partial: Path, target: Path) -> None:
-    """Flush everything below `partial` to the device and rename it to `target`, moving an older target aside first.
+    """Flush everything below `partial` to the device, rename it to `target`, moving an older target aside, and unlock.
 
     Raises:
         UserError: the file system refused; the older target is back in its place, or only its remains are in the way.
@@ -91,11 +117,18 @@ def publish(partial: Path, target: Path) -> None:
         raise UserError(
             f"{target}: written, but what it replaces cannot be removed ({error.strerror}); remove {aside}"
         ) from error
+    _unlock(partial)
 
 
 def discard(partial: Path) -> None:
-    """Remove an unfinished directory. Safe to call when it is already gone."""
+    """Remove an unfinished directory and give up its lock. Safe to call when it is already gone."""
     shutil.rmtree(partial, ignore_errors=True)
+    _unlock(partial)
+
+
+def _unlock(partial: Path) -> None:
+    if partial in _locks:
+        _locks.pop(partial).close()
 
 
 @contextmanager
@@ -114,8 +147,7 @@ def whole_directory(
         UserError: one line, also for what the file system refuses in the body.
     """
     target = Path(os.path.realpath(destination))
-    check_destination(target, source_dir, force)
-    partial = create_partial(target, needed_bytes)
+    partial = create_partial(target, needed_bytes, source_dir=source_dir, force=force)
     try:
         yield partial
         publish(partial, target)
