@@ -4,6 +4,7 @@ Rooms are imported inside the functions, after everything that can be checked wi
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from fuserl_megatron.config.facts import replica_ranks, row_settings
 from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.util.locks import only_writer
 
 
 def build(options: argparse.Namespace) -> int:
@@ -38,35 +40,60 @@ def train(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from fuserl_megatron.config.load import load_config, to_yaml
+    from fuserl_megatron.config.load import load_config
     from fuserl_megatron.train import stopping
     from fuserl_megatron.train.watchdog import own_log
 
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
-    if not options.dry_run:
-        stopping.remove_marker(Path(config.run.results_dir))
+    if options.dry_run:
+        return _dry_run(options, config)
+    directory = Path(config.run.results_dir)
+    with contextlib.ExitStack() as lock:  # given up before ranks start: rank 0 takes it then, wherever it was started
+        if _is_first_rank():
+            lock.enter_context(_only_run_in(config))
+            stopping.remove_marker(directory)
+        num_ranks = _num_ranks(options, config)
+        check(config, num_ranks)
+        if options.reference_only:
+            _check_reference(config)
+        config = with_local_models(config)
+        listens = config.exp_manager.create_preemption_callback
+        if _becomes_rank(config, num_ranks):
+            stopping.listen() if listens else stopping.release()
+            with own_log(directory):
+                if options.reference_only:
+                    from fuserl_megatron.train.evaluate import score_reference as run
+                else:
+                    from fuserl_megatron.train.loop import train as run
+
+                return run(config)
+    os.environ.setdefault("FUSERL_COMMAND", stopping.own_command())
+    words = ["train", *(["--reference-only"] if options.reference_only else [])]
+    return _start_ranks(options, num_ranks, *words, save_on_ctrl_c=listens)
+
+
+def _dry_run(options: argparse.Namespace, config: Config) -> int:
+    from fuserl_megatron.config.load import to_yaml
+    from fuserl_megatron.config.objective import with_loss_defaults
+
     num_ranks = _num_ranks(options, config)
     facts = check(config, num_ranks)
     if options.reference_only:
         _check_reference(config)
-    if options.dry_run:
-        from fuserl_megatron.config.objective import with_loss_defaults
+    filled = with_loss_defaults(config)  # as the run writes it down
+    print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
+    return 0
 
-        filled = with_loss_defaults(config)  # as the run writes it down
-        print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
-        return 0
-    config = with_local_models(config)
-    if _becomes_rank(config, num_ranks):
-        stopping.listen() if config.exp_manager.create_preemption_callback else stopping.release()
-        with own_log(Path(config.run.results_dir)):
-            if options.reference_only:
-                from fuserl_megatron.train.evaluate import score_reference as run
-            else:
-                from fuserl_megatron.train.loop import train as run
 
-            return run(config)
-    os.environ.setdefault("FUSERL_COMMAND", stopping.own_command())
-    return _start_ranks(options, num_ranks, "train", *(["--reference-only"] if options.reference_only else []))
+def _is_first_rank() -> bool:
+    """Whether this is rank 0, or no rank yet."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
+def _only_run_in(config: Config) -> contextlib.AbstractContextManager:
+    """The lock of run.results_dir: two runs there would take each other's checkpoints for left-overs."""
+    directory = config.run.results_dir
+    return only_writer(Path(directory, ".lock"), directory, "choose another run.results_dir")
 
 
 def _check_reference(config: Config) -> None:
@@ -84,7 +111,8 @@ def evaluate(options: argparse.Namespace) -> int:
     def run(config: Config) -> int:
         from fuserl_megatron.train.evaluate import evaluate
 
-        return evaluate(config)
+        with _only_run_in(config) if _is_first_rank() else contextlib.nullcontext():
+            return evaluate(config)
 
     return _on_ranks(options, run, "evaluate")
 
@@ -159,7 +187,7 @@ def _becomes_rank(config: Config, num_ranks: int) -> bool:
     return is_rank or num_ranks == 1
 
 
-def _start_ranks(options: argparse.Namespace, num_ranks: int, *words: str) -> int:
+def _start_ranks(options: argparse.Namespace, num_ranks: int, *words: str, save_on_ctrl_c: bool = False) -> int:
     """This command once more in every rank: `words`, the overrides and where the configuration is."""
     from fuserl_megatron.launch import local
 
@@ -168,7 +196,7 @@ def _start_ranks(options: argparse.Namespace, num_ranks: int, *words: str) -> in
     for name in ("config_dir", "config_name"):
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
-    return local.run_ranks(command, num_ranks)
+    return local.run_ranks(command, num_ranks, save_on_ctrl_c=save_on_ctrl_c)
 
 
 def check(config: Config, num_ranks: int) -> list[str]:

@@ -17,8 +17,10 @@ import time
 from collections.abc import Mapping, Sequence
 
 from fuserl_megatron.config.machine import usable_cores
+from fuserl_megatron.config.schema import UserError
 
 USER_ERROR = 2
+UNSET = "torchrun and srun set these variables together; to start ranks here, unset them and type --nproc N."
 OTHERS_MAY_REPORT_S = 2.0
 """After the first rank failed, seconds for the others to end by themselves: most user errors are met by all ranks."""
 HELD_LINES, HELD_S = 500, 30.0
@@ -28,13 +30,34 @@ ERROR_PREFIX, TRACEBACK = "fuserl: error:", "Traceback (most recent call last)"
 
 
 def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether a launcher started this process as one rank: torchrun, this module, or an srun of several tasks."""
-    return "RANK" in environ or int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    """Whether a launcher started this process as one rank: torchrun, this module, or an srun of several tasks.
+
+    Raises:
+        UserError: a variable that gives a rank or a number of ranks is missing beside the others, or is no such number.
+    """
+    if "RANK" not in environ:
+        return "SLURM_STEP_NUM_TASKS" in environ and _count(environ, "SLURM_STEP_NUM_TASKS") > 1
+    rank, world = _count(environ, "RANK", least=0), _count(environ, "WORLD_SIZE")
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if name in environ:
+            _count(environ, name, least=int("WORLD" in name))
+    if rank >= world:
+        raise UserError(f"RANK={rank} with WORLD_SIZE={world}: ranks count from 0; {UNSET}")
+    return True
 
 
 def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
     """Ranks over all nodes, as the launcher that started this one says."""
-    return int(environ["WORLD_SIZE"] if "RANK" in environ else environ["SLURM_STEP_NUM_TASKS"])
+    return _count(environ, "WORLD_SIZE" if "RANK" in environ else "SLURM_STEP_NUM_TASKS")
+
+
+def _count(environ: Mapping[str, str], name: str, least: int = 1) -> int:
+    text = environ.get(name)
+    if text is None:
+        raise UserError(f"RANK is set and {name} is not: {UNSET}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
+        raise UserError(f"{name}={ascii(text)[1:-1]}: must be a whole number, at least {least}; {UNSET}")
+    return int(text)
 
 
 def rank_environment(rank: int, num_ranks: int, port: int, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -63,7 +86,7 @@ def reserved_port() -> socket.socket:
     """
     probe = socket.socket()
     probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    probe.bind(("", 0))
+    probe.bind(("127.0.0.1", 0))
     return probe
 
 
@@ -73,12 +96,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(command: Sequence[str], num_ranks: int, environ: Mapping[str, str] = os.environ) -> int:
+def run_ranks(
+    command: Sequence[str], num_ranks: int, environ: Mapping[str, str] = os.environ, *, save_on_ctrl_c: bool = False
+) -> int:
     """Run one process per rank until all have ended.
 
     Rank 0 has this terminal. What the other ranks print goes to standard error, marked with the rank; a user error that
     rank 0 reports as well is not repeated. When a rank fails, all are killed. SIGTERM and SIGUSR1 are passed on, and it
-    is the ranks' affair what they do then and how long it takes: saving a checkpoint, in training.
+    is the ranks' affair what they do then and how long it takes: saving a checkpoint, in training. With save_on_ctrl_c
+    the same holds for SIGINT; without it Ctrl-C ends the ranks.
 
     Returns:
         0, or the exit code of the rank that failed first (128 + signal number for a killed one, 130 after Ctrl-C).
@@ -86,7 +112,8 @@ def run_ranks(command: Sequence[str], num_ranks: int, environ: Mapping[str, str]
     reserved = reserved_port()
     port = reserved.getsockname()[1]
     group = _Group()
-    forwarded = {sig: signal.signal(sig, group.forward) for sig in (signal.SIGTERM, signal.SIGUSR1)}
+    signals = (signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if save_on_ctrl_c else []))
+    forwarded = {sig: signal.signal(sig, group.forward) for sig in signals}
     try:
         for rank in range(num_ranks):
             group.start(rank, command, rank_environment(rank, num_ranks, port, environ))
@@ -118,7 +145,7 @@ class _Group:
         if rank:
             stdio = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(
-            command, env=environ, text=True, errors="replace", preexec_fn=_die_with_parent, **stdio
+            command, env=environ, text=True, errors="replace", preexec_fn=die_with_parent, **stdio
         )
         self.ranks.append(process)
         if rank:
@@ -200,7 +227,7 @@ def _cause(code: int) -> str:
     return f"killed by {signal.Signals(-code).name}{hint}"
 
 
-def _die_with_parent() -> None:
-    """In the child, before it becomes the rank: ask Linux to kill it when the launcher is killed."""
+def die_with_parent() -> None:
+    """In a child, before it becomes its program: ask Linux to kill it when the launcher is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

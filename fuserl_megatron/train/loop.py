@@ -54,8 +54,12 @@ def train(config: Config) -> int:
     check_monitor(config, datasets[1].sources if datasets[1:] else [])
     layout = parallel.initialize(config.model, config.trainer)
     stopping = Stopping(layout.device, config.exp_manager.max_time_per_run)
+    trainer = config.trainer
+    watchdog = Watchdog(
+        trainer.hang_timeout_minutes, Path(config.run.results_dir), layout.rank, trainer.distributed_timeout_minutes
+    )
     try:
-        return _run(config, layout, shape, datasets, stopping)
+        return _run(config, layout, shape, datasets, stopping, watchdog)
     except Stopped as stopped:
         stopping.leave(Path(config.run.results_dir), str(stopped) or "before the first step", layout.is_main)
         return 0
@@ -65,11 +69,17 @@ def train(config: Config) -> int:
         where = f"{config.run.results_dir}: {error.strerror}"
         raise UserError(f"{where}: make room there; the same command goes on from the last checkpoint.") from error
     finally:
+        watchdog.close()
         parallel.shutdown()
 
 
 def _run(
-    config: Config, layout: parallel.Layout, shape: ModelShape, datasets: list[FusedDataset], stopping: Stopping
+    config: Config,
+    layout: parallel.Layout,
+    shape: ModelShape,
+    datasets: list[FusedDataset],
+    stopping: Stopping,
+    watchdog: Watchdog,
 ) -> int:
     directory = Path(config.run.results_dir)
     checkpoints = directory / "checkpoints"
@@ -81,19 +91,25 @@ def _run(
     identity = run_identity(config, dataset, prepared.reward_temperature, total)
     done, damaged, saved = steps_to_resume(config, checkpoints, identity, layout)
 
+    def between_batches() -> None:
+        watchdog.tick()
+        stopping.check()
+
     started = time.monotonic()
+    watchdog.tick()
     engine = make_engine(config, layout, shape, dataset.sources)
     if layout.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / "config.yaml", [to_yaml(config).encode()])
         describe_start(config, layout, shape, prepared, sampler, total, done)
 
-    training, *validation = with_references(config, engine, feeds, stopping.check)
+    training, *validation = with_references(config, engine, feeds, between_batches)
     logps_hash = stored_hash(training.reference)
     progress = identity | {"versions": versions(), "config": dataclasses.asdict(config), "reference_logps": logps_hash}
     if saved.get("reference_logps") not in (None, logps_hash):
         warning = "the reference was scored anew since this run began: what follows is equal up to rounding only"
         say(f"WARNING: {warning}", layout.is_main)
+    watchdog.tick()
     if done == 0:
         weights.load_hf_weights(engine.target, config.model.path, layout)
     engine = with_optimizer(config, engine)
@@ -109,12 +125,7 @@ def _run(
     saver = Saver(config, engine, checkpoints, done, damaged)
     stopping.save_s = saver.seconds
     profiler = StepProfiler(config.exp_manager, directory, layout.rank)
-    watchdog = Watchdog(config.trainer.hang_timeout_minutes, directory, layout.rank)
     watchdog.tick(done)
-
-    def between_batches() -> None:
-        watchdog.tick()
-        stopping.check()
 
     def validated(step: int) -> tuple[bool, bool, list[int]]:
         metrics = validate(config, engine, validation[0], step, total, between_batches)

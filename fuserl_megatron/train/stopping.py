@@ -1,4 +1,4 @@
-"""Stopping in good order, to be continued: on SIGUSR1 or SIGTERM, or before the time that the run may take is up.
+"""Stopping in good order, to be continued: on Ctrl-C, SIGUSR1 or SIGTERM, or before the time of the run is up.
 
 Any rank may be told; all ranks agree at the end of a step (in a reduction that the step makes anyway) or between two
 batches of validation and reference scoring, save, and leave with exit code 0 and the file REQUEUE in results_dir, whose
@@ -26,6 +26,9 @@ from fuserl_megatron.config.words import seconds_of
 from fuserl_megatron.data.files import write_file
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+"""Held from the first moment of a command on."""
+HEARD = (*SIGNALS, signal.SIGINT)
+"""What a rank that listens obeys. Until then Ctrl-C ends a rank at once: nothing was done that could be saved."""
 MARKER = "REQUEUE"
 SAME_SIGNAL_S = 2.0
 """A launcher and the process group may both hand on one signal: what comes within this time is not a second one."""
@@ -55,6 +58,7 @@ def held() -> Iterator[None]:
 
 def listen() -> None:
     """From now on signals ask this process to stop. To be called inside `held`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     threading.Thread(target=_listen, name="signals", daemon=True).start()
 
 
@@ -64,10 +68,11 @@ def release() -> None:
 
 
 def _listen() -> None:
-    _received.append(signal.Signals(signal.sigwait(SIGNALS)))
+    _received.append(signal.Signals(signal.sigwait(HEARD)))
     since = time.monotonic()
+    os.write(2, f"{_received[0].name}: stopping after this step or batch; once more ends at once, unsaved\n".encode())
     while True:
-        again = signal.sigwait(SIGNALS)
+        again = signal.Signals(signal.sigwait(HEARD))
         if time.monotonic() - since > SAME_SIGNAL_S:
             os.write(2, f"{again.name} again: ended at once, nothing saved\n".encode())
             os._exit(128 + again)
@@ -140,11 +145,10 @@ class Stopping:
         print(f"{why}; continue with: {resume_command()}", flush=True)
 
 
-def remove_marker(directory: Path, environ: Mapping[str, str] = os.environ) -> None:
+def remove_marker(directory: Path) -> None:
     """At a start, before anything can go wrong: a run that fails now must not look like one to be continued."""
-    if environ.get("RANK", environ.get("SLURM_PROCID", "0")) == "0":
-        with contextlib.suppress(FileNotFoundError):
-            (directory / MARKER).unlink()
+    with contextlib.suppress(FileNotFoundError):
+        (directory / MARKER).unlink()
 
 
 def resume_command(environ: Mapping[str, str] = os.environ) -> str:

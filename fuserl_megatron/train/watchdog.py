@@ -4,20 +4,26 @@
     results_dir/logs/rank_3.log   what rank 3 says (rank 0 has the terminal), and any rank's stacks when it hangs
 
 A rank that waits in a collective sits in C code, so the watchdog is a thread of its own: after so many minutes without
-a step it writes the stacks of all threads and ends the process. Where even Python's lock is held, faulthandler's
-thread, which needs no lock, does the same a little later.
+a step it writes the stacks of all threads and ends the process. Where even Python's lock is held, a process of its own
+(guardian.py) does the same a little later. Both count the time in which they ran, not the clock: a run that was
+suspended and goes on is not hung.
 """
 
 import contextlib
 import faulthandler
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import IO
+
+from fuserl_megatron.train import guardian
 
 HUNG = 3
 """Exit code."""
@@ -31,61 +37,91 @@ def log_path(directory: Path, rank: int) -> Path:
 
 
 class Watchdog:
-    """Watches one rank from its first `tick` with a step on. `tick` is cheap: call it for every step and batch."""
+    """Watches one rank from its making to `close`. `tick` is cheap: call it for every step and batch."""
 
-    def __init__(self, minutes: float, directory: Path, rank: int):
-        """minutes: 0 watches nothing; the heartbeat is written all the same."""
+    def __init__(self, minutes: float, directory: Path, rank: int, start_minutes: float = 0.0):
+        """minutes: from step to step, 0 watches nothing; start_minutes: between two ticks before the first step.
+
+        The heartbeat is written in any case.
+        """
         self.limit_s, self.directory, self.rank = 60 * minutes, directory, rank
+        self._start_limit_s = max(self.limit_s, 60 * start_minutes)
         self._step, self._last, self._beat = None, time.monotonic(), 0.0
-        self._closed, self._file = threading.Event(), None
+        self._closed, self._file, self._guardian = threading.Event(), None, None
+        if self.limit_s:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def tick(self, step: int | None = None) -> None:
-        """Something was done: a batch, a save, a step (how many are done now; the first such call starts the watch)."""
+        """Something was done: a batch, a save, a step (how many are done now; from the first such call on the log and
+        the guardian are there)."""
         self._last = time.monotonic()
         if step is not None:
             self._step = step
-            self._write_heartbeat()
-        if self.limit_s and self._step is not None and self._file is None:
+            if self._last - self._beat >= 1.0:
+                self._write_heartbeat()
+        if self.limit_s and self._step is not None and self._guardian is None:
+            self._guardian = self._start_guardian()
+
+    def _start_guardian(self) -> subprocess.Popen:
+        faulthandler.register(signal.SIGUSR2, file=self._log(), all_threads=True)
+        late = self.limit_s + 4 * OTHERS_MAY_DUMP_S
+        command = [sys.executable, "-S", "-E", guardian.__file__, str(os.getpid()), str(late)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
+
+    def _log(self) -> IO[str]:
+        if self._file is None:
             path = log_path(self.directory, self.rank)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        if self._file:
-            late = self.limit_s + 4 * OTHERS_MAY_DUMP_S
-            faulthandler.dump_traceback_later(late, exit=True, file=self._file)
+        return self._file
 
     def _write_heartbeat(self) -> None:
-        if self.rank == 0 and self._last - self._beat >= 1.0:
+        if self.rank == 0 and self._step is not None:
             self._beat, partial = self._last, self.directory / ".heartbeat.partial"
             with contextlib.suppress(OSError):  # a full disk ends no run; the file's age tells
                 partial.write_text(json.dumps({"step": self._step, "time": time.time()}) + "\n", encoding="utf-8")
                 partial.replace(self.directory / "heartbeat.json")
 
+    def _limit(self) -> float:
+        return self._start_limit_s if self._step is None else self.limit_s
+
     def _watch(self) -> None:
-        while not self._closed.wait(max(0.05, self._last + self.limit_s - time.monotonic())):
-            if time.monotonic() - self._last >= self.limit_s:
+        slice_s, seen, idle = min(1.0, self.limit_s / 20), self._last, 0.0
+        while not self._closed.wait(slice_s):
+            with contextlib.suppress(OSError, AttributeError):  # not started yet, or killed
+                self._guardian.stdin.write(b".")
+            idle = idle + slice_s if seen == self._last else 0.0
+            seen = self._last
+            if idle >= self._limit():
                 self._end()
 
     def _end(self) -> None:
-        what = f"rank {self.rank}: no step for {self.limit_s / 60:g} minutes after step {self._step}"
-        self._file.write(f"\n{what}\n")
-        self._file.flush()
-        faulthandler.dump_traceback(file=self._file, all_threads=True)
+        seen, limit = self._last, self._limit()
+        idle = f"no step for {limit / 60:g} minutes after step {self._step}"
+        if self._step is None:
+            idle = f"nothing done for {limit / 60:g} minutes before the first step"
+        what = f"rank {self.rank}: {idle}"
+        file = self._log()
+        file.write(f"\n{what}\n")
+        file.flush()
+        faulthandler.dump_traceback(file=file, all_threads=True)
         line = (
             f"fuserl: error: {what} (trainer.hang_timeout_minutes): ended. The stacks of all ranks are in "
             f"{self.directory / 'logs'}: look for the one that is not in a collective. The same command goes on from "
             "the last checkpoint.\n"
         )
         os.write(2, line.encode())
-        time.sleep(OTHERS_MAY_DUMP_S)
-        if not self._closed.is_set() and time.monotonic() - self._last >= self.limit_s:
+        if not self._closed.wait(OTHERS_MAY_DUMP_S) and seen == self._last:
             os._exit(HUNG)
 
     def close(self) -> None:
         """No more watching."""
         self._closed.set()
-        if self._file:
-            faulthandler.cancel_dump_traceback_later()
+        self._write_heartbeat()
+        if self._guardian:
+            faulthandler.unregister(signal.SIGUSR2)
+            self._guardian.stdin.close()
+            self._guardian.wait()
 
 
 @contextlib.contextmanager

@@ -2,9 +2,11 @@
 command goes on. The moments are made wide by slowing the product's own functions down, not by replacing them."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -195,6 +197,36 @@ def test_a_second_signal_ends_at_once(fleet, case, tmp_path):
     run.send(signal.SIGUSR1)
     assert run.wait(5) == [128 + signal.SIGUSR1] * 2
     assert not (tmp_path / "run" / "REQUEUE").exists()
+
+
+def launched(case, directory, *more):
+    """`fuserl train` as it is typed, with ranks of its own, in a process group as a terminal makes one."""
+    command = [sys.executable, "-m", "fuserl_megatron.cli", "train", *settings(case, directory, *more)]
+    return subprocess.Popen(
+        [*command, "--nproc", "2"], start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def test_ctrl_c_saves_and_a_second_run_in_its_folder_is_refused(case, tmp_path):
+    """Ctrl-C reaches launcher and ranks, from the terminal; the first one is as good as SIGTERM."""
+    run = launched(case, tmp_path, "trainer.max_steps=100000")
+    heartbeat = tmp_path / "run" / "heartbeat.json"
+    deadline = time.monotonic() + 120
+    while not heartbeat.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run" / "config.yaml",)}
+    second = launched(case, tmp_path, "optim.lr=1e-7")
+    said, _ = second.communicate(timeout=60)
+    assert second.returncode == 2 and len(said.splitlines()) == 1, said
+    assert re.search(r"run: process \d+ on \S+, since .*, writes there: wait, stop it, or choose another run", said)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    os.killpg(run.pid, signal.SIGINT)
+    said, _ = run.communicate(timeout=120)
+    assert run.returncode == 0, said
+    assert "SIGINT: stopping after this step or batch; once more ends at once, unsaved" in said
+    marker = (tmp_path / "run" / "REQUEUE").read_text().splitlines()
+    assert re.fullmatch(r"stopped by SIGINT \(rank \d\) after step \d+ of 100000, saved at step \d+", marker[0])
+    assert "Traceback" not in said and not (tmp_path / "run" / ".lock").exists()
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,13 +54,13 @@ def test_a_hang_of_one_rank_ends_all_with_their_stacks(fleet, case, tmp_path, do
     assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_the_watch_starts_with_the_first_number_and_every_tick_counts(tmp_path, monkeypatch):
+def test_every_tick_counts_and_the_start_has_a_limit_of_its_own(tmp_path, monkeypatch):
     ended = []
     monkeypatch.setattr("fuserl_megatron.train.watchdog.OTHERS_MAY_DUMP_S", 0.0)
     monkeypatch.setattr("os._exit", ended.append)
-    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda *_, **__: None)  # it would end this process
-    watchdog = Watchdog(0.4 / 60, tmp_path, 0)
-    time.sleep(0.6)
+    monkeypatch.setattr(Watchdog, "_start_guardian", lambda self: None)  # it would end this process
+    watchdog = Watchdog(0.4 / 60, tmp_path, 0, start_minutes=1.0 / 60)
+    time.sleep(0.6)  # more than from step to step
     watchdog.tick()
     time.sleep(0.6)
     assert not (tmp_path / "logs").exists()
@@ -71,9 +72,60 @@ def test_the_watch_starts_with_the_first_number_and_every_tick_counts(tmp_path, 
     time.sleep(0.8)
     watchdog.close()
     assert ended and set(ended) == {HUNG}
+    assert "no step for 0.00666667 minutes after step 0" in (tmp_path / "logs" / "rank_0.log").read_text()
+    ended.clear()
+    stuck = Watchdog(0.1 / 60, tmp_path / "start", 1, start_minutes=0.3 / 60)
+    time.sleep(0.9)
+    stuck.close()
+    assert ended and "for 0.005 minutes before the first step" in (tmp_path / "start/logs/rank_1.log").read_text()
     off = Watchdog(0, tmp_path / "off", 1)
     off.tick(1)
-    assert off._file is None
+    assert off._file is None and off._guardian is None
+
+
+def test_the_last_heartbeat_is_of_the_last_step(tmp_path):
+    watchdog = Watchdog(0, tmp_path, 0)
+    for step in range(5):
+        watchdog.tick(step)
+    watchdog.close()
+    assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 4
+
+
+def test_a_run_that_was_suspended_goes_on(tmp_path):
+    """Stopped for several times the limit, as by Ctrl-Z or `scontrol suspend`; then a hang, as the control."""
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom fuserl_megatron.train import watchdog\n"
+        "watchdog.OTHERS_MAY_DUMP_S = 0.1\ndog = watchdog.Watchdog(0.5 / 60, Path('.'), 0)\ndog.tick(1)\n"
+        "print('ready', flush=True)\n"
+        "for _ in range(12):\n    time.sleep(0.1)\n    dog.tick()\n"
+        "print('still there', flush=True)\ntime.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    rank = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment, stdout=subprocess.PIPE)
+    assert rank.stdout.readline() == b"ready\n"
+    rank.send_signal(signal.SIGSTOP)
+    time.sleep(2.5)
+    rank.send_signal(signal.SIGCONT)
+    assert rank.stdout.readline() == b"still there\n"
+    assert rank.wait(30) == HUNG
+
+
+def stop_rank_one(rank: int) -> None:
+    """Rank 1 is stopped while the model is made: the other one waits for it."""
+    if rank == 1:
+        from fuserl_megatron.train import loop
+
+        loop.make_engine = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+
+
+@pytest.mark.slow
+def test_a_rank_that_stops_before_the_first_step_is_noticed(fleet, case, tmp_path):
+    limits = ("trainer.hang_timeout_minutes=0.1", "trainer.distributed_timeout_minutes=0.5")
+    words = case_settings(case, tmp_path / "run", TP2, "trainer.max_steps=6", *limits)
+    run = fleet.start(words, tmp_path / "log", prelude=stop_rank_one)
+    run.until(lambda: run.ranks[0].exitcode is not None, timeout=90)
+    assert "rank 0: nothing done for 0.5 minutes before the first step" in run.text() or run.ranks[0].exitcode == 1
+    run.kill()
 
 
 def plant_nan(where: str, rank: int) -> None:
@@ -139,11 +191,12 @@ def python(code, directory):
 
 def test_a_hang_that_keeps_pythons_lock_ends_too(tmp_path):
     code = (
-        "import ctypes\nfrom pathlib import Path\nfrom fuserl_megatron.train import watchdog\n"
+        "import re\nfrom pathlib import Path\nfrom fuserl_megatron.train import watchdog\n"
         "watchdog.OTHERS_MAY_DUMP_S = 0.1\nwatchdog.Watchdog(0.3 / 60, Path('.'), 0).tick(1)\n"
-        "def where_it_hangs(): ctypes.PyDLL(None).sleep(50)\nwhere_it_hangs()"
+        "def where_it_hangs(): re.match('(a+)+$', 60 * 'a' + 'b')  # for centuries\nwhere_it_hangs()"
     )
-    assert python(code, tmp_path).returncode == 1
+    done = python(code, tmp_path)
+    assert done.returncode == -signal.SIGKILL and "gave no sign of life" in done.stderr
     assert "where_it_hangs" in (tmp_path / "logs" / "rank_0.log").read_text()
 
 
