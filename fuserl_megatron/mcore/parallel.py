@@ -5,7 +5,6 @@ World size = TP x PP x CP x DP. Ranks of one TP group are neighbours (core's ord
 
 import datetime
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from fuserl_megatron.config.schema import ModelConfig, TrainerConfig, UserError
 from fuserl_megatron.mcore import cpu
 from fuserl_megatron.mcore.context import check_sum_rule
+from fuserl_megatron.mcore.rendezvous import rendezvous_from_slurm, start_process_group
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,25 +88,6 @@ def choose_device(accelerator: str) -> torch.device:
     return torch.device("cpu")
 
 
-def first_host(nodelist: str) -> str:
-    """The first host of SLURM's short form: `gpu[03-05,9],login1` begins with gpu03. Empty for an empty list."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
-
-
-def _rendezvous_from_slurm() -> None:
-    """Srun gives ranks as SLURM_*; torch.distributed reads RANK, WORLD_SIZE and MASTER_*."""
-    env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env:
-        return
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    # not SLURM_LAUNCH_NODE_IPADDR: that is where srun was typed, which may be a login node
-    env.setdefault("MASTER_ADDR", first_host(env.get("SLURM_STEP_NODELIST", "")) or "127.0.0.1")
-    # one port a job, so that two jobs on a node do not meet
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
-
-
 def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
     """Start torch.distributed and core's process groups. One process alone needs no launcher.
 
@@ -117,18 +98,14 @@ def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module="megatron")
     device = choose_device(trainer.accelerator)
-    _rendezvous_from_slurm()
+    rendezvous_from_slurm()
     timeout = datetime.timedelta(minutes=trainer.distributed_timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
         cpu.enable()
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group(backend, timeout=timeout)
-        else:  # no port that another process may take first
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        start_process_group("nccl" if device.type == "cuda" else "gloo", timeout)
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
 

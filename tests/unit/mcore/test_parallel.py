@@ -1,12 +1,16 @@
 """Where a rank stands, from what the launcher says: the rendezvous under srun, the GPU of each rank."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore import parallel
+from fuserl_megatron.launch import local
+from fuserl_megatron.mcore import parallel, rendezvous
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +35,7 @@ def environment(monkeypatch):
     ],
 )
 def test_first_host(nodelist, first):
-    assert parallel.first_host(nodelist) == first
+    assert rendezvous.first_host(nodelist) == first
 
 
 SRUN = dict(
@@ -46,14 +50,14 @@ SRUN = dict(
 
 def test_srun_s_ranks_meet_on_the_first_node(environment):
     environment.update(SRUN)
-    parallel._rendezvous_from_slurm()
+    rendezvous.rendezvous_from_slurm()
     expected = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="gpu03", MASTER_PORT="20007")
     assert environment.items() >= expected.items()
 
 
 def test_a_rendezvous_that_is_set_is_kept(environment):
     environment.update(SRUN, MASTER_ADDR="ib0.gpu03", MASTER_PORT="1234")
-    parallel._rendezvous_from_slurm()
+    rendezvous.rendezvous_from_slurm()
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("ib0.gpu03", "1234")
 
 
@@ -79,3 +83,52 @@ def test_the_gpu_of_a_rank(environment, monkeypatch, visible, given, expected):
         assert "\n" not in str(error.value)
     else:
         assert parallel.choose_device("auto") == torch.device("cuda", expected)
+
+
+def listening_addresses(pid: int) -> set[str]:
+    """Local addresses on which a process listens, in /proc/net's hexadecimal form, without the ports."""
+    own = {os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()}
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == "0A" and f"socket:[{words[9]}]" in own:
+                found.add(words[1].partition(":")[0])
+    return found
+
+
+RANK = """
+import datetime, sys, torch, torch.distributed as dist
+from fuserl_megatron.mcore.rendezvous import start_process_group
+start_process_group("gloo", datetime.timedelta(seconds=60))
+dist.all_reduce(torch.ones(1))
+print("met", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ranks_of_one_machine_listen_on_the_loopback_interface_alone(environment):
+    """A store on every interface lets whoever reaches the machine stop a run."""
+    with local.reserved_port() as reserved:
+        port = reserved.getsockname()[1]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", RANK],
+                env=local.rank_environment(rank, 2, port, environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+            )
+            for rank in range(2)
+        ]
+    try:
+        assert [rank.stdout.readline() for rank in ranks] == [b"met\n"] * 2
+        assert [listening_addresses(rank.pid) for rank in ranks] == [{"0100007F"}] * 2
+    finally:
+        for rank in ranks:
+            rank.communicate()
+            rank.wait()
+
+
+def test_an_address_of_another_host_is_one_line():
+    with pytest.raises(UserError, match=r"MASTER_ADDR=192\.0\.2\.7 MASTER_PORT=0: rank 0 cannot listen there"):
+        rendezvous._listen("192.0.2.7", 0)
