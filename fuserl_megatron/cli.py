@@ -2,7 +2,8 @@
 
 Nothing heavy is imported before a command needs it: `--help`, a misspelt key or a wrong layout answer within a second.
 Exit codes: 0 done, 1 a failed check or a crash, 2 something the user can put right (one line), 130 after Ctrl-C,
-143 after SIGTERM, 129 after SIGHUP (the terminal is gone).
+143 after SIGTERM, 129 after SIGHUP (the terminal is gone). Whatever happens, the end is one line; FUSERL_DEBUG=1 shows
+the traceback, too.
 """
 
 import argparse
@@ -19,12 +20,16 @@ from fuserl_megatron.arguments import build_parser as build_parser
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.secrets import redact
 from fuserl_megatron.config.words import one_line
+from fuserl_megatron.util.text import printable, shortened
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a batch system's may be ASCII: a name in a summary must not end a command
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [word for word in rest if word.startswith("-") or not hasattr(options, "overrides")]
@@ -77,11 +82,11 @@ def _exit_code(program: str, run: Callable[[], int], starts_ranks: bool = False)
     except BrokenPipeError:  # `fuserl ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (UserError, OSError) as error:
+    except Exception as error:
         if os.environ.get("FUSERL_DEBUG", "0") not in ("", "0"):
             raise
         print(f"{program}: error: {message_of(error)}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, (UserError, OSError)) else 1
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -95,10 +100,16 @@ def _stopped(number: int, _frame: object) -> None:
 
 
 def message_of(error: Exception) -> str:
-    """The message without line breaks; for an OSError the path first and no errno."""
+    """The message on one line; for an OSError the path first and no errno, for what nobody foresaw its class."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return redact(f"{error.filename}: {error.strerror}")
-    return redact(one_line(error)) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}"
+    elif isinstance(error, MemoryError):
+        text = "out of memory: use a machine with more, or less at once"
+    elif isinstance(error, (UserError, OSError)):
+        text = one_line(error) or type(error).__name__
+    else:
+        text = f"{type(error).__name__}: {shortened(one_line(error), 500)} (not foreseen; FUSERL_DEBUG=1 shows where)"
+    return redact(printable(text))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,10 @@ it sees them, and then set whether or not a yaml file mentions them.
 """
 
 import dataclasses
+import re
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.secrets import refuse_secrets
-from fuserl_megatron.config.words import all_keys, nearest, one_line, plain, show
+from fuserl_megatron.config.words import all_keys, leaves, nearest, one_line, plain, show
+from fuserl_megatron.util.text import shortened
 
 LAUNCH_GROUPS = {"cluster"}
 """Groups of `fuserl launch`; the others belong to a training run."""
@@ -67,15 +70,31 @@ def compose_tree(
     try:
         with tempfile.TemporaryDirectory() as main:  # of the root file alone: hydra looks for it in one directory only
             shutil.copy(file, main)
-            overrides.append(f"hydra.searchpath=[{','.join(f'file://{root}' for root in roots)}]")
+            overrides.append(f"hydra.searchpath=[{','.join(_in_quotes(f'file://{root}') for root in roots)}]")
             with initialize_config_dir(main, version_base="1.3", job_name="fuserl"):
                 composed = compose(name, overrides)
         defaults = OmegaConf.create(plain(dataclasses.asdict(schema())))
         merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed), resolve=True)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except RecursionError:
+        raise UserError(f"{file}: nested too deep, or an anchor that holds itself.") from None
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(one_line(error)) from error
     refuse_secrets(merged)
+    refuse_control_characters(merged)
     return merged
+
+
+def refuse_control_characters(values: dict[str, Any]) -> None:
+    """Names and paths become lines of job scripts and logs, where a line break would begin a command of its own.
+
+    Raises:
+        UserError: names the key, the character written as an escape. cluster.setup holds shell lines and is left alone.
+    """
+    for key, value in leaves(values):
+        for text in value if isinstance(value, list) else [value]:
+            breaks = isinstance(text, str) and any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
+            if breaks and not key.endswith("cluster.setup"):
+                raise UserError(f"{key}={ascii(text)[1:-1]}: holds a line break or control character; leave it out.")
 
 
 def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) -> list[str]:
@@ -90,9 +109,9 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
     for text in overrides:
         try:
             parsed = parser.parse_override(text)
-        except HydraException as error:
+        except (HydraException, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
             hint = "write key=value" if "=" not in text else "put the value in quotes: " + _quoted(text)
-            raise UserError(f"'{text}' is not an override ({one_line(error)}): {hint}") from error
+            raise UserError(f"'{shortened(text)}' is not an override ({one_line(error)}): {shortened(hint)}") from error
         key = parsed.key_or_group
         if parsed.is_sweep_override():
             raise UserError(
@@ -111,6 +130,11 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
         else:
             checked.append("++" + text.lstrip("+"))
     return checked
+
+
+def _in_quotes(text: str) -> str:
+    """Text as hydra reads it between double quotes, whatever signs it holds."""
+    return '"' + re.sub(r'(\\*)"', r'\1\1\\"', re.sub(r"(\\+)$", r"\1\1", text)) + '"'
 
 
 def _check_choice(group: str, value: Any, roots: list[Path]) -> None:

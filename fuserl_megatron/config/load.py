@@ -128,6 +128,8 @@ def _sample(kind: Any, default: Any) -> str:
     """A value that would be accepted: the default where there is one."""
     if default not in (None, "???", ()) and default == default:
         return show(default)
+    if typing.get_origin(kind) is Literal:
+        return typing.get_args(kind)[0]
     if typing.get_origin(kind) is tuple:
         items = [_sample(argument, None) for argument in typing.get_args(kind) if argument is not Ellipsis]
         return f"[{','.join(items)}]"

@@ -8,10 +8,11 @@ from typing import Any
 
 from fuserl_megatron.config.schema import UserError
 
-NAMES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "API_KEY", "APIKEY", "ACCESS_KEY", "PRIVATE_KEY", "CREDENTIAL")
-"""A variable with one of these in its name holds a credential,"""
+NAMES = ("TOKEN", "SECRET", "PASSWORD", "PASSWD", "APIKEY", "API_KEY", "ACCESS_KEY", "PRIVATE_KEY", "CREDENTIAL")
+"""A variable with one of these among the words of its name (HF_TOKEN, not TOKENIZER_PATH) holds a credential, unless
+its value is the path of something that exists,"""
 SHORTEST = 8
-"""if its value is at least this long: `x` or `true` are none, and stand in every configuration."""
+"""or shorter than this: `x` or `true` are none, and stand in every configuration."""
 USER_AND_PASSWORD = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
@@ -32,6 +33,9 @@ def refuse_secrets(values: Any, path: str = "") -> None:
         for name, secret in _secrets():
             if secret in values:
                 raise UserError(f"{path}: holds the value of ${name}, and {why}.")
+        name, assigned, secret = values.partition("=")
+        if assigned and secret and _is_secret_name(name) and not os.path.exists(secret):
+            raise UserError(f"{path}: gives {name} a value, and {why}.")
         if USER_AND_PASSWORD.search(values):
             raise UserError(f"{path}: an address with a password in it, and {why} ($MLFLOW_TRACKING_PASSWORD).")
 
@@ -45,5 +49,10 @@ def redact(text: str) -> str:
 
 def _secrets() -> Iterator[tuple[str, str]]:
     for name, value in os.environ.items():
-        if len(value) >= SHORTEST and any(part in name.upper() for part in NAMES):
+        if len(value) >= SHORTEST and _is_secret_name(name) and not os.path.exists(value):
             yield name, value
+
+
+def _is_secret_name(name: str) -> bool:
+    words = f"_{name.upper().removesuffix('S')}_"
+    return name.isidentifier() and any(f"_{known}_" in words for known in NAMES)

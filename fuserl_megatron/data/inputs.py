@@ -33,7 +33,7 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
     for item in inputs:
         if os.path.isdir(item):
             raise UserError(f"{item} is a directory: give its files, for example '{item.rstrip('/')}/*.jsonl'")
-        if os.path.exists(item):
+        if os.path.lexists(item):
             matches = [item]
         elif glob.has_magic(item):
             matches = sorted(glob.glob(item, recursive=True))
@@ -45,6 +45,8 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
         else:
             raise UserError(f"inputs: {item} does not exist")
         for match in matches:
+            if not os.path.isfile(match):  # one that waits for a writer, or whose target is gone
+                raise UserError(f"inputs: {match} is no regular file: name one, or take it out of the glob")
             if not match.endswith(SUFFIXES):
                 raise UserError(
                     f"inputs: {match} is not {', '.join(SUFFIXES)}: convert it to one record per line (JSONL)"
@@ -69,21 +71,38 @@ def rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
             raise UserError(f"{name}: not a complete gzip file ({error}): copy or compress it again") from None
 
 
-def _parquet_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _parquet_rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(name)
-        _check_columns(name, file.schema_arrow.names)
-        columns = [c for c in file.schema_arrow.names if c not in IGNORED_FIELDS]
+        schema = file.schema_arrow
+        _check_columns(name, schema.names)
+        # no field is a time, and Python's times do not hold all that Arrow's may
+        times = [c.name for c in schema if pyarrow.types.is_temporal(c.type) and c.name not in FIELDS]
+        unread = dict.fromkeys(times)
+        columns = [c for c in schema.names if c not in (*IGNORED_FIELDS, *times)]
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
+            for row in _python_rows(batch):
                 number += 1
-                yield (name, number), row
-    except pyarrow.ArrowInvalid as error:
+                yield (name, number), row | unread if isinstance(row, dict) else row
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{name}: not a readable parquet file ({first_line(error)})") from None
+
+
+def _python_rows(batch: Any) -> list[bytes | dict[str, Any]]:
+    """Rows of a batch; one that Python's types cannot hold (text that is not UTF-8) as bytes that are no record."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):
+        if batch.num_rows == 1:
+            import pyarrow
+
+            texts = (batch.column(i) for i, c in enumerate(batch.schema) if pyarrow.types.is_string(c.type))
+            return [b" ".join(text.cast(pyarrow.binary())[0].as_py() or b"" for text in texts)]
+        return [row for i in range(batch.num_rows) for row in _python_rows(batch.slice(i, 1))]
 
 
 def _hub_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
@@ -101,6 +120,8 @@ def _hub_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
 
 
 def _check_columns(name: str, columns: Sequence[str]) -> None:
+    for twice in sorted({c for c in columns if columns.count(c) > 1}):
+        raise UserError(f"{name}: column {twice!r} is there twice: rename or drop one")
     for field in FIELDS:
         if field not in columns:
             have = ", ".join(columns)

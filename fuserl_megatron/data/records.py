@@ -244,14 +244,23 @@ def canonical_prompt(place: Place, prompt: Any) -> Messages:
 
 def _decode(place: Place, line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
+        record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
     except UnicodeDecodeError as error:
         raise BadRecord(place, "not_utf8", f"not UTF-8 (byte {error.start + 1} of the line)") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
         raise BadRecord(place, "malformed_json", f"not valid JSON ({first_line(error)})") from None
     if not isinstance(record, dict):
         raise BadRecord(place, "malformed_json", f"a record must be a JSON object, not {_shown(record)}")
     return record
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; of a key that stands twice nobody knows which is meant."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+    return found
 
 
 def _unknown_keys(record: dict[str, Any]) -> set[str]:

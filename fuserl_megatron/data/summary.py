@@ -3,6 +3,7 @@
 import sys
 
 from fuserl_megatron.data.dataset import Manifest
+from fuserl_megatron.util.text import printable
 
 SOURCE_COLUMNS = ("source", "prompts", "responses", "mean reward", "mean weight", "win rate")
 
@@ -12,16 +13,17 @@ def print_summary(manifest: Manifest) -> None:
     rows = []
     for name, s in manifest.per_source.items():
         numbers = f"{s['mean_reward']:.4f}", f"{s['mean_weight']:.4f}", f"{s['win_rate']:.1%}"
-        rows.append((name, f"{s['prompts']:,}", f"{s['responses']:,}", *numbers))
-    head, *tail = summary_lines(manifest)
+        rows.append((printable(name), f"{s['prompts']:,}", f"{s['responses']:,}", *numbers))
+    head, *tail = map(printable, summary_lines(manifest))
     print(head)
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*SOURCE_COLUMNS)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # not text with markup: a source may be called [/x]
         Console().print(table)
     else:
         for row in rows:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,7 +16,9 @@ import fuserl_megatron
 from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.launch import nemo, slurm
+from fuserl_megatron.launch.local import die_with_parent
 from fuserl_megatron.launch.stages import Pipeline, Stage
+from fuserl_megatron.util.locks import only_writer
 
 MARKER = "REQUEUE"
 """The file that a training leaves in its results_dir when it was stopped to be continued (train/stopping.py)."""
@@ -27,6 +30,13 @@ def launch(pipeline: Pipeline, overrides: Sequence[str], dry_run: bool) -> int:
     Raises:
         UserError: it cannot be submitted, or stages of an earlier launch are still in the queue.
     """
+    if dry_run:
+        return _launch(pipeline, overrides, dry_run)
+    with only_writer(pipeline.root / ".launch.lock", pipeline.root, "choose another run.results_dir"):
+        return _launch(pipeline, overrides, dry_run)
+
+
+def _launch(pipeline: Pipeline, overrides: Sequence[str], dry_run: bool) -> int:
     todo = unfinished(pipeline)
     for line in pipeline.notes:
         print(line)
@@ -91,7 +101,8 @@ def local_command(stage: Stage) -> list[str]:
 
 def _plan(pipeline: Pipeline, stages: Sequence[Stage], on_slurm: bool) -> str:
     """What would be written and run, in a form that a shell would take."""
-    parts, jobs = [], {stage.name: f"${stage.name}" for stage in stages}
+    # a job's id is known when it is submitted; until then a word that needs no quotes stands for it
+    parts, jobs = [], {stage.name: f"@{stage.name}@" for stage in stages}
     for stage in stages:
         if stage.config:
             parts.append(f"# ---- {stage.config_path}\n{stage.config}")
@@ -102,7 +113,8 @@ def _plan(pipeline: Pipeline, stages: Sequence[Stage], on_slurm: bool) -> str:
             continue
         words = slurm.sbatch_words(pipeline, stage, jobs)
         parts.append(f"# ---- {words[-1]}\n{slurm.job_script(pipeline, stage)}")
-        parts.append(f"# ---- submit\n{stage.name}=$({' '.join(words)})\n")
+        submitted = re.sub(r"@(\w+)@", r"$\1", shlex.join(words[:-1]))
+        parts.append(f"# ---- submit\n{stage.name}=$({submitted} {shlex.quote(words[-1])})\n")
     return "\n".join(parts)
 
 
@@ -135,7 +147,7 @@ def _run_here(pipeline: Pipeline, stages: Sequence[Stage]) -> int:
         print(f"---- {stage.name}: {shlex.join(words)}", flush=True)
         environ = dict(os.environ) | dict(pair.split("=", 1) for pair in stage.cluster.env)
         environ["FUSERL_COMMAND"] = shlex.join(["fuserl", *sys.argv[1:]])  # what a stopped run says continues it
-        code = _wait(subprocess.Popen(words, env=environ))
+        code = _wait(subprocess.Popen(words, env=environ, preexec_fn=die_with_parent))
         if code:
             print(f"{stage.name} ended with exit code {code}; the stages after it were not started", file=sys.stderr)
             return code if code > 0 else 128 - code
@@ -147,14 +159,12 @@ def _run_here(pipeline: Pipeline, stages: Sequence[Stage]) -> int:
 
 
 def _wait(process: subprocess.Popen) -> int:
-    """Its exit code; TERM and USR1 are passed on, Ctrl-C reaches it by itself."""
-    signals = (signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, lambda n, _: process.send_signal(n)) for number in signals}
+    """Its exit code; TERM and USR1 are passed on, Ctrl-C reaches it by itself: training saves, the others end."""
+    signals = {number: lambda n, _: process.send_signal(n) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    signals[signal.SIGINT] = lambda *_: None
+    before = {number: signal.signal(number, handler) for number, handler in signals.items()}
     try:
         return process.wait()
-    except KeyboardInterrupt:
-        process.wait()
-        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

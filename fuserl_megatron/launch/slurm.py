@@ -120,7 +120,11 @@ def _body() -> str:
 
 
 def _quoted(value: str) -> str:
-    return f'"{value}"' if re.search(r"\s", value) else value
+    """A value as sbatch reads it in a script: quotes around anything unusual, a backslash before what they mean."""
+    if re.fullmatch(r"[\w@%+=:,./-]+", value, re.ASCII):
+        return value
+    escaped = re.sub(r'(["\\])', r"\\\1", value)
+    return f'"{escaped}"'
 
 
 def _call(command: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import leaves
 from fuserl_megatron.convert.names import megatron_names
 from fuserl_megatron.mcore.verify_sides import Side, Tokens, open_side, tokenizer_of
+from fuserl_megatron.util.text import printable
 
 MAX_TOKENS = 512  # of one text: a comparison needs no more
 WINDOW = 2**23  # numbers compared at a time
@@ -216,15 +217,18 @@ def _compare_greedy(results: list[list[Tokens]], count: int) -> dict[str, Any]:
 def _print_table(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(
-        title=f"A  {report['a']} ({report['kinds'][0]})\nB  {report['b']} ({report['kinds'][1]})", title_justify="left"
-    )
+    def text(words: str) -> Text:  # a path or a tensor's name is no markup
+        return Text(printable(words, keep="\n"))
+
+    sides = f"A  {report['a']} ({report['kinds'][0]})\nB  {report['b']} ({report['kinds'][1]})"
+    table = Table(title=text(sides), title_justify="left")
     for column in ("compared", "result", ""):
         table.add_column(column, overflow="fold")
 
     def add(what: str, result: str, same: bool) -> None:
-        table.add_row(what, result, "[green]same[/]" if same else "[red]DIFFERENT[/]")
+        table.add_row(what, text(result), "[green]same[/]" if same else "[red]DIFFERENT[/]")
 
     config, tensors = report["config"], report["tensors"]
     fields = ", ".join(f"{key}: {x} and {y}" for key, (x, y) in config["different"].items())

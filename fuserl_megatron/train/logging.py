@@ -13,6 +13,7 @@ from pathlib import Path
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.files import write_file
 from fuserl_megatron.train.trackers import Trackers
+from fuserl_megatron.util.text import printable
 
 SHOWN = {
     "fusesft": [("nll_per_token", "nll/tok")],
@@ -23,7 +24,7 @@ SHOWN = {
 def say(text: str, aloud: bool = True) -> None:
     """One line on stdout, at once; `aloud` is False on ranks that are to keep silent."""
     if aloud:
-        print(text, flush=True)
+        print(printable(text, keep="\n"), flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -51,7 +52,7 @@ def cut_back(path: Path, step: int) -> None:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step and path.exists() else []:
         try:
             kept += [line] if json.loads(line)["step"] <= step else []
-        except ValueError:
+        except (ValueError, TypeError, LookupError, RecursionError):  # no JSON, or no record
             continue
     write_file(path, [f"{line}\n".encode() for line in kept])
 
@@ -103,9 +104,9 @@ class RunLog:
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (TextColumn(config.run.name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, transient=True)
-            self._task = self._bar.add_task("train", total=total, completed=first_step)
+            name = TextColumn("{task.description}", markup=False)
+            self._bar = Progress(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+            self._task = self._bar.add_task(printable(config.run.name), total=total, completed=first_step)
             self._bar.start()
 
     def step(self, record: dict) -> None:
@@ -153,7 +154,7 @@ class RunLog:
         return " | ".join(parts)
 
     def _print(self, text: str) -> None:
-        self._bar.console.print(text, highlight=False) if self._bar else say(text)
+        self._bar.console.print(printable(text, keep="\n"), highlight=False, markup=False) if self._bar else say(text)
 
     def close(self, complete: bool = True) -> None:
         """End the bar, the files and the trackers, which are told whether the run is complete."""

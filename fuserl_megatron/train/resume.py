@@ -1,4 +1,7 @@
-"""Is this the same run? What must agree between a run and its continuation, checked before anything is written."""
+"""Is this the same run? What must agree between a run and its continuation, checked before anything is written.
+
+The number of steps may change: a run is made longer by the same command with more epochs or steps.
+"""
 
 import dataclasses
 import hashlib
@@ -14,6 +17,8 @@ from fuserl_megatron.mcore.dist_format import candidates, iteration_directory
 from fuserl_megatron.train.logging import say
 
 PROBE_BYTES = 1 << 20
+STEPS = "steps in all"
+"""In a checkpoint's progress: how many steps the run was to have."""
 
 
 def run_identity(config: Config, dataset: FusedDataset, reward_temperature: float, total: int) -> dict:
@@ -28,7 +33,7 @@ def run_identity(config: Config, dataset: FusedDataset, reward_temperature: floa
         "run.seed": config.run.seed,
         "data.shuffle": config.data.shuffle,
         "data.global_batch_size": config.data.global_batch_size,
-        "steps in all": total,
+        STEPS: total,
         "trainer.precision": config.trainer.precision,
         "trainer.gradient_clip_val": config.trainer.gradient_clip_val,
         "optim": {k: v for k, v in dataclasses.asdict(config.optim).items() if not k.startswith("overlap_")},
@@ -88,6 +93,10 @@ def steps_to_resume(
         for problem in problems:
             say(f"WARNING: damaged checkpoint in {checkpoints}: {problem}. Step {found} is used instead")
     saved = parallel.on_main_rank(layout, _progress_of_this_run, checkpoints, found, identity) if found else {}
+    before, now = saved.get(STEPS, identity[STEPS]), identity[STEPS]
+    if before != now:
+        what = f"this run was to have {before} steps and has {now} now: from step {found + 1} on the learning rate is"
+        say(f"NOTE: {what} that of {now} steps", layout.is_main)
     return found, list(damaged), saved
 
 
@@ -95,9 +104,14 @@ def _progress_of_this_run(checkpoints: Path, iteration: int, identity: dict) -> 
     progress = checkpoint.read_progress(checkpoints, iteration)
     saved = dict(leaves(progress))
     for key, now in leaves(identity):
-        if saved.get(key) != now:
+        if key != STEPS and saved.get(key) != now:
             raise UserError(
                 f"{checkpoints} belongs to a run with {key}={saved.get(key)}, this one has {key}={now}: "
                 "use the same value to continue, or another run.results_dir to start anew."
             )
+    if identity[STEPS] < iteration:
+        raise UserError(
+            f"{checkpoints} holds step {iteration}, and the run is to have {identity[STEPS]} steps: set "
+            f"trainer.max_steps to {iteration} or more (or more trainer.max_epochs), or choose another run.results_dir."
+        )
     return progress

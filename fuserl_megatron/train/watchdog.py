@@ -23,6 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
+from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.train import guardian
 
 HUNG = 3
@@ -126,12 +127,23 @@ class Watchdog:
 
 @contextlib.contextmanager
 def own_log(directory: Path, environ: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Send what ranks but 0 write to their own files; an error that ends one is seen on the terminal, too."""
+    """Send what ranks but 0 write to their own files; an error that ends one is seen on the terminal, too.
+
+    Where nobody foresaw it, rank 0's terminal shows one line and its log has the traceback.
+    """
     rank = int(environ.get("RANK", environ.get("SLURM_PROCID", "0")))
-    if rank == 0:
-        yield
-        return
     path = log_path(directory, rank)
+    if rank == 0:
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, (UserError, OSError)):
+                with contextlib.suppress(OSError):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+                        traceback.print_exc(file=file)
+            raise
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     before = [os.dup(number) for number in (1, 2)]
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

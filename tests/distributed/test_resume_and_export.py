@@ -153,3 +153,22 @@ def there_and_back(source, destination, tp, pp):
 
     engine = load_engine(source, tp, pp)
     weights.export_hf(engine.target, engine.layout, destination, source_dir=source, lineage={"target": source})
+
+
+def test_a_run_is_made_longer_by_the_same_command(ranks, case, tmp_path):
+    """Two steps, then four in the same folder: with a schedule that does not depend on the end, the bits of four."""
+
+    def steps(directory, number):
+        config = make_config(
+            case, SFT, global_batch_size=3, max_steps=number, every=2, results_dir=str(directory), sched="constant"
+        )
+        return ranks.run(run, 1, config)
+
+    assert steps(tmp_path / "whole", 4) == [0]
+    assert steps(tmp_path / "longer", 2) == [0]
+    assert steps(tmp_path / "longer", 4) == [0]
+    assert losses(tmp_path / "longer") == losses(tmp_path / "whole")
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "longer")
+    assert all(torch.equal(actual[n], expected[n]) for n in expected)
+    with pytest.raises(Exception, match="holds step 4, and the run is to have 3 steps: set trainer.max_steps to 4"):
+        steps(tmp_path / "longer", 3)

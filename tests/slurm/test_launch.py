@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +113,19 @@ def test_without_sbatch_and_over_a_chain_that_waits(cluster, words, case, monkey
     monkeypatch.setenv("PATH", "/nowhere")
     assert main(["launch", *words]) == 2
     assert "there is no sbatch on PATH" in capfd.readouterr().err
+
+
+def test_no_value_becomes_a_command_of_the_job_script(cluster, case, tmp_path, capfd):
+    """Names and paths with what shells and sbatch take for their own; the job is named as it was asked to be."""
+    name, root = "a\"b c'd $(touch P) `touch P` & % # \\x", tmp_path / "r %j \"q\" 'a' $(touch P) & #"
+    override = name.replace('"', '\\"')
+    words = ["cluster=slurm", f"target={case['policy']}", "stages=[build_sft]", f'run.name="{override}"']
+    words += ["run.results_dir=\"" + str(root).replace('"', '\\"') + '"', "build_sft.reward_temperature=0.05"]
+    words += [f"build_sft.inputs=[{case['records']}]", "build_sft.max_length=96"]
+    assert main(["launch", *words]) == 0, capfd.readouterr().err
+    (job,) = json.loads((root / "launch" / "jobs.json").read_text()).values()
+    shown = cluster.run("scontrol", "show", "job", job)
+    assert re.search(r"JobName=(.*)", shown)[1] == f"{name}-build_sft"
+    assert cluster.wait(job) == "COMPLETED", shown
+    assert (root / "build_sft" / "groups.arrow").exists()
+    assert not [path for folder in (tmp_path, Path.cwd()) for path in folder.rglob("P") if path.name == "P"]

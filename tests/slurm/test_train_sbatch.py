@@ -35,7 +35,7 @@ def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, setti
         assert cluster.wait(jobs[name]) == "COMPLETED", Path(f"{results}.log").read_text()
     log = (tmp_path / "preempted.log").read_text()
     assert f"job {jobs['preempted']}, start 0, 2 ranks on n[1-2]" in log and "start 1, 2 ranks" in log
-    assert f"job {jobs['preempted']} is back in the queue" in log
+    assert f"job {jobs['preempted']} goes back into the queue" in log
     assert not (tmp_path / "preempted" / "v1" / "REQUEUE").exists()
     runs = {name: steps_of(tmp_path / name / "v1") for name in jobs}
     assert [r["step"] for r in runs["undisturbed"]] == [r["step"] for r in runs["preempted"]] == list(range(1, 41))
@@ -54,12 +54,12 @@ def test_the_end_of_the_job_stops_the_run_in_time(cluster, case, settings, tmp_p
     words = [*settings, "trainer.max_steps=100000", f"run.results_dir={tmp_path}/run"]
     job = submit(cluster, case, f"{tmp_path}/log", ["--time=1", "--signal=B:URG@1"], *words)
     deadline, log = time.monotonic() + 120, tmp_path / "log"
-    while not (log.is_file() and "is back in the queue" in log.read_text()) and time.monotonic() < deadline:
+    while not (log.is_file() and "goes back into the queue" in log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.5)
     cluster.run("scancel", job)
     steps = len(steps_of(tmp_path / "run"))
     said = f"stopped by the end of the SLURM job (rank 0) after step {steps} of 100000, saved at step {steps}"
-    assert said in log.read_text() and f"job {job} is back in the queue" in log.read_text()
+    assert said in log.read_text() and f"job {job} goes back into the queue" in log.read_text()
 
 
 @pytest.mark.slow

@@ -1,10 +1,12 @@
 """Reading, checking and grouping of records: every complaint names file, line, field and remedy."""
 
 import gzip
+import io
 import json
 import os
 import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -17,6 +19,8 @@ GOOD = {"prompt": "p", "source": "a", "response": "r", "reward": 0.5}
 BAD = [
     ('{"prompt": "p", "source"', "malformed_json", "not valid JSON"),
     ("[1, 2]", "malformed_json", "must be a JSON object"),
+    (json.dumps(GOOD)[:-1] + ', "meta": ' + "7" * 5000 + "}", "malformed_json", "not valid JSON"),
+    (json.dumps(GOOD)[:-1] + ', "reward": 0.7}', "malformed_json", "'reward' stands twice in one object"),
     ({k: v for k, v in GOOD.items() if k != "prompt"}, "missing_prompt", "field 'prompt' is missing"),
     ({k: v for k, v in GOOD.items() if k != "source"}, "missing_source", "field 'source' is missing"),
     ({k: v for k, v in GOOD.items() if k != "response"}, "missing_response", "field 'response' is missing"),
@@ -197,3 +201,46 @@ def test_nothing_usable_and_nothing_given(write_records):
         load_groups([], Rejects("stop"))
     with pytest.raises(UserError, match="on_bad_record='ignore' is unknown"):
         Rejects("ignore")
+
+
+def arrow_text(*values: bytes) -> pa.Array:
+    """A column of text that nobody checked."""
+    offsets = np.cumsum([0, *map(len, values)], dtype=np.int32)
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+    return pa.Array.from_buffers(pa.string(), len(values), buffers)
+
+
+def test_one_value_of_a_parquet_file_that_is_no_text_is_one_bad_record(tmp_path):
+    """And a time that Python's cannot hold, in a column that nobody reads, is none."""
+    table = pa.table(
+        {
+            "prompt": ["p", "q", "r"],
+            "source": ["a", "a", "a"],
+            "response": arrow_text(b"good", b"\xff\xfe", b"good, too"),
+            "reward": [0.0, 1.0, 2.0],
+            "when": pa.array([2**62, 0, None], pa.timestamp("us")),
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    rejects = Rejects("skip", io.StringIO())
+    loaded = load_groups([str(tmp_path / "in.parquet")], rejects)
+    assert [group.messages[0][1] for group in loaded.groups] == ["p", "r"] and rejects.counts == {"not_utf8": 1}
+    assert json.loads(rejects.file.getvalue())["line"] == 2 and loaded.unknown_keys == {"when": 2}
+    with pytest.raises(UserError, match=r"in\.parquet:2: not UTF-8"):
+        load_groups([str(tmp_path / "in.parquet")], Rejects("stop"))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    columns = ["prompt", "source", "response", "reward", "reward"]
+    table = pa.table([["p"], ["a"], ["r"], [0.0], [1.0]], names=columns)
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    with pytest.raises(UserError, match="column 'reward' is there twice"):
+        load_groups([str(tmp_path / "in.parquet")], Rejects("stop"))
+
+
+@pytest.mark.parametrize("pattern", ["x.jsonl", "*.jsonl"])
+@pytest.mark.parametrize("kind", ["pipe", "link to nothing"])
+def test_a_file_that_is_none_is_refused_at_once(tmp_path, kind, pattern):
+    os.mkfifo(tmp_path / "x.jsonl") if kind == "pipe" else (tmp_path / "x.jsonl").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"x\.jsonl is no regular file"):
+        load_groups([str(tmp_path / pattern)], Rejects("stop"))

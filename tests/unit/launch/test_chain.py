@@ -1,6 +1,13 @@
 """A chain on this machine: order, markers, going on, stopping where a stage fails. The stage is a user's command."""
 
 import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +83,61 @@ def test_what_a_job_gets_from_the_cluster_section(words):
     assert text.index("export FUSERL_VENV=/venv\n") < text.index("module load cuda") < text.index("srun ")
     body = Path(__file__).parents[3] / "slurm" / "train.sbatch"
     assert text.endswith(body.read_text().partition("# From here on")[2])
+
+
+def alive(pid):
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_no_stage_outlives_a_killed_launch_and_a_second_launch_is_refused(words, tmp_path, capfd):
+    stage = command(f"sh -c 'echo $$ > {tmp_path}/pid; exec sleep 300'")
+    first = subprocess.Popen([sys.executable, "-m", "fuserl_megatron.cli", "launch", *words, stage])
+    deadline = time.monotonic() + 60
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    pid = int((tmp_path / "pid").read_text())
+    assert main(["launch", *words, command("touch second")]) == 2
+    assert re.search(rf"run: process {first.pid} on \S+, .*writes there: wait, stop it", capfd.readouterr().err)
+    assert alive(pid)
+    first.kill()
+    first.wait()
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not alive(pid)
+    assert main(["launch", *words, command("true")]) == 0
+
+
+def test_ctrl_c_waits_for_the_stage_and_hands_on_its_code(words, tmp_path):
+    """As a terminal sends it: to both. A training saves and ends with 0; this stage ends as it likes."""
+    stage = command(f"sh -c 'trap \"exit 9\" INT; touch {tmp_path}/there; while true; do sleep 0.1; done'")
+    launcher = [sys.executable, "-m", "fuserl_megatron.cli", "launch", *words, stage]
+    run = subprocess.Popen(launcher, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "there").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGINT)
+    said = run.communicate(timeout=60)[1]
+    assert run.returncode == 9 and said == "evaluate ended with exit code 9; the stages after it were not started\n"
+
+
+@pytest.mark.parametrize("key", ["run.name", "run.results_dir", "cluster.partition", "cluster.account", "cluster.env"])
+def test_a_line_break_in_a_name_is_refused(words, tmp_path, capfd, key):
+    """It would begin a command of its own in the job script."""
+    value = f"X=1\\ntouch {tmp_path}/P\\n#"
+    file = tmp_path / "of somebody else.yaml"
+    section, name = key.split(".")
+    value = f'"{value}"' if name != "env" else f'["{value}"]'
+    file.write_text(f"defaults: [config, _self_]\n{section}:\n  {name}: {value}\n")
+    more = [word for word in words if not word.startswith(key)]
+    assert main(["launch", "--config-name", str(file), "--dry-run", "cluster=slurm", *more, command("true")]) == 2
+    error = capfd.readouterr().err
+    assert error.count("\n") == 1 and rf"{key}=X=1\ntouch" in error and "holds a line break" in error
+
+
+def test_the_dry_run_s_submission_is_what_a_shell_would_take(words, tmp_path, capfd):
+    odd = tmp_path / "a $(touch P) 'b"
+    more = [word for word in words if not word.startswith("run.results_dir")]
+    assert main(["launch", "--dry-run", "cluster=slurm", f'run.results_dir="{odd}"', *more, command("true")]) == 0
+    (line,) = re.findall(r"^evaluate=\$\((.*)\)$", capfd.readouterr().out, re.MULTILINE)
+    assert shlex.split(line) == ["sbatch", "--parsable", str(odd / "launch" / "evaluate.sbatch")]
