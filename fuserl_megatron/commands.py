@@ -15,6 +15,7 @@ from fuserl_megatron.config.facts import replica_ranks, row_settings
 from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.util.locks import only_writer
+from fuserl_megatron.util.ports import free_port
 
 
 def build(options: argparse.Namespace) -> int:
@@ -183,7 +184,7 @@ def _becomes_rank(config: Config, num_ranks: int) -> bool:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # core takes any GPU it sees
     is_rank = local.is_rank()
     if not is_rank and num_ranks == 1:  # in an sbatch script without srun, SLURM's variables describe other ranks
-        os.environ.update(local.rank_environment(0, 1, local.free_port()))
+        os.environ.update(local.rank_environment(0, 1, free_port()))
     return is_rank or num_ranks == 1
 
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from fuserl_megatron.config.machine import usable_cores
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.ports import reserved_port
 
 USER_ERROR = 2
 UNSET = "torchrun and srun set these variables together; to start ranks here, unset them and type --nproc N."
@@ -76,24 +77,6 @@ def rank_environment(rank: int, num_ranks: int, port: int, environ: Mapping[str,
         "LOCAL_WORLD_SIZE": str(num_ranks),
     }
     return {**defaults, **environ, **address, **place}
-
-
-def reserved_port() -> socket.socket:
-    """A socket bound to a free TCP port that it keeps for the one who will listen there, as long as it is open.
-
-    Ranks take seconds to import torch; a port that was merely free before may be another program's by then. Both sides
-    set SO_REUSEADDR (torch's store does), and a socket that does not listen does not stand in the way.
-    """
-    probe = socket.socket()
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    probe.bind(("127.0.0.1", 0))
-    return probe
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on just now."""
-    with reserved_port() as probe:
-        return probe.getsockname()[1]
 
 
 def run_ranks(

@@ -10,19 +10,13 @@ import multiprocessing as mp
 import os
 import pickle
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-
-def free_port() -> int:
-    """A TCP port that nobody listens on at this moment."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from fuserl_megatron.util.ports import reserved_port
 
 
 def _worker(connection, path: list[str]) -> None:
@@ -95,14 +89,17 @@ class Ranks:
             process.start()
             self._workers.append((process, here))
 
-    def run(self, function: Callable, world_size: int, *args: Any, timeout: float = 180.0) -> list[Any]:
+    def run(self, function: Callable, world_size: int, *args: Any, timeout: float = 900.0) -> list[Any]:
         """Results of function(*args) on ranks 0..world_size-1.
 
         Raises:
             RuntimeError: a rank raised (its traceback is the message) or did not answer within `timeout` seconds.
         """
         self._grow(world_size)
-        port = str(free_port())
+        with reserved_port() as reserved:
+            return self._run(function, world_size, args, timeout, str(reserved.getsockname()[1]))
+
+    def _run(self, function: Callable, world_size: int, args: tuple, timeout: float, port: str) -> list[Any]:
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
             environment = dict(
                 RANK=str(rank),

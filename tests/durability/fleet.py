@@ -67,7 +67,8 @@ class Fleet:
 
     def start(self, overrides: list[str], log: Path, world: int = 2, prelude=None) -> "Run":
         """Start `fuserl train` on `world` ranks; prelude(rank) is called in each before it begins."""
-        from fuserl_megatron.launch.local import rank_environment, reserved_port
+        from fuserl_megatron.launch.local import rank_environment
+        from fuserl_megatron.util.ports import reserved_port
 
         reserved, ranks = reserved_port(), []
         port = reserved.getsockname()[1]
@@ -96,7 +97,7 @@ class Run:
             if only in (None, rank) and process.exitcode is None:
                 os.kill(process.pid, number)
 
-    def wait(self, timeout: float = 60.0) -> list[int]:
+    def wait(self, timeout: float = 600.0) -> list[int]:
         """Exit codes; whatever still runs after `timeout` seconds is killed and the text of the log raised."""
         deadline = time.monotonic() + timeout
         for process in self.ranks:
@@ -120,7 +121,7 @@ class Run:
         """What the ranks said."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def until(self, condition, timeout: float = 60.0):
+    def until(self, condition, timeout: float = 600.0):
         """Wait until condition() is true and return it; the run's ending first is an error."""
         deadline = time.monotonic() + timeout
         while not (found := condition()):

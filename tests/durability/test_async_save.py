@@ -35,7 +35,7 @@ def held_until_two_more_steps_are_done(directory):
     released, step_done, write, train_step = threading.Event(), [0], saving.Saving._write, loop.train_step
 
     def held(self):
-        assert released.wait(120), "step 5 never came: training waited for the writer"
+        assert released.wait(600), "step 5 never came: training waited for the writer"
         write(self)
 
     def counted(*args, **kwargs):

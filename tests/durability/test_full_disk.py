@@ -56,7 +56,7 @@ def test_a_run_outlives_a_full_disk_and_its_log_is_whole(fleet, case, disk, tmp_
     words += ["optim.use_distributed_optimizer=true", f"{params}.async_save={background}"]
     prelude = partial(fill_the_disk, str(disk))
     run = fleet.start(case_settings(case, disk / "run", *words), tmp_path / "log", prelude=prelude)
-    assert run.wait(60) == [0, 0], run.text()
+    assert run.wait(600) == [0, 0], run.text()
     assert [r["step"] for r in records(disk / "run")] == [*range(1, 13)]
     log, save, end = [line for line in run.text().splitlines() if line.startswith("WARNING")]
     assert log == f"WARNING: {disk}/run/metrics.jsonl: {FULL}: its lines wait in memory until there is room"
@@ -69,6 +69,6 @@ def test_a_run_outlives_a_full_disk_and_its_log_is_whole(fleet, case, disk, tmp_
 def test_a_start_on_a_full_disk_is_one_line(fleet, case, disk, tmp_path):
     fill(disk)
     run = fleet.start(case_settings(case, disk / "run", "trainer.max_steps=2"), tmp_path / "log", world=1)
-    assert run.wait(60) == [2], run.text()
+    assert run.wait(600) == [2], run.text()
     said = f"fuserl: error: {disk}/run: {FULL}: make room there; the same command goes on from the last checkpoint."
     assert said in run.text().splitlines() and "Traceback" not in run.text()

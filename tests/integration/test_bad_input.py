@@ -13,7 +13,7 @@ import pytest
 RECORD = {"prompt": "q", "source": "s", "response": "right", "reward": 0.5}
 
 
-def fuserl(*arguments, cwd, timeout=120):
+def fuserl(*arguments, cwd, timeout=600):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "fuserl_megatron.cli", *map(str, arguments)],

@@ -79,7 +79,7 @@ def test_there_and_back_through_the_tools(model, tmp_path):
         ("convert_megatron_to_hf.py", tmp_path / "m", tmp_path / "b"),
     ):
         done = run_python(ROOT / "tools" / tool, source, destination, "--report", tmp_path / "report.json")
-        out, err = done.communicate(timeout=120)
+        out, err = done.communicate(timeout=600)
         assert done.returncode == 0, err
         report = json.loads(out)
         assert report == json.loads((tmp_path / "report.json").read_text())
@@ -87,7 +87,7 @@ def test_there_and_back_through_the_tools(model, tmp_path):
     before, after = (load_file(d / "model.safetensors") for d in (directory, tmp_path / "b"))
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     done = run_python(ROOT / "tools" / "convert_megatron_to_hf.py", directory, tmp_path / "c")
-    _, err = done.communicate(timeout=120)
+    _, err = done.communicate(timeout=600)
     assert done.returncode == 2 and err.count("\n") == 1 and "not a Megatron checkpoint" in err
 
 
@@ -541,7 +541,7 @@ def test_being_stopped_half_way_leaves_nothing(model, tmp_path, direction, sent,
         assert process.stdout.readline() == "reading\n"
     assert [name for name in leftovers(tmp_path) if name.startswith(".out.partial")]  # it was at work
     process.send_signal(sent)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == code and "Traceback" not in err
     assert leftovers(tmp_path) == []
 
@@ -556,5 +556,5 @@ def test_a_scheduler_ending_the_batch_tool_leaves_nothing(model, tmp_path):
         assert process.stdout.readline() == "reading\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     assert process.returncode == 143 and leftovers(tmp_path) == []

@@ -29,7 +29,7 @@ def test_no_credential_is_written_or_said(tmp_path, monkeypatch, capfd):
 
     def run(code, *words, **more):
         command = [sys.executable, "-m", "fuserl_megatron.cli", *words]
-        options = dict(cwd=tmp_path, env=environment | more, text=True, timeout=300)
+        options = dict(cwd=tmp_path, env=environment | more, text=True, timeout=600)
         done = subprocess.run(command, capture_output=True, **options)
         assert done.returncode == code, done.stdout + done.stderr
         assert CANARY not in done.stdout + done.stderr, words

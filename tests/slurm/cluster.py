@@ -61,7 +61,7 @@ class Cluster:
         for node in self.nodes:
             (self.root / "spool" / node).mkdir()
             self._call("slurmd", "-N", node, "-f", str(self.root / "slurm.conf"))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 600
         while len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) < len(self.nodes):
             if time.monotonic() > deadline:
                 self.__exit__()
@@ -88,7 +88,7 @@ class Cluster:
 
     def run(self, *command: str, **options) -> str:
         """Output of one of SLURM's commands."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=120, **options)
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=600, **options)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout.strip()
@@ -104,7 +104,7 @@ class Cluster:
         raise TimeoutError(f"job {job} is still {fields['JobState']}")
 
     def _call(self, *command: str) -> None:
-        subprocess.run(command, env=self.environment, check=True, timeout=30, capture_output=True)
+        subprocess.run(command, env=self.environment, check=True, timeout=600, capture_output=True)
 
     def _config(self, munge_socket: Path) -> str:
         host = socket.gethostname().split(".")[0]

@@ -82,7 +82,7 @@ def test_usr1_saves_and_queues_the_job_again(cluster, words, tmp_path):
     ]
     jobs = submitted([w for w in words if not w.endswith("max_steps=2")], tmp_path)
     metrics = tmp_path / "run" / "fusesft" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 3):
         assert time.monotonic() < deadline
         time.sleep(0.5)

@@ -27,7 +27,7 @@ def test_preempted_and_requeued_is_bit_equal_to_undisturbed(cluster, case, setti
     for name in ("undisturbed", "preempted"):
         results = tmp_path / name
         jobs[name] = submit(cluster, case, f"{results}.log", two_nodes, *settings, f"run.results_dir={results}")
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while name == "preempted" and len(steps_of(results / "v1")) < 3 and time.monotonic() < deadline:
             time.sleep(0.1)
         if name == "preempted":
@@ -76,7 +76,7 @@ def test_told_to_end_it_saves_and_stays_away_and_nothing_that_waits_starts(
     job = submit(cluster, case, log, ["--nodes=2", "--ntasks-per-node=1"], *words)
     waits = ["--parsable", f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes", f"--output={tmp_path}/waits"]
     then = cluster.run("sbatch", *waits, "--wrap=true")
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while len(steps_of(results)) < 3 and time.monotonic() < deadline:
         time.sleep(0.1)
     cluster.run("scancel", *told, job)

@@ -108,7 +108,7 @@ def loaded_by(statement: str) -> set[str]:
     """Which of the heavy packages a fresh interpreter has loaded after `statement`."""
     heavy = "('torch', 'megatron', 'transformers', 'hydra')"
     code = f"{statement}\nimport sys\nprint(*(name for name in {heavy} if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=600)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 

@@ -139,7 +139,7 @@ def test_fetching_takes_data_only_and_every_file_once_for_all_ranks(tmp_path):
             )
             for _ in range(2)
         ]
-        answers = [rank.communicate(timeout=120) for rank in ranks]
+        answers = [rank.communicate(timeout=600) for rank in ranks]
     finally:
         server.shutdown()
         server.server_close()

@@ -27,7 +27,7 @@ def test_every_parameter_is_in_one_part_and_the_parts_lie_together(shape):
 
 
 def test_parts_run_side_by_side_and_never_more_than_cores_or_asked_for(shape, monkeypatch):
-    meeting = threading.Barrier(4, timeout=30)  # passes only when four are there at once
+    meeting = threading.Barrier(4, timeout=600)  # passes only when four are there at once
     assert sorted(copying.in_parts(shape, lambda number, *_: meeting.wait() >= 0)) == [True] * 4
     assert copying.in_parts(shape, lambda number, *_: number, threads=1) == [0]
     monkeypatch.undo()

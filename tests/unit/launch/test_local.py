@@ -32,7 +32,7 @@ def gone(pid):
         return True
 
 
-def wait_until(condition, seconds=20.0):
+def wait_until(condition, seconds=600.0):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -75,10 +75,10 @@ def test_a_user_error_of_all_ranks_is_printed_once(capfd):
 
 
 def test_a_user_error_of_one_rank_is_printed_and_ends_all(capfd):
-    program = "if rank == 1: print('fuserl: error: no disk here', file=sys.stderr); sys.exit(2)\ntime.sleep(60)"
+    program = "if rank == 1: print('fuserl: error: no disk here', file=sys.stderr); sys.exit(2)\ntime.sleep(2000)"
     started = time.monotonic()
     assert run(program, 3) == 2
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 600
     assert capfd.readouterr().err == "fuserl: error: no disk here\n"
 
 
@@ -100,7 +100,7 @@ def test_a_rank_that_goes_on_after_a_traceback_is_heard(monkeypatch, capfd):
         "if rank == 1:\n"
         "    print('Traceback (most recent call last)')\n"
         "    for n in range(6): print('line', n, flush=True)\n"
-        "    print('Traceback (most recent call last)', flush=True); time.sleep(60)\n"
+        "    print('Traceback (most recent call last)', flush=True); time.sleep(2000)\n"
         "time.sleep(0.5); print('fuserl: error: no such place', file=sys.stderr); sys.exit(2)"
     )
     assert run(program) == 2
@@ -111,23 +111,23 @@ def test_a_rank_that_goes_on_after_a_traceback_is_heard(monkeypatch, capfd):
 def test_a_crash_ends_all_and_its_exit_code_is_passed_on(capfd):
     words = "print('boom', flush=True); print('Traceback (most recent call last)'); print('x')"
     started = time.monotonic()
-    assert run(f"if rank == 1: {words}; sys.exit(3)\ntime.sleep(60)") == 3
-    assert time.monotonic() - started < 15
+    assert run(f"if rank == 1: {words}; sys.exit(3)\ntime.sleep(2000)") == 3
+    assert time.monotonic() - started < 600
     err = capfd.readouterr().err
     assert err.startswith("[rank 1] boom\n[rank 1] Traceback (most recent call last)\n[rank 1] x\n")
     assert err.endswith("fuserl: error: rank 1 ended first, with exit code 3; the other ranks were ended.\n")
 
 
 def test_a_killed_rank_is_named(capfd):
-    assert run("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)") == 128 + 9
+    assert run("if rank == 1: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(2000)") == 128 + 9
     assert "rank 1 ended first, killed by SIGKILL (out of memory?)" in capfd.readouterr().err
 
 
 def test_a_rank_that_ignores_sigterm_is_killed():
-    program = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank == 1: time.sleep(1); sys.exit(5)\ntime.sleep(60)"
+    program = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank == 1: time.sleep(1); sys.exit(5)\ntime.sleep(999)"
     started = time.monotonic()
     assert run(program) == 5
-    assert time.monotonic() - started < 15
+    assert time.monotonic() - started < 600
 
 
 def start_launcher(tmp_path, body):
@@ -147,18 +147,18 @@ def start_launcher(tmp_path, body):
 
 
 def test_ctrl_c_ends_all(tmp_path):
-    launcher, pids = start_launcher(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)|time.sleep(60)")
+    launcher, pids = start_launcher(tmp_path, "signal.signal(signal.SIGINT, signal.SIG_IGN)|time.sleep(2000)")
     os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
-    assert launcher.wait(timeout=20) == 130
+    assert launcher.wait(timeout=600) == 130
     assert all(gone(pid) for pid in pids)
 
 
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
 def test_signals_are_passed_on_and_the_ranks_decide(tmp_path, name):
-    body = f"signal.signal(signal.{name}, lambda *_: sys.exit(0))|time.sleep(60)"
+    body = f"signal.signal(signal.{name}, lambda *_: sys.exit(0))|time.sleep(2000)"
     launcher, pids = start_launcher(tmp_path, body)
     launcher.send_signal(getattr(signal, name))
-    assert launcher.wait(timeout=20) == 0
+    assert launcher.wait(timeout=600) == 0
     assert all(gone(pid) for pid in pids)
 
 
@@ -180,14 +180,14 @@ def test_ranks_may_take_their_time_after_a_signal(tmp_path, monkeypatch, name):
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
     wait_until(lambda: all((tmp_path / f"{rank}.pid").exists() for rank in range(2)))
     os.killpg(launcher.pid, getattr(signal, name))  # the ranks hear it twice: from here and from the launcher
-    assert launcher.wait(timeout=20) == 0
+    assert launcher.wait(timeout=600) == 0
     assert all((tmp_path / f"{rank}.saved").exists() for rank in range(2))
 
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path):
-    launcher, pids = start_launcher(tmp_path, "|time.sleep(60)")
+    launcher, pids = start_launcher(tmp_path, "|time.sleep(2000)")
     launcher.kill()
-    launcher.wait(timeout=20)
+    launcher.wait(timeout=600)
     wait_until(lambda: all(gone(pid) for pid in pids))
 
 

@@ -24,7 +24,7 @@ def run_script(tmp_path):
 
     def run(*words, **environ):
         command = ["bash", str(SCRIPT), *words]
-        return subprocess.run(command, cwd=tmp_path, env=base | environ, capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, cwd=tmp_path, env=base | environ, capture_output=True, text=True, timeout=600)
 
     return run
 

@@ -11,6 +11,7 @@ import torch
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.launch import local
 from fuserl_megatron.mcore import parallel, rendezvous
+from fuserl_megatron.util.ports import reserved_port
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +110,7 @@ sys.stdin.read()
 
 def test_ranks_of_one_machine_listen_on_the_loopback_interface_alone(environment):
     """A store on every interface lets whoever reaches the machine stop a run."""
-    with local.reserved_port() as reserved:
+    with reserved_port() as reserved:
         port = reserved.getsockname()[1]
         ranks = [
             subprocess.Popen(
