@@ -93,8 +93,8 @@ def steps_to_resume(
         for problem in problems:
             say(f"WARNING: damaged checkpoint in {checkpoints}: {problem}. Step {found} is used instead")
     saved = parallel.on_main_rank(layout, _progress_of_this_run, checkpoints, found, identity) if found else {}
-    before, now = saved.get(STEPS, identity[STEPS]), identity[STEPS]
-    if before != now:
+    before, now = saved.get(STEPS), identity.get(STEPS)
+    if None not in (before, now) and before != now:
         what = f"this run was to have {before} steps and has {now} now: from step {found + 1} on the learning rate is"
         say(f"NOTE: {what} that of {now} steps", layout.is_main)
     return found, list(damaged), saved
@@ -109,7 +109,7 @@ def _progress_of_this_run(checkpoints: Path, iteration: int, identity: dict) -> 
                 f"{checkpoints} belongs to a run with {key}={saved.get(key)}, this one has {key}={now}: "
                 "use the same value to continue, or another run.results_dir to start anew."
             )
-    if identity[STEPS] < iteration:
+    if identity.get(STEPS, iteration) < iteration:
         raise UserError(
             f"{checkpoints} holds step {iteration}, and the run is to have {identity[STEPS]} steps: set "
             f"trainer.max_steps to {iteration} or more (or more trainer.max_epochs), or choose another run.results_dir."

@@ -79,9 +79,9 @@ def _acquire(file: Path, destination: str | Path, advice: str) -> IO[str] | None
             continue
         with contextlib.suppress(FileNotFoundError):
             if os.stat(file).st_ino == os.fstat(handle.fileno()).st_ino:
-                handle.truncate(0)
-                handle.write(json.dumps(_myself()) + "\n")
-                handle.flush()
+                with contextlib.suppress(OSError):  # a full disk: the lock holds without saying whose it is
+                    os.ftruncate(handle.fileno(), 0)
+                    os.write(handle.fileno(), json.dumps(_myself()).encode() + b"\n")
                 return handle
         handle.close()  # the one who held it has removed the name meanwhile: once more, with the new file
 
