@@ -51,9 +51,12 @@ def _train(options: argparse.Namespace) -> int:
         _check_reference(config)
     if options.dry_run:
         from fuserl_megatron.config.objective import with_loss_defaults
+        from fuserl_megatron.convert.hf_io import check_weights
 
-        filled = with_loss_defaults(config)  # as the run writes it down
-        print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
+        models = filter(None, (config.model.path, config.objective.reference))
+        [check_weights(path) for path in models if any(Path(path).glob("*.safetensors"))]  # a hub name's may be away
+        config = with_loss_defaults(config)  # as the run writes it down
+        print(to_yaml(config), *facts, *_laid_out(config, num_ranks), sep="\n")
         return 0
     config = with_local_models(config)
     if _becomes_rank(config, num_ranks):
@@ -182,11 +185,12 @@ def check(config: Config, num_ranks: int) -> list[str]:
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.data.dataset import Manifest
 
-    facts = validate(config, num_ranks, read_config(model), data_set=Manifest.read(config.data.path))
-    if config.data.validation_path is not None:
+    held_out = config.data.validation_path and Manifest.read(config.data.validation_path)
+    facts = validate(config, num_ranks, read_config(model), Manifest.read(config.data.path), held_out or None)
+    if held_out:
         from fuserl_megatron.train.monitor import check_monitor
 
-        check_monitor(config, Manifest.read(config.data.validation_path).sources)
+        check_monitor(config, held_out.sources)
     return facts
 
 

@@ -31,6 +31,7 @@ from fuserl_megatron.convert.whole_directory import check_destination, whole_dir
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
 from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, find_checkpoint, stored_key, widest
 from fuserl_megatron.mcore.dist_reader import DistReader
+from fuserl_megatron.util.json_files import write_json
 
 # modules whose extra state core asks for when it loads under the local spec; under the other spec they are the same
 _WITH_EXTRA_STATE = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
@@ -81,9 +82,9 @@ def hf_to_megatron(
         needed += sum(file.stat().st_size for file, _ in companions) + 2500 * 8 * (shape.num_layers + 2)
         with whole_directory(destination, needed_bytes=needed, source_dir=source, force=force) as partial:
             hf_io.copy_companions(companions, partial / "hf")
-            hf_io.write_json(partial / "hf" / "config.json", shape.raw)
+            write_json(partial / "hf" / "config.json", shape.raw)
             lineage = {"target": str(source), "written_by": f"fuserl-megatron {fuserl_megatron.__version__}"}
-            hf_io.write_json(partial / "lineage.json", lineage)
+            write_json(partial / "lineage.json", lineage)
             folder = iteration_directory(partial, 0)
             _write_iteration(folder, reader, shape, number, padded)
             with DistReader(folder) as written:
