@@ -4,6 +4,7 @@ Writing is in saving.py, the files' format in dist_format.py, their checksums in
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import parallel_state as ps
@@ -14,12 +15,12 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore.dist_format import iteration_directory
 from fuserl_megatron.mcore.loading import load_state
-from fuserl_megatron.mcore.manifest import find_damage
+from fuserl_megatron.mcore.manifest import PROGRESS, find_damage
 from fuserl_megatron.mcore.model import TargetModel, gather_parameters
 from fuserl_megatron.mcore.parallel import Layout, from_all_ranks
-from fuserl_megatron.mcore.saving import PROGRESS, Saving, first_line
+from fuserl_megatron.mcore.saving import Saving, first_line
 from fuserl_megatron.mcore.step import Engine
-from fuserl_megatron.util.json_files import read_json
+from fuserl_megatron.util.json_files import BadFile, read_json
 
 ADVICE = ": remove that folder to use the checkpoint before it, or start in another run.results_dir."
 
@@ -71,7 +72,18 @@ def read_progress(root: str | Path, iteration: int) -> dict:
         UserError: it is not there or not readable.
     """
     file = iteration_directory(root, iteration) / PROGRESS
-    return read_json(file, "a run's progress", "remove that checkpoint to use the one before it")
+    advice = "remove that checkpoint to use the one before it"
+    progress = read_json(file, "a run's progress", advice)
+    validations = progress.get("validations", [])
+    if not isinstance(validations, list) or not all(map(_is_validation, validations)):
+        raise BadFile(file, "not a run's progress (validations)", advice)
+    return progress
+
+
+def _is_validation(record: Any) -> bool:
+    """A step, and metrics that are numbers, or null where they were not finite."""
+    numbers = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return numbers and all(value is None or isinstance(value, int | float) for value in record.values())
 
 
 def load(target: TargetModel, folder: Path, optimizer: ChainedOptimizer | None = None, advice: str = ADVICE) -> None:

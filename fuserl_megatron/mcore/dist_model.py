@@ -4,6 +4,7 @@ Legend: as in offline.py.
 """
 
 import functools
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -20,7 +21,8 @@ from fuserl_megatron.convert.names import TE_FUSED, find_rule, hf_shapes, megatr
 from fuserl_megatron.convert.shards import check_num_layers
 from fuserl_megatron.mcore.dist_format import INDEX, LAYERS, POINTER, iteration_directory, newest_iteration
 from fuserl_megatron.mcore.dist_reader import DistReader
-from fuserl_megatron.util.json_files import read_json
+from fuserl_megatron.mcore.manifest import refuse_damage
+from fuserl_megatron.util.json_files import BadFile, read_bytes, read_json
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
         hf: directory or hub name with config.json and tokenizer; None looks for `hf/`, then the run's config.yaml.
 
     Raises:
-        UserError: there is no checkpoint, or nothing says which model it is of.
+        UserError: there is no checkpoint, it is damaged, or nothing says which model it is of.
     """
     path = Path(os.path.abspath(path))  # "." has neither a name nor a parent
     if not path.is_dir():
@@ -52,6 +54,7 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     if folder is None:
         hint = "; it is a Hugging Face directory already" if (path / "config.json").exists() else ""
         raise UserError(f"{path}: no {POINTER}, so not a Megatron checkpoint{hint}; give one that has it")
+    refuse_damage(folder)
     root = folder.parent
     lineage, file = {"checkpoint": str(folder)}, root / "lineage.json"
     if file.exists():
@@ -86,10 +89,13 @@ def _from_run(file: Path, lineage: dict[str, Any]) -> tuple[Path, Path, dict[str
     import yaml
 
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_bytes(file, "name the model with --hf DIR"))
+        json.dumps(config, default=str)  # as the model card will hold it: aliases may make a circle
         model = config["model"]
         directory, tokenizer = Path(model["path"]), Path(model.get("tokenizer") or model["path"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except BadFile:
+        raise
+    except (ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a run's config ({type(error).__name__}); name the model with --hf DIR") from None
     if not directory.is_dir():
         raise UserError(f"{file}: model.path = {directory} is not here; name the model the run started from: --hf DIR")
@@ -120,7 +126,7 @@ def check_checkpoint(reader: DistReader, shape: ModelShape) -> torch.dtype:
                 f"{reader.directory}: no {key}, which this config calls for; name the right model with --hf"
             )
         expected[key] = whole
-        padded = row.rule == "vocab" and stored.size[0] >= whole[0] and stored.size[1:] == whole[1:]
+        padded = row.rule == "vocab" and stored.size[:1] >= whole[:1] and stored.size[1:] == whole[1:]
         if stored.size != whole and not padded:
             raise UserError(
                 f"{reader.directory}: {key} has size {list(stored.size)}, but the config calls for {list(whole)}; "

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.weight_files import read_into
-from fuserl_megatron.mcore.dist_format import CONFIG, INDEX, numbers_of
-from fuserl_megatron.mcore.safe_load import AGAIN, read_index, read_state
+from fuserl_megatron.mcore.dist_format import AGAIN, CONFIG, INDEX, numbers_of
+from fuserl_megatron.mcore.safe_load import read_index, read_state
 from fuserl_megatron.util.json_files import is_plain_name, read_json
 
 

@@ -31,6 +31,7 @@ from fuserl_megatron.convert.whole_directory import check_destination, whole_dir
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
 from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, find_checkpoint, stored_key, widest
 from fuserl_megatron.mcore.dist_reader import DistReader
+from fuserl_megatron.mcore.manifest import describe, write_manifest
 from fuserl_megatron.util.json_files import write_json
 
 # modules whose extra state core asks for when it loads under the local spec; under the other spec they are the same
@@ -89,6 +90,7 @@ def hf_to_megatron(
             _write_iteration(folder, reader, shape, number, padded)
             with DistReader(folder) as written:
                 check_checkpoint(written, shape)
+            write_manifest(folder, 0, describe(sorted(folder.iterdir())))
             (partial / POINTER).write_text("0\n")
     return Path(destination)
 

@@ -21,10 +21,9 @@ from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as dcp
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore.dist_format import COMMON, INDEX
+from fuserl_megatron.mcore.dist_format import AGAIN, COMMON, INDEX
 from fuserl_megatron.util.json_files import read_bytes
 
-AGAIN = "copy the checkpoint again, or name another iteration"
 MAX_PICKLE_BYTES = 2**31
 """Of an index or the plain values: a trillion parameters on 10,000 ranks make an index of some 100 MB."""
 
