@@ -28,13 +28,15 @@ from fuserl_megatron.mcore.offline import hf_to_megatron, megatron_to_hf
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VALUES = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, 5e-324, 1e-30),
-    *(float("inf"), float("nan"), "", "x", "²", "\ud800", "\x1b[31m", "../../etc/passwd", [], [1], ["x"], {}, {"a": 1}, [[]], [{}]),
+    *(float("inf"), float("nan"), "", "x", "²", "\ud800", "\x1b[31m", "../../etc/passwd"),
+    *([], [1], ["x"], {}, {"a": 1}, [[]], [{}]),
 ]  # fmt: skip
 FIELDS = [
     *("model_type", "architectures", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "rms_norm_eps", "rope_theta"),
     *("rope_scaling", "rope_parameters", "tie_word_embeddings", "torch_dtype", "dtype", "sliding_window"),
-    *("layer_types", "use_sliding_window", "max_window_layers", "attention_bias", "mlp_bias", "hidden_act", "auto_map", "unknown"),
+    *("layer_types", "use_sliding_window", "max_window_layers", "attention_bias", "mlp_bias", "hidden_act"),
+    *("auto_map", "unknown"),
     *("quantization_config", "pretraining_tp", "partial_rotary_factor", "original_max_position_embeddings"),
 ]  # fmt: skip
 ROPE_FIELDS = [
