@@ -45,8 +45,7 @@ def _train(options: argparse.Namespace) -> int:
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
     if not options.dry_run:
         stopping.remove_marker(Path(config.run.results_dir))
-    num_ranks = _num_ranks(options, config)
-    facts = check(config, num_ranks)
+    facts = check(config, num_ranks := _num_ranks(options, config))
     if options.reference_only:
         _check_reference(config)
     if options.dry_run:
@@ -130,8 +129,7 @@ def _on_ranks(options: argparse.Namespace, run: Callable[[Config], int], *words:
     from fuserl_megatron.config.load import load_config
 
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
-    num_ranks = _num_ranks(options, config)
-    check(config, num_ranks)
+    check(config, num_ranks := _num_ranks(options, config))
     config = with_local_models(config)
     return run(config) if _becomes_rank(config, num_ranks) else _start_ranks(options, num_ranks, *words)
 
@@ -214,7 +212,9 @@ def _laid_out(config: Config, num_ranks: int) -> list[str]:
 
 def hf_to_megatron(options: argparse.Namespace) -> int:
     """`fuserl convert hf-to-megatron`."""
-    print(f"written: {to_megatron(options)}")
+    written = to_megatron(options)
+    print(f"written: {written}
+{(written / 'megatron_lm_flags.txt').read_text()}", end="")
     return 0
 
 

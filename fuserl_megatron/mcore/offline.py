@@ -3,9 +3,11 @@
 A checkpoint written here carries the model's config, tokenizer and templates, so that the way back needs nothing else:
 
     DESTINATION/latest_checkpointed_iteration.txt
-    DESTINATION/iter_0000000/                 stock GPTModel keys, for any TP/PP and either layer spec (dist_format.py)
+    DESTINATION/iter_0000000/                 stock GPTModel keys, for any TP/PP and either layer spec (dist_format.py);
+                                              manifest.json covers its files
     DESTINATION/hf/                           config.json, tokenizer, chat template, generation config, licence
     DESTINATION/lineage.json                  where the weights come from
+    DESTINATION/megatron_lm_flags.txt         the flags with which Megatron-LM computes the same
 
 Legend: V vocabulary, H hidden, F feed-forward width, L layers.
 """
@@ -24,6 +26,7 @@ from fuserl_megatron.convert import hf_io
 from fuserl_megatron.convert.copying import MAX_THREADS, Window, in_parts
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
 from fuserl_megatron.convert.layout import padded_vocab_size, row_runs
+from fuserl_megatron.convert.megatron_lm import FLAGS_FILE, flags_text
 from fuserl_megatron.convert.names import find_rule, hf_shapes
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, converted, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors
@@ -86,6 +89,7 @@ def hf_to_megatron(
             write_json(partial / "hf" / "config.json", shape.raw)
             lineage = {"target": str(source), "written_by": f"fuserl-megatron {fuserl_megatron.__version__}"}
             write_json(partial / "lineage.json", lineage)
+            (partial / FLAGS_FILE).write_text(flags_text(shape, number, destination), encoding="utf-8")
             folder = iteration_directory(partial, 0)
             _write_iteration(folder, reader, shape, number, padded)
             with DistReader(folder) as written:
