@@ -213,8 +213,7 @@ def _laid_out(config: Config, num_ranks: int) -> list[str]:
 def hf_to_megatron(options: argparse.Namespace) -> int:
     """`fuserl convert hf-to-megatron`."""
     written = to_megatron(options)
-    print(f"written: {written}
-{(written / 'megatron_lm_flags.txt').read_text()}", end="")
+    print(f"written: {written}", (written / "megatron_lm_flags.txt").read_text().rstrip(), sep="\n")
     return 0
 
 

@@ -23,7 +23,7 @@ import torch
 import fuserl_megatron
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert import hf_io
-from fuserl_megatron.convert.copying import MAX_THREADS, Window, in_parts
+from fuserl_megatron.convert.copying import MAX_THREADS, Window, all_finite, in_parts, warn_of
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
 from fuserl_megatron.convert.layout import padded_vocab_size, row_runs
 from fuserl_megatron.convert.megatron_lm import FLAGS_FILE, flags_text
@@ -100,11 +100,13 @@ def hf_to_megatron(
 
 
 def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype: torch.dtype, padded: int) -> None:
+    not_finite: set[str] = set()
+
     def write_part(number: int, names: list[str], window: Window) -> DistWriter:
         with DistWriter(folder, rank=number) as writer:
             for name in names:
                 for chunk in _chunks(name, shape, padded):
-                    _write_chunk(writer, reader, window, shape, name, *chunk, dtype)
+                    not_finite.update(_write_chunk(writer, reader, window, shape, name, *chunk, dtype))
             for layer in range(shape.num_layers) if number == 0 else ():
                 for module in _WITH_EXTRA_STATE:
                     writer.object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}", [None])
@@ -114,6 +116,7 @@ def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype
     arguments = _megatron_arguments(shape, dtype, padded)
     common = {"iteration": 0, "checkpoint_version": 3.0, "args": arguments}
     first.finish(common, [writer.index for writer in others])
+    warn_of(not_finite, reader.directory)
 
 
 def _chunks(name: str, shape: ModelShape, padded: int) -> Iterator[tuple[list[tuple[str, int, int, int]], int, int]]:
@@ -136,8 +139,10 @@ def _write_chunk(
     total: int,
     held: int,
     dtype: torch.dtype,
-) -> None:
-    """One chunk of a parameter of `total` rows: `held` of them, from the first run's first row on."""
+) -> set[str]:
+    """One chunk of a parameter of `total` rows: `held` of them, from the first run's first row on. Returns the Hugging
+    Face tensors in which a number is not finite."""
+    not_finite = set()
     key, layer = checkpoint_key(name)
     rest, first = reader.stored(runs[0][0]).shape[1:], runs[0][2]
     size, offsets, sizes = (total, *rest), (first, *[0] * len(rest)), (held, *rest)
@@ -148,6 +153,9 @@ def _write_chunk(
         for row, out in window.pieces(count, rest, reader.stored(hf).dtype):
             reader.read(hf, 0, start + row, start + row + len(out), out=out)
             writer.write(place + (at - first + row) * row_bytes, converted(out, dtype, hf))
+            if not all_finite(out):
+                not_finite.add(hf)
+    return not_finite
 
 
 def _megatron_arguments(shape: ModelShape, dtype: torch.dtype, padded: int) -> argparse.Namespace:
@@ -233,6 +241,8 @@ def megatron_to_hf(
 
 
 def _write_hf(writer: ShardWriter, reader: DistReader, shape: ModelShape) -> None:
+    not_finite: set[str] = set()
+
     def write_part(_: int, names: list[str], window: Window) -> None:
         for name in names:
             key, layer = stored_key(reader, name)
@@ -241,8 +251,11 @@ def _write_hf(writer: ShardWriter, reader: DistReader, shape: ModelShape) -> Non
             for hf, start, at, count in row_runs(name, shape):
                 for row, out in window.pieces(count, rest, stored.dtype):
                     writer.write_rows(hf, start + row, reader.read_rows(key, layer, at + row, out))
+                    if not all_finite(out):
+                        not_finite.add(hf)
 
     in_parts(shape, write_part)
+    warn_of(not_finite, reader.directory)
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:
