@@ -6,10 +6,13 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
+FUZZERS := $(filter-out %/common.py,$(filter-out tests/fuzz/test_%,$(wildcard tests/fuzz/[a-z]*.py)))
+SEED ?= 1
+SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed test-others test-slow test-durability test-gpu test-nemo bench lint clean
+.PHONY: help venv demo test test-distributed test-others test-slow test-durability fuzz test-gpu test-nemo bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
@@ -35,6 +38,9 @@ test-slow: $(INSTALLED)  ## the long proofs
 
 test-durability: $(INSTALLED)  ## 200 runs killed at random instants and resumed, bit for bit (a quarter of an hour on 2 cores)
 	$(BIN)/python tests/durability/crash.py --runs 200 --seed 1
+
+fuzz: $(INSTALLED)  ## every fuzzer of tests/fuzz/, a minute each (make fuzz SEED=7 SECONDS=600)
+	@set -e; for script in $(FUZZERS); do $(BIN)/python -W ignore $$script --seed $(SEED) --seconds $(SECONDS); done
 
 test-gpu: $(INSTALLED)  ## what needs a CUDA device
 	$(PYTEST) -m gpu

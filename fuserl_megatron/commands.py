@@ -76,11 +76,14 @@ def _train(options: argparse.Namespace) -> int:
 def _dry_run(options: argparse.Namespace, config: Config) -> int:
     from fuserl_megatron.config.load import to_yaml
     from fuserl_megatron.config.objective import with_loss_defaults
+    from fuserl_megatron.convert.hf_io import check_weights
 
     num_ranks = _num_ranks(options, config)
     facts = check(config, num_ranks)
     if options.reference_only:
         _check_reference(config)
+    models = filter(None, (config.model.path, config.objective.reference))
+    [check_weights(path) for path in models if any(Path(path).glob("*.safetensors"))]  # a hub name's may be away
     filled = with_loss_defaults(config)  # as the run writes it down
     print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
     return 0
@@ -156,8 +159,7 @@ def _on_ranks(options: argparse.Namespace, run: Callable[[Config], int], *words:
     from fuserl_megatron.config.load import load_config
 
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
-    num_ranks = _num_ranks(options, config)
-    check(config, num_ranks)
+    check(config, num_ranks := _num_ranks(options, config))
     config = with_local_models(config)
     return run(config) if _becomes_rank(config, num_ranks) else _start_ranks(options, num_ranks, *words)
 
@@ -211,11 +213,12 @@ def check(config: Config, num_ranks: int) -> list[str]:
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.data.dataset import Manifest
 
-    facts = validate(config, num_ranks, read_config(model), data_set=Manifest.read(config.data.path))
-    if config.data.validation_path is not None:
+    held_out = config.data.validation_path and Manifest.read(config.data.validation_path)
+    facts = validate(config, num_ranks, read_config(model), Manifest.read(config.data.path), held_out or None)
+    if held_out:
         from fuserl_megatron.train.monitor import check_monitor
 
-        check_monitor(config, Manifest.read(config.data.validation_path).sources)
+        check_monitor(config, held_out.sources)
     return facts
 
 
@@ -239,7 +242,8 @@ def _laid_out(config: Config, num_ranks: int) -> list[str]:
 
 def hf_to_megatron(options: argparse.Namespace) -> int:
     """`fuserl convert hf-to-megatron`."""
-    print(f"written: {to_megatron(options)}")
+    written = to_megatron(options)
+    print(f"written: {written}", (written / "megatron_lm_flags.txt").read_text().rstrip(), sep="\n")
     return 0
 
 

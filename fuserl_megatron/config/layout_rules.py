@@ -19,6 +19,7 @@ class ModelShape(Protocol):
     num_query_groups: int
     vocab_size: int
     max_position_embeddings: int
+    sliding_window: int | None
 
 
 class DataSet(Protocol):
@@ -94,17 +95,28 @@ def check_model(config: Config, shape: ModelShape, data_set: DataSet | None) -> 
         rule = f"does not divide the {shape.num_layers // pp} layers of a pipeline stage"
         works = _largest_divisor(shape.num_layers // pp, stages)
         refuse(config, "model.virtual_pipeline_model_parallel_size", rule, works if works > 1 else None)
-    # a packed row may be longer than any position: what counts is the longest prompt + response
-    longest = int(data_set.tokens["total_max"]) if data_set is not None else 0
-    limit = shape.max_position_embeddings
-    if longest > limit:
+    if data_set is not None:
+        check_data_set(f"data.path={config.data.path}", shape, data_set)
+
+
+def check_data_set(name: str, shape: ModelShape, data_set: DataSet) -> None:
+    """What a model asks of a data set, which `name` names by its setting.
+
+    A packed row may be longer than any limit: what counts is the longest prompt + response. Within a sliding window
+    the model's own attention is the full one that is computed here; beyond, it is not.
+    """
+    longest = int(data_set.tokens["total_max"])
+    limits = {"max_position_embeddings": shape.max_position_embeddings, "sliding_window": shape.sliding_window}
+    for field, limit in limits.items():
+        if limit is not None and longest > limit:
+            why = ", past which its attention is not full" if field == "sliding_window" else ""
+            raise UserError(
+                f"{name}: its longest prompt + response has {longest} tokens, and the model's {field} is {limit}{why}; "
+                f"build it with max_length={limit}."
+            )
+    if data_set.max_token_id >= shape.vocab_size:
         raise UserError(
-            f"data.path={config.data.path}: its longest prompt + response has {longest} tokens, and the model's "
-            f"max_position_embeddings is {limit}; build it with max_length={limit}."
-        )
-    if data_set is not None and data_set.max_token_id >= shape.vocab_size:
-        raise UserError(
-            f"data.path={config.data.path}: holds token {data_set.max_token_id}, and the model's vocabulary has "
+            f"{name}: holds token {data_set.max_token_id}, and the model's vocabulary has "
             f"{shape.vocab_size}; build the data set with the tokenizer of model.path."
         )
 

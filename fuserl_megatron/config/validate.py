@@ -5,7 +5,7 @@ comes back as plain lines, which `fuserl train` prints.
 """
 
 from fuserl_megatron.config.facts import batch_fact, layout_fact, steps_fact, steps_per_epoch, total_steps, warmup_steps
-from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_layout, check_model
+from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_data_set, check_layout, check_model
 from fuserl_megatron.config.objective import check_objective
 from fuserl_megatron.config.rules import (
     check_manager,
@@ -23,12 +23,13 @@ def validate(
     config: Config,
     world_size: int,
     model_shape: ModelShape | None = None,
-    *,
     data_set: DataSet | None = None,
+    held_out: DataSet | None = None,
 ) -> list[str]:
     """Check a training run and say what follows from its settings.
 
-    Without model_shape only the settings are checked; data_set, the manifest, gives the number of steps.
+    Without model_shape only the settings are checked; data_set, the manifest, gives the number of steps; held_out is
+    the validation set's.
 
     Returns:
         Lines to print: layout, batch, steps.
@@ -45,6 +46,8 @@ def validate(
     data_parallel_size = check_layout(config, world_size)
     if model_shape is not None:
         check_model(config, model_shape, data_set)
+        if held_out is not None:
+            check_data_set(f"data.validation_path={config.data.validation_path}", model_shape, held_out)
     facts = [layout_fact(config, world_size, data_parallel_size), batch_fact(config, data_parallel_size)]
     num_prompts = None if data_set is None else data_set.num_prompts
     if num_prompts is not None or config.trainer.max_epochs is None:

@@ -4,20 +4,30 @@ from typing import Any
 
 from fuserl_megatron.config.schema import UserError
 
+MAX_SIZE = 2**31 - 1
+"""No size of a model comes near; larger ones only fill the memory, or do not fit a tensor's own integers."""
+
 
 def positive_int(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    """raw[key] as a positive integer; a missing or null field takes the default, and without one is refused."""
+    """raw[key] as a positive integer up to MAX_SIZE; a missing field takes the default, and without one is refused.
+
+    So is null: transformers does not put its default there either.
+    """
     value = raw.get(key, default)
     if value is None:
-        raise UserError(f"{where}: {key} is missing; is this the config.json of a causal language model?")
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: {key} = {value!r} must be a positive integer")
+        raise UserError(f"{where}: {key} is missing or null; is this the config.json of a causal language model?")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+        raise UserError(f"{where}: {key} = {value!r} must be a positive integer, at most {MAX_SIZE}")
     return value
 
 
 def number(value: Any, key: str, where: str) -> float:
-    """The value itself (int or float, as written), refused unless positive and finite."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+    """The value itself (int or float, as written), refused unless it is a positive, finite float."""
+    try:
+        good = not isinstance(value, bool) and isinstance(value, int | float) and 0 < float(value) < float("inf")
+    except OverflowError:  # an integer beyond all floats
+        good = False
+    if not good:
         raise UserError(f"{where}: {key} = {value!r} must be a positive, finite number")
     return value
 

@@ -6,7 +6,6 @@ field whose value our Megatron model cannot represent is refused by name. The ra
 so that an export writes every field back, known to us or not.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ import torch
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.fields import flag, number, positive_int
 from fuserl_megatron.convert.rope import RopeParameters, read_rope
+from fuserl_megatron.util.json_files import read_json
 
+MAX_HEAD_DIM = 2**16
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
 
 
@@ -40,6 +41,9 @@ class ModelShape:
     qk_norm: bool
     rope: RopeParameters
     max_position_embeddings: int
+    sliding_window: int | None
+    """Tokens, itself included, that a token of the model's own attention sees in some layer; None: all. The Megatron
+    model's attention is full: the same for sequences of up to so many tokens, and none longer may be computed."""
     dtype: torch.dtype | None
     raw: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
@@ -130,15 +134,9 @@ def read_config(source: str | Path | dict[str, Any]) -> ModelShape:
     path = Path(source)
     if path.is_dir():
         path = path / "config.json"
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; give a Hugging Face model directory, which holds config.json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); fetch the model's config.json again") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: holds a {type(raw).__name__}, not a JSON object; fetch the model's config.json again")
-    return _shape_from(raw, str(path))
+    return _shape_from(
+        read_json(path, "readable as JSON", "give a model directory, or fetch its config.json again"), str(path)
+    )
 
 
 def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
@@ -153,6 +151,8 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
     if head_dim is None:
         head_dim = family.default_head_dim or hidden // heads
     head_dim = positive_int({"head_dim": head_dim}, "head_dim", where)
+    if head_dim > MAX_HEAD_DIM:
+        raise UserError(f"{where}: head_dim = {head_dim} is more than any model has; correct config.json")
     if heads % groups:
         raise UserError(
             f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {groups}; "
@@ -160,7 +160,7 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
         )
     if head_dim % 2:
         raise UserError(f"{where}: head_dim = {head_dim} is odd; rotary embeddings need an even head_dim")
-    _refuse_unrepresentable(raw, family, num_layers, max_positions, where)
+    _refuse_unrepresentable(raw, family, where)
     attention_bias = family.reads_attention_bias and flag(raw, "attention_bias", where)
     return ModelShape(
         family=name,
@@ -177,8 +177,9 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
         attention_out_bias=attention_bias,
         mlp_bias=family.reads_mlp_bias and flag(raw, "mlp_bias", where),
         qk_norm=family.qk_norm,
-        rope=read_rope(raw, max_positions, where),
+        rope=read_rope(raw, max_positions, head_dim, where),
         max_position_embeddings=max_positions,
+        sliding_window=_sliding_window(raw, family, num_layers, max_positions, where),
         dtype=_read_dtype(raw, where),
         raw=raw,
     )
@@ -196,9 +197,7 @@ def _family_of(raw: dict[str, Any], where: str) -> tuple[str, Family]:
     return model_type, family
 
 
-def _refuse_unrepresentable(
-    raw: dict[str, Any], family: Family, num_layers: int, max_positions: int, where: str
-) -> None:
+def _refuse_unrepresentable(raw: dict[str, Any], family: Family, where: str) -> None:
     """Refuse, by field name, every setting that the Megatron model built from this config would not honour."""
 
     def refuse(key: str, why: str) -> None:
@@ -210,21 +209,33 @@ def _refuse_unrepresentable(
     for key, is_read in (("attention_bias", family.reads_attention_bias), ("mlp_bias", family.reads_mlp_bias)):
         if raw.get(key) and not is_read:
             refuse(key, f"{family.architecture} does not read it; remove it from config.json")
+
+
+def _sliding_window(raw: dict[str, Any], family: Family, num_layers: int, max_positions: int, where: str) -> int | None:
+    """The window that some layer's attention has, None where no sequence of the model can reach past it."""
+    slides = family.sliding == "always" or (family.sliding == "flag" and flag(raw, "use_sliding_window", where))
+    window = raw.get("sliding_window", family.default_sliding_window) if slides else None
     layers = raw.get("layer_types") or []
-    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
-        refuse("layer_types", "only full_attention in every layer is")
-    window = raw.get("sliding_window", family.default_sliding_window)
-    if family.sliding == "flag" and not raw.get("use_sliding_window", False):
-        window = None
-    if family.sliding == "flag" and raw.get("max_window_layers", 28) >= num_layers:
-        window = None  # the layers from max_window_layers on slide: none here
-    if family.sliding == "none" or window is None:
-        return
-    if positive_int({"sliding_window": window}, "sliding_window", where) < max_positions:
+    known = (
+        {"full_attention", "sliding_attention"}
+        if window is not None and family.sliding == "flag"
+        else {"full_attention"}
+    )
+    if not isinstance(layers, list) or any(kind not in list(known) for kind in layers):
         raise UserError(
-            f"{where}: sliding_window = {window} is not supported: attention is full over max_position_embeddings = "
-            f"{max_positions}; set sliding_window to null only if the model was trained so"
+            f"{where}: layer_types = {layers!r} is not supported: full_attention in every layer is, and "
+            "sliding_attention where use_sliding_window and sliding_window say so"
         )
+    if window is None:
+        return None
+    if family.sliding == "flag":  # which layers slide: layer_types says it, otherwise those from max_window_layers on
+        first = 0 if layers else raw.get("max_window_layers", 28)
+        if isinstance(first, bool) or not isinstance(first, int):
+            raise UserError(f"{where}: max_window_layers = {first!r} must be an integer")
+        if first >= num_layers or (layers and "sliding_attention" not in layers):
+            return None
+    window = positive_int({"sliding_window": window}, "sliding_window", where)
+    return window if window < max_positions else None
 
 
 def _read_dtype(raw: dict[str, Any], where: str) -> torch.dtype | None:

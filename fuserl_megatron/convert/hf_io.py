@@ -26,11 +26,12 @@ import torch
 import fuserl_megatron
 from fuserl_megatron.config.hub import COMPANION_FILES, COMPANION_PATTERNS, TOKENIZER_FILES, local_model
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.convert.hf_config import DTYPES, read_config
+from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
 from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
 from fuserl_megatron.convert.weight_files import find_files
+from fuserl_megatron.util.json_files import write_json
 from fuserl_megatron.util.whole_directory import cannot_write, check_destination, create_partial, discard, publish
 
 
@@ -57,6 +58,19 @@ def check_model_directory(path: str | Path, allow_pickle: bool = False) -> Path:
         raise UserError(f"{path}: no config.json, so not a Hugging Face model directory{hint}; give one that has it")
     find_files(path, allow_pickle)
     return path
+
+
+def check_weights(path: str | Path) -> ModelShape:
+    """A model directory whose config and weight files agree, by the files' headers; what its config says.
+
+    Raises:
+        UserError: one line naming what is missing, damaged or of another size.
+    """
+    path = check_model_directory(path)
+    shape = read_config(path)
+    with ShardReader(path) as reader:
+        check_tensors(reader, shape)
+    return shape
 
 
 def config_with_dtype(config_dict: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -164,7 +178,8 @@ def finish_export(partial: Path, destination: str | Path, *, written: Iterable[s
         check_tensors(reader, shape)
     target = Path(os.path.realpath(destination))
     try:
-        (partial / "README.md").write_text(model_card(target.name, lineage), encoding="utf-8")
+        card = model_card(target.name, lineage).encode("utf-8", "backslashreplace")  # names may hold half a surrogate
+        (partial / "README.md").write_bytes(card)
     except OSError as error:
         raise cannot_write(target, error) from error
     publish(partial, target)
@@ -218,8 +233,3 @@ def companion_files(source: Path, require_tokenizer: bool) -> list[tuple[Path, P
         if not os.access(file, os.R_OK):
             raise UserError(f"{file}: cannot be read; change its permissions, or copy the directory without it")
     return [(file, file.relative_to(source)) for file in found]
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Readable JSON, fields in their order."""
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -48,19 +48,29 @@ ROPE_NUMBERS = tuple(field.name for field in fields(RopeParameters) if field.def
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", *ROPE_NUMBERS}
 
 
-def read_rope(raw: dict[str, Any], max_positions: int, where: str) -> RopeParameters:
+def read_rope(raw: dict[str, Any], max_positions: int, head_dim: int, where: str) -> RopeParameters:
     """Read `rope_parameters` (transformers 5) or `rope_scaling` + `rope_theta` (before) of the whole config dictionary.
 
     max_position_embeddings (tokens) stands in for a missing original length; `where` names the file in errors.
 
     Raises:
-        UserError: unknown type or field, missing field, or two spellings that disagree.
+        UserError: unknown type or field, missing field, two spellings that disagree, or numbers whose frequencies for
+            this head_dim are not positive and finite in fp32.
     """
     keys = [key for key in ("rope_scaling", "rope_parameters") if raw.get(key)]
     stated = [_rope_from(key, raw[key], raw, max_positions, where) for key in keys]
     if len(stated) == 2 and stated[0] != stated[1]:
         raise UserError(f"{where}: rope_scaling and rope_parameters disagree; keep one of them in config.json")
-    return stated[0] if stated else _rope_from("rope_parameters", {}, raw, max_positions, where)
+    rope = stated[0] if stated else _rope_from("rope_parameters", {}, raw, max_positions, where)
+    try:
+        frequencies, scaling = rope_inverse_frequencies(rope, head_dim)
+        usable = bool(((frequencies > 0) & frequencies.isfinite()).all()) and 0 < scaling < math.inf
+    except (ArithmeticError, ValueError, RuntimeError):  # RuntimeError: torch's word for an integer of over 64 bits
+        usable = False
+    if not usable:
+        said = ", ".join(f"{name} = {value}" for name, value in vars(rope).items() if value is not None)
+        raise UserError(f"{where}: RoPE frequencies are not positive and finite with {said}; correct config.json")
+    return rope
 
 
 def _rope_from(key: str, given: Any, raw: dict[str, Any], max_positions: int, where: str) -> RopeParameters:

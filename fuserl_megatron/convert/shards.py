@@ -180,6 +180,7 @@ def check_tensors(reader: ShardReader, shape: ModelShape) -> None:
     Raises:
         UserError: one line naming the first tensor that is missing, unknown, of another shape, or not a float weight.
     """
+    check_num_layers(shape, len(reader.tensors), reader.directory)
     expected = hf_shapes(shape)
     for name, dimensions in expected.items():
         stored = reader.stored(name)
@@ -203,6 +204,15 @@ def check_tensors(reader: ShardReader, shape: ModelShape) -> None:
             )
         raise UserError(
             f"{stored.file}: holds {name}, which a {shape.family} model with this config.json does not have"
+        )
+
+
+def check_num_layers(shape: ModelShape, count: int, where: str | Path) -> None:
+    """Refuse a number of layers that so many tensors cannot make up, before all names of all layers are listed."""
+    if shape.num_layers > count:
+        raise UserError(
+            f"{where}: config.json says num_hidden_layers = {shape.num_layers}, but there are {count} tensors in all; "
+            "one of them belongs to another model"
         )
 
 

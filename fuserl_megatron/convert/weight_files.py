@@ -4,17 +4,17 @@ A safetensors file is an 8-byte little-endian header length, a JSON header (name
 raw bytes, without gaps. Everything a header or an index claims is checked against the files before anyone relies on it.
 """
 
-import json
 import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.json_files import is_plain_name, parse_json, read_json
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -28,6 +28,7 @@ SAFETENSORS_DTYPES = {
 }
 SAFE_INDEX, PICKLE_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
 SAFE_SINGLE, PICKLE_SINGLE = "model.safetensors", "pytorch_model.bin"
+MAX_HEADER_BYTES = 100 * 10**6  # what safetensors itself reads
 _SHARD_NAME = re.compile(r"^model-\d+-of-\d+\.safetensors$")
 
 
@@ -55,19 +56,22 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     again = "fetch the file again"
     try:
         size = file.stat().st_size
+        if not file.is_file():  # a pipe would never end
+            raise UserError(f"{file}: not a regular file; {again}")
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > size - 8:
                 raise UserError(f"{file}: truncated: {size} bytes hold no complete safetensors header; {again}")
-            header = json.loads(stream.read(length))
+            if length > MAX_HEADER_BYTES:
+                raise UserError(f"{file}: a header of {length} bytes, more than the {MAX_HEADER_BYTES} of the format")
+            header = parse_json(stream.read(length), file, "a safetensors file", again)
             header.pop("__metadata__", None)
             tensors, end = {}, 0
             for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                (first, last), shape = _sizes(entry["data_offsets"]), _sizes(entry["shape"])
                 if entry["dtype"] not in SAFETENSORS_DTYPES:
                     raise UserError(f"{file}: {name} has dtype {entry['dtype']}; convert the model to bfloat16 first")
-                dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], tuple(entry["shape"])
-                stored = StoredTensor(file, dtype, shape, 8 + length + entry["data_offsets"][0])
-                first, last = entry["data_offsets"]
+                stored = StoredTensor(file, SAFETENSORS_DTYPES[entry["dtype"]], shape, 8 + length + first)
                 if first != end or last - first != stored.row_bytes * (shape[0] if shape else 1):
                     raise UserError(
                         f"{file}: the header gives {name} {last - first} bytes, not those of its shape; {again}"
@@ -82,6 +86,14 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     if 8 + length + end != size:
         raise UserError(f"{file}: {size} bytes, but its header promises {8 + length + end} (truncated?); {again}")
     return tensors
+
+
+def _sizes(values: list[Any]) -> tuple[int, ...]:
+    """The values, which a header promises to be counts; ValueError where one is none."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise ValueError(f"{value!r} is no size")
+    return tuple(values)
 
 
 def read_into(file: BinaryIO, offset: int, out: torch.Tensor) -> bool:
@@ -116,12 +128,12 @@ def find_files(directory: Path, allow_pickle: bool) -> tuple[list[Path], dict[st
     if single.exists():
         return [single], None
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(index, "a weight index", "fetch it again")["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a weight index ({type(error).__name__}: {error}); fetch it again") from None
     for name in names:
-        if not isinstance(name, str) or os.path.basename(name) != name or name in ("", ".", ".."):
+        if not isinstance(name, str) or not is_plain_name(name):
             raise UserError(f"{index}: names the file {name!r}; only plain file names beside the index are read")
         if not (directory / name).is_file():
             raise UserError(f"{directory / name}: no such file, but {index.name} names it; fetch the missing shard")

@@ -19,6 +19,7 @@ import torch
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.dataset import Manifest
 from fuserl_megatron.data.files import file_sha256, write_file
+from fuserl_megatron.util.json_files import read_json
 
 DATA_FILE, KEY_FILE = "reference_logps.f32", "reference.json"
 
@@ -89,8 +90,8 @@ class ReferenceCache:
     def stored_key(directory: str | Path) -> str | None:
         """The key of the cache in a directory, None where there is none that can be read."""
         try:
-            return json.loads((Path(directory) / KEY_FILE).read_text())["key"]
-        except (OSError, ValueError, KeyError, TypeError):
+            return read_json(Path(directory) / KEY_FILE)["key"]
+        except (UserError, KeyError):
             return None
 
     def write(self, response_ids: torch.Tensor | np.ndarray, logps: torch.Tensor | np.ndarray) -> None:
@@ -168,7 +169,7 @@ class ReferenceCache:
     def _check(directory: Path, key: str, num_responses: int) -> bool:
         """Whether the cache is complete."""
         try:
-            stored = json.loads((directory / KEY_FILE).read_text())
+            stored = read_json(directory / KEY_FILE)
             found = stored["key"], stored["num_responses"], (directory / DATA_FILE).stat().st_size
             sha256 = stored["sha256"]
         except (OSError, ValueError, KeyError, TypeError):
@@ -178,6 +179,6 @@ class ReferenceCache:
             raise UserError(f"{directory} holds log-probabilities of {what}: delete it, or use another directory")
         if found[1:] != (num_responses, 4 * num_responses):
             raise UserError(f"{directory}: damaged reference cache (size): delete the directory, it is made anew")
-        if sha256 and sha256 != file_sha256(directory / DATA_FILE):
+        if sha256 is not None and sha256 != file_sha256(directory / DATA_FILE):
             raise UserError(f"{directory}: damaged reference cache (checksum): delete the directory, it is made anew")
         return sha256 is not None

@@ -3,27 +3,25 @@
 Writing is in saving.py, the files' format in dist_format.py, their checksums in manifest.py.
 """
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core import parallel_state as ps
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from torch.distributed.checkpoint.api import CheckpointException
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore.dist_format import iteration_directory
-from fuserl_megatron.mcore.manifest import find_damage
+from fuserl_megatron.mcore.loading import load_state
+from fuserl_megatron.mcore.manifest import PROGRESS, find_damage
 from fuserl_megatron.mcore.model import TargetModel, gather_parameters
 from fuserl_megatron.mcore.parallel import Layout, from_all_ranks
-from fuserl_megatron.mcore.safe_load import check_pickles
-from fuserl_megatron.mcore.saving import PROGRESS, Saving, first_line
+from fuserl_megatron.mcore.saving import Saving, first_line
 from fuserl_megatron.mcore.step import Engine
+from fuserl_megatron.util.json_files import BadFile, read_json
 
-FAILURES = (Exception, CheckpointException)  # torch's CheckpointException is no Exception
 ADVICE = ": remove that folder to use the checkpoint before it, or start in another run.results_dir."
 
 
@@ -74,25 +72,36 @@ def read_progress(root: str | Path, iteration: int) -> dict:
         UserError: it is not there or not readable.
     """
     file = iteration_directory(root, iteration) / PROGRESS
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file}: not readable ({first_line(error)}): remove that checkpoint to use the one before it."
-        ) from None
+    advice = "remove that checkpoint to use the one before it"
+    progress = read_json(file, "a run's progress", advice)
+    validations = progress.get("validations", [])
+    if not isinstance(validations, list) or not all(map(_is_validation, validations)):
+        raise BadFile(file, "not a run's progress (validations)", advice)
+    return progress
+
+
+def _is_validation(record: Any) -> bool:
+    """A step, and metrics that are numbers, or null where they were not finite."""
+    numbers = isinstance(record, dict) and isinstance(record.get("step"), int)
+    return numbers and all(value is None or isinstance(value, int | float) for value in record.values())
 
 
 def load(target: TargetModel, folder: Path, optimizer: ChainedOptimizer | None = None, advice: str = ADVICE) -> None:
     """Fill a model, and its optimizer where one is given, from an iteration's folder of a checkpoint of any layout.
 
     Raises:
-        UserError: the checkpoint does not fit the model, cannot be read, or names anything foreign to run.
+        UserError: on every rank: the checkpoint does not fit the model, cannot be read, or names anything foreign.
     """
-    check_pickles(folder)
+    state, problem = None, None
     try:
-        state = dist_checkpointing.load(_state(target, optimizer, is_loading=True) | {"iteration": 0}, str(folder))
-    except FAILURES as error:  # damaged files surface as many kinds of errors
-        raise UserError(f"{folder}: cannot be loaded ({first_line(error)}){advice}") from error
+        state = load_state(_state(target, optimizer, is_loading=True), folder, advice)
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:  # a checkpoint of another kind surfaces as many kinds of errors
+        problem = f"{folder}: cannot be loaded ({first_line(error)}){advice}"
+    problem = next(filter(None, from_all_ranks(problem)), None)  # the others would wait for this rank
+    if problem:
+        raise UserError(problem)
     for name, chunk in _named(target.chunks):
         chunk.load_state_dict(state[name])
     if optimizer is not None:

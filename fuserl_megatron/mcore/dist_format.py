@@ -30,11 +30,14 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.shard_writer import write_at
+from fuserl_megatron.util.json_files import BadFile, read_bytes
 
 POINTER = "latest_checkpointed_iteration.txt"
 MAX_FILE_BYTES = 5 * 10**9
 INDEX, CONFIG, COMMON = ".metadata", "metadata.json", "common.pt"
 LAYERS = "decoder.layers."
+AGAIN = "copy the checkpoint again, or name another iteration"
+MAX_DIGITS = 18
 
 
 def iteration_directory(root: str | Path, iteration: int) -> Path:
@@ -45,7 +48,13 @@ def iteration_directory(root: str | Path, iteration: int) -> Path:
 def saved_iterations(root: str | Path) -> list[int]:
     """Iterations with a complete checkpoint, oldest first."""
     found = (p.name.removeprefix("iter_") for p in Path(root).glob("iter_*") if p.is_dir())
-    return sorted(int(n) for n in found if n.isdigit())
+    return sorted(int(n) for n in found if is_number(n))
+
+
+def is_number(text: str) -> bool:
+    """Whether a name or a pointer is the number of an iteration: "²" is a digit, too, and Python reads no integer of
+    more than 4,300."""
+    return text.isascii() and text.isdigit() and len(text) <= MAX_DIGITS
 
 
 def newest_iteration(root: str | Path) -> int | None:
@@ -57,14 +66,19 @@ def newest_iteration(root: str | Path) -> int | None:
     pointer = Path(root) / POINTER
     if not pointer.exists():
         return None
-    text = pointer.read_text(errors="replace").strip()
+    text = _pointer_text(pointer)
     have = saved_iterations(root)
-    if not (text.isascii() and text.isdigit()) or int(text) not in have:
+    if not is_number(text) or int(text) not in have:
         raise UserError(
             f"{pointer} says {text[:40]!r}, but the checkpoints there are {have or 'none'}: "
             "write one of these numbers into the file, or remove it to start anew."
         )
     return int(text)
+
+
+def _pointer_text(pointer: Path) -> str:
+    advice = "remove it, or write the number of a checkpoint into it"
+    return read_bytes(pointer, advice, limit=2**16).decode(errors="replace").strip()
 
 
 def numbers_of(file: BinaryIO, start: int, length: int, numel: int) -> tuple[torch.dtype, int]:
@@ -109,12 +123,12 @@ def candidates(root: str | Path) -> tuple[list[int], str | None]:
     """
     have, pointer = saved_iterations(root), Path(root) / POINTER
     try:
-        text = pointer.read_text(errors="replace").strip()
-    except FileNotFoundError:
-        return have[::-1], f"{pointer} is missing" if have else None
-    except OSError as error:
-        return have[::-1], f"{pointer} cannot be read ({error.strerror})"
-    if not (text.isascii() and text.isdigit()):
+        text = _pointer_text(pointer)
+    except BadFile as error:
+        if not pointer.exists():
+            return have[::-1], f"{pointer} is missing" if have else None
+        return have[::-1], f"{pointer}: {error.reason}"
+    if not is_number(text):
         return have[::-1], f"{pointer} says {text[:40]!r}, which is no number"
     at = int(text)
     order = sorted(have, key=lambda i: (i > at, -i))

@@ -6,6 +6,7 @@ Legend: as in offline.py.
 import functools
 import json
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,11 @@ from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.names import TE_FUSED, find_rule, hf_shapes, megatron_names, te_name
+from fuserl_megatron.convert.shards import check_num_layers
 from fuserl_megatron.mcore.dist_format import INDEX, LAYERS, POINTER, iteration_directory, newest_iteration
 from fuserl_megatron.mcore.dist_reader import DistReader
+from fuserl_megatron.mcore.manifest import refuse_damage
+from fuserl_megatron.util.json_files import BadFile, read_bytes, read_json
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
         hf: directory or hub name with config.json and tokenizer; None looks for `hf/`, then the run's config.yaml.
 
     Raises:
-        UserError: there is no checkpoint, or nothing says which model it is of.
+        UserError: there is no checkpoint, it is damaged, or nothing says which model it is of.
     """
     path = Path(os.path.abspath(path))  # "." has neither a name nor a parent
     if not path.is_dir():
@@ -50,8 +54,11 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     if folder is None:
         hint = "; it is a Hugging Face directory already" if (path / "config.json").exists() else ""
         raise UserError(f"{path}: no {POINTER}, so not a Megatron checkpoint{hint}; give one that has it")
+    refuse_damage(folder)
     root = folder.parent
-    lineage = {"checkpoint": str(folder)} | _read_lineage(root / "lineage.json")
+    lineage, file = {"checkpoint": str(folder)}, root / "lineage.json"
+    if file.exists():
+        lineage |= read_json(file, "readable as a JSON object", "remove it or copy it again")
     if hf is not None:
         config_dir = tokenizer_dir = Path(local_model(hf, weights=False))
     elif (root / "hf" / "config.json").is_file():
@@ -63,13 +70,6 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     if not (config_dir / "config.json").is_file():
         raise UserError(f"{config_dir}: no config.json there; name a directory with the model's config.json: --hf DIR")
     return Checkpoint(folder, config_dir, tokenizer_dir, lineage)
-
-
-def _read_lineage(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file}: not readable as a JSON object ({error}); remove it or copy it again") from None
 
 
 def iteration_folder(path: Path) -> Path | None:
@@ -89,10 +89,13 @@ def _from_run(file: Path, lineage: dict[str, Any]) -> tuple[Path, Path, dict[str
     import yaml
 
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_bytes(file, "name the model with --hf DIR"))
+        json.dumps(config, default=str)  # as the model card will hold it: aliases may make a circle
         model = config["model"]
         directory, tokenizer = Path(model["path"]), Path(model.get("tokenizer") or model["path"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+    except BadFile:
+        raise
+    except (ValueError, RecursionError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not a run's config ({type(error).__name__}); name the model with --hf DIR") from None
     if not directory.is_dir():
         raise UserError(f"{file}: model.path = {directory} is not here; name the model the run started from: --hf DIR")
@@ -108,6 +111,7 @@ def check_checkpoint(reader: DistReader, shape: ModelShape) -> torch.dtype:
     Raises:
         UserError: one line naming the first key that is missing, unknown or of another size.
     """
+    check_num_layers(shape, num_tensors(reader), reader.directory)
     expected: dict[str, tuple[int, ...]] = {}
     sizes = hf_shapes(shape)
     for name in megatron_names(shape):
@@ -122,7 +126,7 @@ def check_checkpoint(reader: DistReader, shape: ModelShape) -> torch.dtype:
                 f"{reader.directory}: no {key}, which this config calls for; name the right model with --hf"
             )
         expected[key] = whole
-        padded = row.rule == "vocab" and stored.size[0] >= whole[0] and stored.size[1:] == whole[1:]
+        padded = row.rule == "vocab" and stored.size[:1] >= whole[:1] and stored.size[1:] == whole[1:]
         if stored.size != whole and not padded:
             raise UserError(
                 f"{reader.directory}: {key} has size {list(stored.size)}, but the config calls for {list(whole)}; "
@@ -136,6 +140,13 @@ def check_checkpoint(reader: DistReader, shape: ModelShape) -> torch.dtype:
         if key.startswith(("embedding.", "decoder.", "output_layer.")) and key not in expected:
             raise UserError(f"{reader.directory}: holds {key}, which this config does not know; name the right model")
     return widest(reader.keys[key].dtype for key in expected)
+
+
+def num_tensors(reader: DistReader) -> int:
+    """How many parameters the keys hold: a key that is stacked over layers holds one of each."""
+    own_layer = re.compile(re.escape(LAYERS) + r"\d+\.")
+    is_stacked = (key.startswith(LAYERS) and not own_layer.match(key) for key in reader.keys)
+    return sum(k.size[0] if s and k.size else 1 for s, k in zip(is_stacked, reader.keys.values(), strict=True))
 
 
 def stored_key(reader: DistReader, name: str) -> tuple[str, int | None]:

@@ -3,21 +3,20 @@
 Numbers go straight to their place; the index is read by safe_load.py, so nothing a checkpoint brings along is run.
 """
 
-import json
 import math
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.weight_files import read_into
-from fuserl_megatron.mcore.dist_format import CONFIG, INDEX, numbers_of
-from fuserl_megatron.mcore.safe_load import AGAIN, read_index
+from fuserl_megatron.mcore.dist_format import AGAIN, CONFIG, INDEX, numbers_of
+from fuserl_megatron.mcore.safe_load import read_index, read_state
+from fuserl_megatron.util.json_files import is_plain_name, read_json
 
 
 @dataclass(frozen=True)
@@ -29,6 +28,15 @@ class StoredKey:
     chunks: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
 
+def _stored_key(entry: dcp.TensorStorageMetadata) -> StoredKey:
+    """Raises ValueError where the index contradicts itself."""
+    chunks = tuple((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks)
+    for offsets, sizes in chunks:
+        if any(not 0 <= o <= o + n <= whole for o, n, whole in zip(offsets, sizes, entry.size, strict=True)):
+            raise ValueError(f"a chunk at {list(offsets)} of size {list(sizes)} in a tensor of {list(entry.size)}")
+    return StoredKey(entry.properties.dtype, tuple(entry.size), chunks)
+
+
 class DistReader:
     """The tensors of one iteration's folder. Several threads may read different parameters at once.
 
@@ -38,51 +46,53 @@ class DistReader:
 
     def __init__(self, directory: str | Path):
         self.directory = Path(directory)
-        config, index = self.directory / CONFIG, read_index(directory)
-        try:
-            backend = json.loads(config.read_text())["sharded_backend"]
-            self.keys = {
-                key: StoredKey(
-                    entry.properties.dtype,
-                    tuple(entry.size),
-                    tuple((tuple(c.offsets), tuple(c.sizes)) for c in entry.chunks),
-                )
-                for key, entry in index.state_dict_metadata.items()
-                if isinstance(entry, dcp.TensorStorageMetadata)
-            }
-            self._places = {
-                (i.fqn, tuple(i.offset)): place for i, place in index.storage_data.items() if i.offset is not None
-            }
-        except FileNotFoundError:
-            raise UserError(
-                f"{self.directory}: no {CONFIG}, so not a complete distributed checkpoint; {AGAIN}"
-            ) from None
-        except Exception as error:  # damaged files lead to anything
-            raise UserError(
-                f"{self.directory}: {CONFIG} or {INDEX} is not readable ({type(error).__name__}: {error}); {AGAIN}"
-            ) from None
+        index, config = read_index(directory), self.directory / CONFIG
+        if not config.exists():
+            raise UserError(f"{self.directory}: no {CONFIG}, so not a complete distributed checkpoint; {AGAIN}")
+        backend = read_json(config, "readable as JSON", AGAIN).get("sharded_backend")
         if backend != "torch_dist":
             raise UserError(
                 f"{config}: sharded_backend = {backend!r} is not supported; save the checkpoint as torch_dist"
             )
-        self._check_files()
+        try:
+            self.keys = {
+                key: _stored_key(entry)
+                for key, entry in index.state_dict_metadata.items()
+                if isinstance(entry, dcp.TensorStorageMetadata)
+            }
+            self._places = {
+                (i.fqn, None if i.offset is None else tuple(i.offset)): place for i, place in index.storage_data.items()
+            }
+            self._check_files()
+        except UserError:
+            raise
+        except Exception as error:  # damaged files lead to anything
+            raise UserError(
+                f"{self.directory}: {INDEX} is not readable ({type(error).__name__}: {error}); {AGAIN}"
+            ) from None
         self._handles: dict[str, BinaryIO] = {}
         self._described: dict[tuple[str, tuple[int, ...]], tuple[Path, int, torch.dtype]] = {}
         self._found: dict[tuple[str, int | None], list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         self._lock = threading.Lock()
 
     def _check_files(self) -> None:
+        """Every place of the index is a stretch of a file in this very folder, as it lies there."""
         ends: dict[str, int] = {}
         for place in self._places.values():
-            if os.path.basename(place.relative_path) != place.relative_path:
-                raise UserError(
-                    f"{self.directory}: the index names {place.relative_path!r}, no file beside it; {AGAIN}"
-                )
-            ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+            name, start, length = place.relative_path, place.offset, place.length
+            if not is_plain_name(name):
+                raise UserError(f"{self.directory}: the index names {name!r}, no file beside it; {AGAIN}")
+            if getattr(place, "transform_descriptors", None):
+                raise UserError(f"{self.directory}: {name} is compressed or encoded, which is not supported")
+            if not 0 <= start <= start + length:
+                raise ValueError(f"{length} bytes from byte {start} on")
+            ends[name] = max(ends.get(name, 0), start + length)
         for name, end in ends.items():
             file = self.directory / name
             if not file.is_file():
                 raise UserError(f"{file}: no such file, but the checkpoint's index names it; {AGAIN}")
+            if file.resolve().parent != self.directory.resolve():
+                raise UserError(f"{file}: a link that leads out of the checkpoint; copy the file itself there")
             if file.stat().st_size < end:
                 raise UserError(
                     f"{file}: {file.stat().st_size} bytes, but the index promises {end} (truncated?); {AGAIN}"
@@ -124,6 +134,55 @@ class DistReader:
         if filled != out.numel():
             raise UserError(f"{self.directory}: the chunks of {key} hold {filled} of {out.numel()} numbers; {AGAIN}")
         return out
+
+    def read_region(self, key: str, start: tuple[int, ...], out: torch.Tensor) -> None:
+        """Fill `out`, of any dtype and device, with the part of a key that begins at `start`, however it was cut.
+
+        Args:
+            key: as in `keys`.
+            start: first index along every dimension of the key.
+            out: as many dimensions as the key.
+
+        Raises:
+            UserError: the chunks do not cover it, or a file is damaged.
+        """
+        filled, dtype = 0, self.keys[key].dtype
+        for offsets, sizes in self._chunks_of(key, None):
+            box = [(max(s, o), min(s + n, o + m)) for s, n, o, m in zip(start, out.shape, offsets, sizes, strict=True)]
+            if any(first >= end for first, end in box):
+                continue
+            piece = out[tuple(slice(first - s, end - s) for (first, end), s in zip(box, start, strict=True))]
+            # along the first dimension that is longer than one only what is needed is read
+            cut = next((dim for dim, size in enumerate(sizes) if size > 1), 0)
+            within = [slice(first - o, end - o) for (first, end), o in zip(box, offsets, strict=True)]
+            rows, rest = (within[cut], sizes[cut + 1 :]) if sizes else (slice(0, 1), ())
+            shape = (*sizes[:cut], rows.stop - rows.start, *rest) if sizes else ()
+            whole = piece.shape == shape and piece.is_contiguous() and piece.dtype == dtype
+            window = piece if whole and piece.device.type == "cpu" else torch.empty(shape, dtype=dtype)
+            self._read_chunk(key, offsets, sizes, rows.start * math.prod(rest), window)
+            if window is not piece:
+                piece.copy_(window[(*within[:cut], slice(None), *within[cut + 1 :])] if sizes else window)
+            filled += piece.numel()
+        if filled != out.numel():
+            raise UserError(f"{self.directory}: the chunks of {key} hold {filled} of {out.numel()} numbers; {AGAIN}")
+
+    def read_object(self, key: str) -> Any:
+        """What is no tensor, a module's extra state above all; read by safe_load.py.
+
+        Raises:
+            UserError: it is not there, is damaged, or names anything foreign.
+        """
+        place = self._places.get((key, None))
+        if place is None:
+            raise UserError(f"{self.directory}: holds no {key}, which this model has")
+        file = self.directory / place.relative_path
+        try:
+            with open(file, "rb") as stream:
+                stream.seek(place.offset)
+                content = stream.read(place.length)
+        except OSError as error:
+            raise UserError(f"{file}: {key} cannot be read ({error.strerror}); {AGAIN}") from None
+        return read_state(content, file)
 
     def _chunks_of(self, key: str, layer: int | None) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         if (key, layer) not in self._found:  # the same parameter is asked for many times in a row

@@ -3,9 +3,11 @@
 A checkpoint written here carries the model's config, tokenizer and templates, so that the way back needs nothing else:
 
     DESTINATION/latest_checkpointed_iteration.txt
-    DESTINATION/iter_0000000/                 stock GPTModel keys, for any TP/PP and either layer spec (dist_format.py)
+    DESTINATION/iter_0000000/                 stock GPTModel keys, for any TP/PP and either layer spec (dist_format.py);
+                                              manifest.json covers its files
     DESTINATION/hf/                           config.json, tokenizer, chat template, generation config, licence
     DESTINATION/lineage.json                  where the weights come from
+    DESTINATION/megatron_lm_flags.txt         the flags with which Megatron-LM computes the same
 
 Legend: V vocabulary, H hidden, F feed-forward width, L layers.
 """
@@ -21,15 +23,18 @@ import torch
 import fuserl_megatron
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert import hf_io
-from fuserl_megatron.convert.copying import MAX_THREADS, Window, in_parts
+from fuserl_megatron.convert.copying import MAX_THREADS, Window, all_finite, in_parts, warn_of
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
 from fuserl_megatron.convert.layout import padded_vocab_size, row_runs
+from fuserl_megatron.convert.megatron_lm import FLAGS_FILE, flags_text
 from fuserl_megatron.convert.names import find_rule, hf_shapes
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, converted, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors
 from fuserl_megatron.mcore.dist_format import LAYERS, POINTER, DistWriter, iteration_directory
 from fuserl_megatron.mcore.dist_model import check_checkpoint, checkpoint_key, find_checkpoint, stored_key, widest
 from fuserl_megatron.mcore.dist_reader import DistReader
+from fuserl_megatron.mcore.manifest import describe, write_manifest
+from fuserl_megatron.util.json_files import write_json
 from fuserl_megatron.util.whole_directory import check_destination, whole_directory
 
 # modules whose extra state core asks for when it loads under the local spec; under the other spec they are the same
@@ -81,23 +86,27 @@ def hf_to_megatron(
         needed += sum(file.stat().st_size for file, _ in companions) + 2500 * 8 * (shape.num_layers + 2)
         with whole_directory(destination, needed_bytes=needed, source_dir=source, force=force) as partial:
             hf_io.copy_companions(companions, partial / "hf")
-            hf_io.write_json(partial / "hf" / "config.json", shape.raw)
+            write_json(partial / "hf" / "config.json", shape.raw)
             lineage = {"target": str(source), "written_by": f"fuserl-megatron {fuserl_megatron.__version__}"}
-            hf_io.write_json(partial / "lineage.json", lineage)
+            write_json(partial / "lineage.json", lineage)
+            (partial / FLAGS_FILE).write_text(flags_text(shape, number, destination), encoding="utf-8")
             folder = iteration_directory(partial, 0)
             _write_iteration(folder, reader, shape, number, padded)
             with DistReader(folder) as written:
                 check_checkpoint(written, shape)
+            write_manifest(folder, 0, describe(sorted(folder.iterdir())))
             (partial / POINTER).write_text("0\n")
     return Path(destination)
 
 
 def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype: torch.dtype, padded: int) -> None:
+    not_finite: set[str] = set()
+
     def write_part(number: int, names: list[str], window: Window) -> DistWriter:
         with DistWriter(folder, rank=number) as writer:
             for name in names:
                 for chunk in _chunks(name, shape, padded):
-                    _write_chunk(writer, reader, window, shape, name, *chunk, dtype)
+                    not_finite.update(_write_chunk(writer, reader, window, shape, name, *chunk, dtype))
             for layer in range(shape.num_layers) if number == 0 else ():
                 for module in _WITH_EXTRA_STATE:
                     writer.object(f"{LAYERS}{module}._extra_state/shard_{layer}_{shape.num_layers}", [None])
@@ -107,6 +116,7 @@ def _write_iteration(folder: Path, reader: ShardReader, shape: ModelShape, dtype
     arguments = _megatron_arguments(shape, dtype, padded)
     common = {"iteration": 0, "checkpoint_version": 3.0, "args": arguments}
     first.finish(common, [writer.index for writer in others])
+    warn_of(not_finite, reader.directory)
 
 
 def _chunks(name: str, shape: ModelShape, padded: int) -> Iterator[tuple[list[tuple[str, int, int, int]], int, int]]:
@@ -129,8 +139,10 @@ def _write_chunk(
     total: int,
     held: int,
     dtype: torch.dtype,
-) -> None:
-    """One chunk of a parameter of `total` rows: `held` of them, from the first run's first row on."""
+) -> set[str]:
+    """One chunk of a parameter of `total` rows: `held` of them, from the first run's first row on. Returns the Hugging
+    Face tensors in which a number is not finite."""
+    not_finite = set()
     key, layer = checkpoint_key(name)
     rest, first = reader.stored(runs[0][0]).shape[1:], runs[0][2]
     size, offsets, sizes = (total, *rest), (first, *[0] * len(rest)), (held, *rest)
@@ -141,6 +153,9 @@ def _write_chunk(
         for row, out in window.pieces(count, rest, reader.stored(hf).dtype):
             reader.read(hf, 0, start + row, start + row + len(out), out=out)
             writer.write(place + (at - first + row) * row_bytes, converted(out, dtype, hf))
+            if not all_finite(out):
+                not_finite.add(hf)
+    return not_finite
 
 
 def _megatron_arguments(shape: ModelShape, dtype: torch.dtype, padded: int) -> argparse.Namespace:
@@ -226,6 +241,8 @@ def megatron_to_hf(
 
 
 def _write_hf(writer: ShardWriter, reader: DistReader, shape: ModelShape) -> None:
+    not_finite: set[str] = set()
+
     def write_part(_: int, names: list[str], window: Window) -> None:
         for name in names:
             key, layer = stored_key(reader, name)
@@ -234,8 +251,11 @@ def _write_hf(writer: ShardWriter, reader: DistReader, shape: ModelShape) -> Non
             for hf, start, at, count in row_runs(name, shape):
                 for row, out in window.pieces(count, rest, stored.dtype):
                     writer.write_rows(hf, start + row, reader.read_rows(key, layer, at + row, out))
+                    if not all_finite(out):
+                        not_finite.add(hf)
 
     in_parts(shape, write_part)
+    warn_of(not_finite, reader.directory)
 
 
 def _dtype(name: str | torch.dtype | None) -> torch.dtype | None:

@@ -1,12 +1,10 @@
 """Pickles from outside, read without running what they bring along.
 
 A distributed checkpoint holds three kinds: the index (`.metadata`), the plain values (`common.pt`) and, inside the
-files of numbers, a few bytes of extra state per module. Core reads the first and the last with plain pickle, which
-calls whatever they name. So `check_pickles` reads the same bytes first, knowing a short list of harmless names; any
-other name is refused and nothing is called. Numbers are only ever read by torch's weights-only loader.
-
-That somebody exchanges a file between the check and core's own reading is not guarded against: who may write into the
-folder while a run reads it can do worse things more simply.
+files of numbers, a few bytes of extra state per module. Core's loader reads the first and the last with plain pickle,
+which calls whatever they name. So core's loader is never called: each is read here, once, by an unpickler that knows a
+short list of harmless names, and what came out of it is what is used (loading.py). Any other name is refused and
+nothing is called. Numbers are only ever read by torch's weights-only loader.
 """
 
 import io
@@ -23,9 +21,11 @@ from torch.distributed.checkpoint import filesystem, planner
 from torch.distributed.checkpoint import metadata as dcp
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore.dist_format import COMMON, INDEX
+from fuserl_megatron.mcore.dist_format import AGAIN, COMMON, INDEX
+from fuserl_megatron.util.json_files import read_bytes
 
-AGAIN = "copy the checkpoint again, or name another iteration"
+MAX_PICKLE_BYTES = 2**31
+"""Of an index or the plain values: a trillion parameters on 10,000 ranks make an index of some 100 MB."""
 
 
 class _Inert:
@@ -120,55 +120,59 @@ def read_index(folder: str | Path) -> dcp.Metadata:
     file = Path(folder) / INDEX
     if not file.exists():
         raise UserError(f"{folder}: no {INDEX}, so not a complete distributed checkpoint; {AGAIN}")
-    with _reading(file, "not a readable checkpoint index"), open(file, "rb") as stream:
-        return _Unpickler(stream, _INDEX_NAMES).load()
+    content = read_bytes(file, AGAIN, MAX_PICKLE_BYTES)
+    with _reading(file, "not a readable checkpoint index"):
+        index = _Unpickler(io.BytesIO(content), _INDEX_NAMES).load()
+        if not isinstance(index, dcp.Metadata):
+            raise TypeError(f"a {type(index).__name__}")
+    return index
 
 
-def check_pickles(folder: str | Path) -> None:
-    """Refuse a checkpoint that would make core call anything foreign. Called before core opens the folder.
+def read_common(folder: str | Path) -> dict[str, Any]:
+    """The plain values (`common.pt`) of one iteration's folder.
 
     Raises:
-        UserError: one line with the file and the name in it; also for pickles that are damaged.
+        UserError: one line: not there, damaged, or names something foreign.
     """
-    import megatron.core  # noqa: F401  (tells torch's loader the plain classes of its common.pt)
+    import megatron.core  # noqa: F401  (tells torch's loader the plain classes among them)
 
-    folder = Path(folder)
-    index = read_index(folder)
-    if (folder / COMMON).exists():  # core 0.19 keeps these values among the others
-        with _reading(folder / COMMON, "not readable"):
-            _weights_only(folder / COMMON)
-    try:
-        small = {key for key, entry in index.state_dict_metadata.items() if isinstance(entry, dcp.BytesStorageMetadata)}
-        places = [(key.fqn, place) for key, place in index.storage_data.items() if key.fqn in small]
-    except (AttributeError, TypeError):
-        raise UserError(f"{folder / INDEX}: not a checkpoint index; {AGAIN}") from None
-    for key, place in places:
-        file = folder / Path(place.relative_path).name
-        try:
-            with open(file, "rb") as stream:
-                stream.seek(place.offset)
-                content = stream.read(place.length)
-        except (OSError, TypeError, ValueError) as error:
-            raise UserError(f"{file}: {key} cannot be read ({error}); {AGAIN}") from None
-        with _reading(file, "not readable"):
-            state = _weights_only(io.BytesIO(content))
-        with _reading(file, "FP8 state that is not readable"):
-            _check_fp8(state)
+    file = Path(folder) / COMMON
+    content = read_bytes(file, AGAIN, MAX_PICKLE_BYTES)
+    with _reading(file, "not readable"):
+        found = _weights_only(io.BytesIO(content))
+        if not isinstance(found, dict):
+            raise TypeError(f"a {type(found).__name__}, no dictionary")
+    return found
 
 
-def _check_fp8(state: Any) -> None:
+def read_state(content: bytes, file: Path) -> Any:
+    """The one object in a list that `torch.save` wrote into a stretch of `file`: a module's extra state, or None.
+
+    Raises:
+        UserError: one line: damaged, or names something foreign; also one level down, in FP8 state.
+    """
+    with _reading(file, "not readable"):
+        found = _weights_only(io.BytesIO(content))
+        if not isinstance(found, list) or len(found) != 1:
+            raise TypeError("not one object in a list")
+    with _reading(file, "FP8 state that is not readable"):
+        _check_fp8(found)
+    return found[0]
+
+
+def _check_fp8(state: list) -> None:
     """Transformer Engine's state is a pickle inside a tensor of bytes, which it unpickles."""
     for value in torch.utils._pytree.tree_leaves(state):
         raw = b""
         if isinstance(value, io.BytesIO):
             raw = value.getvalue()
-        elif isinstance(value, torch.Tensor) and value.dtype == torch.uint8:
-            raw = value.numpy().tobytes()
+        elif isinstance(value, torch.Tensor) and (value.dtype == torch.uint8 or value is state[0]):  # of any dtype then
+            raw = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         if raw:
             _Unpickler(io.BytesIO(raw), _FP8_NAMES).load()
 
 
-def _weights_only(source: Path | BinaryIO) -> Any:
+def _weights_only(source: BinaryIO) -> Any:
     """Numbers, text and containers that `torch.save` wrote."""
     try:
         return torch.load(source, map_location="cpu", weights_only=True)

@@ -37,10 +37,8 @@ from fuserl_megatron.mcore.dist_format import (
     iteration_directory,
     saved_iterations,
 )
-from fuserl_megatron.mcore.manifest import describe, write_manifest
+from fuserl_megatron.mcore.manifest import PROGRESS, describe, write_manifest
 from fuserl_megatron.mcore.parallel import Layout, any_rank, from_all_ranks, from_main_rank
-
-PROGRESS = "progress.json"
 
 
 class Saving:

@@ -17,6 +17,7 @@ import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import leaves
+from fuserl_megatron.convert.copying import all_finite
 from fuserl_megatron.convert.names import megatron_names
 from fuserl_megatron.mcore.verify_sides import Side, Tokens, open_side, tokenizer_of
 from fuserl_megatron.util.text import printable
@@ -109,9 +110,11 @@ def compare_tensors(a: Side, b: Side) -> dict[str, Any]:
     """Every tensor of both, one parameter at a time; the same dtype is compared bit for bit, others by value."""
     in_a, in_b = megatron_names(a.shape), megatron_names(b.shape)
     only = {"a": a.extra_names(), "b": b.extra_names()}
-    compared, dtypes, different = 0, set(), {}
+    compared, dtypes, different, not_finite = 0, set(), {}, {"a": [], "b": []}
     for name in dict.fromkeys(in_a + in_b):
         first, second = a.tensors(name) if name in in_a else {}, b.tensors(name) if name in in_b else {}
+        for side, tensors in (("a", first), ("b", second)):
+            not_finite[side] += [key for key, tensor in tensors.items() if not all_finite(tensor)]
         only["a"] += [key for key in first if key not in second]
         only["b"] += [key for key in second if key not in first]
         for key in first.keys() & second.keys():
@@ -125,6 +128,7 @@ def compare_tensors(a: Side, b: Side) -> dict[str, Any]:
         "compared": compared,
         "different": different,
         "only_in": {side: sorted(set(found)) for side, found in only.items()},
+        "not_finite": not_finite,
         "dtypes": sorted(dtypes),
     }
 
@@ -161,9 +165,14 @@ def _read_texts(file: str | Path | None) -> Sequence[str]:
 def _tokens(sides: Sequence[Side], texts: Sequence[str], new_tokens: int) -> tuple[list[Tokens], str]:
     """The texts as token ids of at least two tokens, within both models' reach, and where the tokenizer came from."""
     vocabulary = min(side.shape.vocab_size for side in sides)
-    longest = min(MAX_TOKENS, *(side.shape.max_position_embeddings - new_tokens for side in sides))
+    # past a sliding window the two computations differ on purpose: ours is full
+    reach = min(side.shape.sliding_window or side.shape.max_position_embeddings for side in sides)
+    longest = min(MAX_TOKENS, reach - new_tokens)
     if longest < 2:
-        raise UserError(f"max_new_tokens {new_tokens}: leaves no room in the models' max_position_embeddings")
+        raise UserError(
+            f"max_new_tokens {new_tokens}: leaves no room in the {reach} tokens of the models' max_position_embeddings "
+            f"or sliding_window; --max-new-tokens {max(0, reach - 2)} would work"
+        )
     for side in sides:
         tokenizer = tokenizer_of(side)
         if tokenizer is not None:
@@ -253,6 +262,11 @@ def _tensor_line(tensors: dict[str, Any]) -> str:
         lines.append(f"{key}: " + (difference if isinstance(difference, str) else f"differs by {difference:.2e}"))
     if len(tensors["different"]) > 5:
         lines.append(f"... and {len(tensors['different']) - 5} more")
+    for side, names in tensors["not_finite"].items():
+        if names:
+            lines.append(
+                f"not finite in {side.upper()}: {', '.join(names[:3])}{' ...' * (len(names) > 3)} ({len(names)})"
+            )
     for side, names in tensors["only_in"].items():
         if names:
             lines.append(

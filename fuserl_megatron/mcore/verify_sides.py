@@ -16,8 +16,14 @@ from fuserl_megatron.convert.hf_config import ModelShape, read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron
 from fuserl_megatron.convert.names import hf_names, hf_shapes
-from fuserl_megatron.convert.shards import ShardReader, check_tensors
-from fuserl_megatron.mcore.dist_model import check_checkpoint, find_checkpoint, iteration_folder, stored_key
+from fuserl_megatron.convert.shards import ShardReader, check_num_layers, check_tensors
+from fuserl_megatron.mcore.dist_model import (
+    check_checkpoint,
+    find_checkpoint,
+    iteration_folder,
+    num_tensors,
+    stored_key,
+)
 from fuserl_megatron.mcore.dist_reader import DistReader
 
 Tokens = list[int]
@@ -33,6 +39,7 @@ class HuggingFaceSide:
         self.shape: ModelShape = read_config(self.path)
         self.tokenizer_dir = self.path
         self._reader = ShardReader(self.path)
+        check_num_layers(self.shape, len(self._reader.tensors), self.path)
         self.problem = _first_problem(lambda: check_tensors(self._reader, self.shape))
 
     def extra_names(self) -> list[str]:
@@ -95,6 +102,7 @@ class MegatronSide:
         self._config_dir, self.tokenizer_dir = found.config_dir, found.tokenizer_dir
         self.shape: ModelShape = read_config(found.config_dir)
         self._reader = DistReader(found.folder)
+        check_num_layers(self.shape, num_tensors(self._reader), found.folder)
         self.problem = _first_problem(lambda: check_checkpoint(self._reader, self.shape))
 
     def extra_names(self) -> list[str]:
@@ -105,9 +113,13 @@ class MegatronSide:
         """The Hugging Face tensors of one Megatron parameter that are there."""
         key, layer = stored_key(self._reader, name)
         stored = self._reader.keys.get(key)
-        if stored is None or (layer is not None and layer >= stored.size[0]):
+        if stored is None or (layer is not None and (layer,) >= stored.size[:1]):
             return {}
-        return dict(hf_tensors_from_megatron(name, self._reader.read(key, layer), self.shape))
+        full = self._reader.read(key, layer)
+        try:
+            return dict(hf_tensors_from_megatron(name, full, self.shape))
+        except RuntimeError:  # not the config's sizes, which is this side's `problem`: no tensor to compare
+            return {}
 
     def load(self) -> None:
         """Build core's model and load the checkpoint with core's own loader."""

@@ -6,6 +6,7 @@ the mean over the whole global batch. It is computed before the step by a forwar
 (and reference scores of them): one forward pass more, about a third of a step's time, the same number in every layout.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from pathlib import Path
 import torch
 
 from fuserl_megatron.config.facts import row_settings
+from fuserl_megatron.config.layout_rules import check_data_set
 from fuserl_megatron.config.objective import uses_reference, with_loss_defaults
 from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig, UserError
-from fuserl_megatron.convert.hf_config import ModelShape, read_config
-from fuserl_megatron.convert.hf_io import check_model_directory
+from fuserl_megatron.config.words import show
+from fuserl_megatron.convert.hf_config import ModelShape
+from fuserl_megatron.convert.hf_io import check_weights
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.pairs import prepare
@@ -64,16 +67,24 @@ def open_run(config: Config, paths: Sequence[str | None]) -> tuple[Config, Model
             model does not know.
     """
     config = with_loss_defaults(config)
-    for path in filter(None, (config.model.path, config.objective.reference)):
-        check_model_directory(path)
-    shape, datasets = read_config(config.model.path), [FusedDataset(path) for path in paths if path is not None]
+    shape = check_weights(config.model.path)
+    if config.objective.reference is not None:
+        _check_reference(config, shape, check_weights(config.objective.reference))
+    datasets = [FusedDataset(path) for path in paths if path is not None]
     for dataset in datasets:
-        if dataset.manifest.max_token_id >= shape.vocab_size:
-            raise UserError(
-                f"{dataset.path} has token id {dataset.manifest.max_token_id}, {config.model.path} a vocabulary of "
-                f"{shape.vocab_size}: build the data set with this model's tokenizer (tokenizer={config.model.path})."
-            )
+        check_data_set(str(dataset.path), shape, dataset.manifest)
     return config, shape, datasets
+
+
+def _check_reference(config: Config, shape: ModelShape, reference: ModelShape) -> None:
+    """The reference is computed by the target's model: a config that says otherwise would be passed over."""
+    now, other = (dataclasses.asdict(replace(s, raw={}, dtype=None)) for s in (shape, reference))
+    for field in now:
+        if now[field] != other[field]:
+            raise UserError(
+                f"objective.reference={config.objective.reference}: its {field} is {show(other[field])}, that of "
+                f"model.path {show(now[field])}: the reference must have the target's architecture."
+            )
 
 
 def make_engine(

@@ -1,1 +1,1 @@
-"""Small tools that know nothing of models or data: locks, whole directories."""
+"""Small helpers that know nothing of models, data or Megatron; every room may use them."""

@@ -1,11 +1,17 @@
 """A checkpoint whose pickles would run a command is refused, in one line that names the command, before anything runs:
-by a resumed training, by `verify` and by the offline conversion. Without the check core does run it."""
+by a resumed training, by `verify` and by the offline conversion. Core's own loader does run it.
 
+Planted are the index, the plain values, the extra state of modules, and ways around a check of them: an index that
+sends its reader to another file than the checker's, or through a decoder. The manifest is written anew each time, as
+whoever plants something would do."""
+
+import dataclasses
 import io
 import os
 import pickle
 import shutil
 import sys
+import zlib
 from types import ModuleType
 from unittest.mock import patch
 
@@ -13,10 +19,11 @@ import numpy
 import pytest
 import torch
 from fusion_case import SFT, make_case, make_config
+from torch.distributed.checkpoint import filesystem
 
 from fuserl_megatron import cli
+from fuserl_megatron.mcore.dist_reader import DistReader
 from fuserl_megatron.mcore.manifest import MANIFEST, describe, write_manifest
-from fuserl_megatron.mcore.safe_load import check_pickles
 from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
 
 
@@ -101,6 +108,61 @@ def plant_harmless_fp8_state(folder, evil):
         plant_fp8_state(folder, state)
 
 
+def replace_state(folder, change):
+    """Exchange the first extra state's place in the index for `change(place)`."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    key, place = next((k, p) for k, p in index.storage_data.items() if "_extra_state" in k.fqn)
+    index.storage_data[key] = change(place)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+def saved(evil):
+    stream = io.BytesIO()
+    torch.save([evil], stream)
+    return stream.getvalue()
+
+
+def plant_elsewhere(folder, evil, path):
+    """A harmless file of the same name lies where a check of names would look."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(saved(evil))
+    if not (folder / path.name).exists():
+        (folder / path.name).write_bytes(saved(None))
+    relative = str(path) if path.parent == folder.parent else f"{path.parent.name}/{path.name}"
+    replace_state(folder, lambda place: dataclasses.replace(place, relative_path=relative, offset=0, length=10**4))
+
+
+def plant_in_a_sub_folder(folder, evil):
+    plant_elsewhere(folder, evil, folder / "sub" / "__9_0.distcp")
+
+
+def plant_at_an_absolute_path(folder, evil):
+    plant_elsewhere(folder, evil, folder.parent / "__9_0.distcp")
+
+
+def plant_behind_a_link(folder, evil):
+    (folder.parent / "away.distcp").write_bytes(saved(evil))
+    (folder / "__9_0.distcp").symlink_to(folder.parent / "away.distcp")
+    size = (folder / "__9_0.distcp").stat().st_size
+    replace_state(folder, lambda p: dataclasses.replace(p, relative_path="__9_0.distcp", offset=0, length=size))
+
+
+def plant_compressed(folder, evil):
+    """What lies there is no pickle: only who decodes it first meets the command."""
+    content = zlib.compress(saved(evil))
+    (folder / "__9_0.distcp").write_bytes(content)
+    replace_state(
+        folder,
+        lambda p: filesystem._StorageInfo("__9_0.distcp", 0, len(content), transform_descriptors=("zlib",)),
+    )
+
+
+def plant_fp8_state_of_another_dtype(folder, evil):
+    content = pickle.dumps(evil)
+    inner = torch.frombuffer(bytearray(content + bytes(-len(content) % 4)), dtype=torch.float32)
+    plant_extra_state(folder, evil, [inner])
+
+
 PLANTS = [
     plant_index,
     plant_beside_a_good_index,
@@ -108,7 +170,14 @@ PLANTS = [
     plant_extra_state,
     plant_fp8_state,
     plant_storage_in_fp8_state,
+    plant_fp8_state_of_another_dtype,
+    plant_in_a_sub_folder,
+    plant_at_an_absolute_path,
+    plant_behind_a_link,
+    plant_compressed,
 ]
+IN_INDEX = [plant_index, plant_beside_a_good_index, *PLANTS[-4:]]
+"""Refused when the index is read: also by the conversion, which opens no state."""
 by_name = pytest.mark.parametrize("plant", PLANTS, ids=lambda f: f.__name__)
 
 
@@ -126,13 +195,26 @@ def planted(model, tmp_path):
     def make(plant):
         shutil.copytree(model[1], tmp_path / "bad")
         plant(tmp_path / "bad" / "iter_0000000", Evil(tmp_path / "touched"))
+        seal(tmp_path / "bad" / "iter_0000000", 0)
         return tmp_path / "bad"
 
     return make
 
 
-def refused(text):
-    return "names posix.system" in text and "not opened" in text and "\n" not in text
+def seal(folder, iteration):
+    """Write the manifest anew, as an attacker would."""
+    names = (f for f in folder.iterdir() if f.is_file() and f.name != MANIFEST)
+    write_manifest(folder, iteration, describe(names))
+
+
+def refused(text, plant):
+    said = {
+        plant_in_a_sub_folder: "the index names 'sub/__9_0.distcp', no file beside it",
+        plant_at_an_absolute_path: "__9_0.distcp', no file beside it",
+        plant_behind_a_link: "__9_0.distcp: a link that leads out of the checkpoint",
+        plant_compressed: "__9_0.distcp is compressed or encoded, which is not supported",
+    }.get(plant)
+    return (said or "names posix.system") in text and (said or "not opened") in text and "\n" not in text
 
 
 @by_name
@@ -141,38 +223,47 @@ def test_verify_refuses(model, planted, tmp_path, plant, capsys, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert cli.main(["verify", str(model[0]), str(planted(plant)), "--max-new-tokens", "1"]) == 2
-    assert refused(capsys.readouterr().err.rstrip("\n"))
+    assert refused(capsys.readouterr().err.rstrip("\n"), plant)
     assert not (tmp_path / "touched").exists()
 
 
 @by_name
 def test_offline_conversion_refuses_or_does_not_open_it(planted, tmp_path, plant, capsys):
     code = cli.main(["convert", "megatron-to-hf", str(planted(plant)), str(tmp_path / "out")])
-    in_index = plant in (plant_index, plant_beside_a_good_index)
-    assert code == (2 if in_index else 0)
-    assert not in_index or refused(capsys.readouterr().err.rstrip("\n"))
+    assert code == (2 if plant in IN_INDEX else 0)
+    assert plant not in IN_INDEX or refused(capsys.readouterr().err.rstrip("\n"), plant)
     assert not (tmp_path / "touched").exists()
 
 
 def test_honest_extra_state_passes(planted):
-    check_pickles(planted(plant_harmless_fp8_state) / "iter_0000000")
+    folder = planted(plant_harmless_fp8_state) / "iter_0000000"
+    key = next(k.fqn for k in pickle.loads((folder / ".metadata").read_bytes()).storage_data if "_extra_state" in k.fqn)
+    with DistReader(folder) as reader:
+        assert reader.read_object(key).dtype == torch.uint8
 
 
-def resume(config, unchecked):
+def resume(config):
     """The error of a run, or None."""
     from fuserl_megatron.config.schema import UserError
-    from fuserl_megatron.mcore import checkpoint
     from fuserl_megatron.train.loop import train
 
-    original = checkpoint.check_pickles
     try:
-        if unchecked:
-            checkpoint.check_pickles = lambda folder: None
         return None if train(config) == 0 else "stopped"
     except UserError as error:
         return str(error)
-    finally:
-        checkpoint.check_pickles = original
+
+
+def load_with_core(directory, folder):
+    """What core makes of a checkpoint by itself."""
+    from megatron.core import dist_checkpointing
+    from plain_model import load_engine
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    (chunk,) = load_engine(directory, 1, 1).target.chunks
+    try:
+        dist_checkpointing.load({"model": chunk.sharded_state_dict()}, folder)
+    except (Exception, CheckpointException) as error:
+        return str(error)
 
 
 @pytest.fixture(scope="module")
@@ -184,30 +275,32 @@ def stopped_run(ranks, tmp_path_factory):
     def config(directory):
         return make_config(case, SFT, global_batch_size=3, max_steps=4, every=2, results_dir=str(directory), tp=2)
 
-    assert ranks.run(resume, 2, config(whole), False) == [None, None]
+    assert ranks.run(resume, 2, config(whole)) == [None, None]
     checkpoints = whole / "checkpoints"
     shutil.rmtree(checkpoints / "iter_0000004")
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("2\n")
     return config, whole
 
 
-def resume_planted(ranks, stopped_run, tmp_path, plant, unchecked):
+@by_name
+def test_a_resumed_training_refuses(ranks, stopped_run, tmp_path, plant):
     config, whole = stopped_run
     shutil.copytree(whole, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "iter_0000002"
     plant(folder, Evil(tmp_path / "touched"))
-    write_manifest(folder, 2, describe(f for f in folder.iterdir() if f.name != MANIFEST))  # as an attacker would
-    return ranks.run(resume, 2, config(tmp_path / "run"), unchecked)
-
-
-@by_name
-def test_a_resumed_training_refuses(ranks, stopped_run, tmp_path, plant):
-    errors = resume_planted(ranks, stopped_run, tmp_path, plant, False)
-    assert all(refused(error) for error in errors), errors
+    seal(folder, 2)
+    errors = ranks.run(resume, 2, config(tmp_path / "run"))
+    assert all(error and refused(error, plant) for error in errors), errors
     assert not (tmp_path / "touched").exists()
 
 
-@pytest.mark.parametrize("plant", [plant_beside_a_good_index, plant_extra_state], ids=lambda f: f.__name__)
-def test_without_the_check_it_would_have_run(ranks, stopped_run, tmp_path, plant):
-    resume_planted(ranks, stopped_run, tmp_path, plant, True)
+RUN_BY_CORE = [plant_beside_a_good_index, plant_extra_state, *PLANTS[-4:-1]]
+"""Not the compressed one: torch's decoder for it is a package that is not here."""
+
+
+@pytest.mark.parametrize("plant", RUN_BY_CORE, ids=lambda f: f.__name__)
+def test_core_by_itself_runs_it(ranks, model, planted, tmp_path, plant):
+    """The control: what is planted is a command that works."""
+    folder = planted(plant) / "iter_0000000"
+    ranks.run(load_with_core, 1, str(model[0]), str(folder))
     assert (tmp_path / "touched").exists()

@@ -211,6 +211,14 @@ def test_verify_sees_planted_faults(model, tmp_path, fault):
         assert report["tensors"]["only_in"] == {"a": ["lm_head.weight"], "b": []}
 
 
+def seal(checkpoint):
+    """Write the manifest anew, so that not the damage is found but what it leads to."""
+    from fuserl_megatron.mcore.manifest import MANIFEST, describe, write_manifest
+
+    folder = checkpoint / "iter_0000000"
+    write_manifest(folder, 0, describe(f for f in folder.iterdir() if f.name != MANIFEST))
+
+
 def change_checkpoint(checkpoint, key, change):
     """Change the numbers of one key in place, in the chunk's own bytes."""
     from fuserl_megatron.mcore import dist_format, dist_reader
@@ -226,6 +234,7 @@ def change_checkpoint(checkpoint, key, change):
             values = torch.frombuffer(bytearray(file.read(4 * numbers)), dtype=torch.float32).view(sizes)
             file.seek(start)
             file.write(change(values).contiguous().numpy().tobytes())
+    seal(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +401,7 @@ def spoil_dist_tokenizer(checkpoint):
 def test_bad_checkpoints_are_one_line(model, tmp_path, capsys, spoil, said):
     checkpoint = copy_of(model[1], tmp_path / "checkpoint")
     spoil(checkpoint)
+    seal(checkpoint)
     assert said in error_line(capsys, "convert", "megatron-to-hf", checkpoint, tmp_path / "out")
     assert leftovers(tmp_path) == ["checkpoint"]
 

@@ -102,10 +102,25 @@ def test_harmless_settings_are_accepted(make_config, family, changes):
         ("llama", {"rms_norm_eps": 0}, "rms_norm_eps"),
         ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         ("llama", {"torch_dtype": "int8"}, "dtype = 'int8'"),
-        ("mistral", {"sliding_window": 64}, "sliding_window = 64"),
         ("mistral", {"attention_bias": True}, "attention_bias"),
         ("qwen2", {"mlp_bias": True}, "mlp_bias"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_window = 16"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers = '1'"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers = None"),
+        ("qwen2", {"use_sliding_window": 1}, "use_sliding_window = 1"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, "layer_types"),  # with no window given
+        ("llama", {"hidden_size": 2**31}, "hidden_size = 2147483648"),
+        ("llama", {"head_dim": 2**20}, "head_dim = 1048576"),
+        ("llama", {"max_position_embeddings": None}, "max_position_embeddings is missing or null"),
+        ("llama", {"rms_norm_eps": 10**400}, "rms_norm_eps"),
+        ("llama", {"rope_theta": 10**30}, "RoPE frequencies"),
+        ("llama", {"rope_theta": 5e-324}, "RoPE frequencies"),
+        ("llama", {"rope_theta": 1e300}, "RoPE frequencies"),
+        ("llama", {"rope_theta": 10**400}, "rope_theta"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 5e-324}}, "RoPE frequencies"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 1e308}}, "RoPE frequencies"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "beta_fast": 5e-324}}, "RoPE frequencies"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1}, "RoPE frequencies"),
+        ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 10**400}}, "attention_factor"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
         ("llama", {"rope_scaling": {"type": "su", "factor": 2.0}}, "'su'"),
@@ -136,14 +151,34 @@ def test_what_cannot_be_represented_is_refused_by_name(make_config, family, chan
     assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_mistral_without_the_field_has_the_class_default_window(make_config):
-    config = make_config("mistral", max_position_embeddings=32768)
-    del config["sliding_window"]
-    with pytest.raises(UserError, match="sliding_window = 4096"):
-        read_config(config)
+WINDOWS = [
+    ("mistral", {"sliding_window": 64}, 64),
+    ("mistral", {"sliding_window": 128}, None),  # as long as the model
+    ("mistral", {"max_position_embeddings": 32768, "sliding_window": "absent"}, 4096),  # transformers' default
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, 16),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 2}, None),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention"] * 2}, None),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["sliding_attention"] * 2}, 16),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": None}, None),
+    ("qwen2", {"max_window_layers": "many"}, None),  # not read where nothing slides
+]
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", "\xff"])
+@pytest.mark.parametrize(("family", "changes", "window"), WINDOWS)
+def test_the_window_is_known_and_only_where_a_layer_has_one(make_config, family, changes, window):
+    config = {k: v for k, v in make_config(family, **changes).items() if v != "absent"}
+    assert read_config(config).sliding_window == window
+    if config.get("max_window_layers", 0) in (0, 1, 2) and "layer_types" not in changes:
+        theirs = AutoConfig.for_model(**config)  # which layers slide in transformers
+        types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * 2
+        slides = getattr(theirs, "sliding_window", None) is not None and "sliding_attention" in types
+        assert slides == (window is not None or config.get("sliding_window") == 128)
+
+
+BAD_FILES = [None, "{", "[]", "\xff", f'{{"a": {"9" * 5000}}}', '{"a": ' * 5000, f'{{"a": {"[" * 100 + "]" * 100}}}']
+
+
+@pytest.mark.parametrize("content", BAD_FILES, ids=range(len(BAD_FILES)))
 def test_unreadable_files_are_one_line(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content.encode("latin-1"))
