@@ -187,7 +187,9 @@ def check(config: Config, num_ranks: int) -> list[str]:
         from fuserl_megatron.train.monitor import check_monitor
 
         check_monitor(config, Manifest.read(config.data.validation_path).sources)
-    return facts
+    from fuserl_megatron.data.identity import check_run
+
+    return [*facts, *check_run(config)]
 
 
 def _laid_out(config: Config, num_ranks: int) -> list[str]:
