@@ -22,7 +22,7 @@ class RunConfig:
     export: bool = True
     """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint's where one is monitored."""
     disable_checks: tuple[Check, ...] = ()
-    """What is not to be checked before or while the run goes (train/checks.py says what each is); all are by default."""
+    """What is not to be checked before or during the run (train/checks.py says what each is); all are by default."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,10 +69,15 @@ class FusedDataset:
             raise UserError(f"{file}: its content is not what the manifest describes (hash): copy or build it again")
         self._map_file(file)
         m = self.manifest
-        found = {"num_prompts": self.num_groups, "num_responses": self.num_responses}  # format 1 covers itself by no hash
+        found = {
+            "num_prompts": self.num_groups,
+            "num_responses": self.num_responses,
+        }  # format 1 covers itself by no hash
         for name, number in found.items():
             if getattr(m, name) != number:
-                raise UserError(f"{self.path}: {name} of its manifest is {getattr(m, name)}, not {number}: build it again")
+                raise UserError(
+                    f"{self.path}: {name} of its manifest is {getattr(m, name)}, not {number}: build it again"
+                )
         if self.source_ids.max(initial=0) >= len(m.sources):
             raise UserError(f"{self.path}: its manifest names {len(m.sources)} sources, it has more: build it again")
 

@@ -19,7 +19,7 @@ the export carries the data's template. Any other difference is refused.
 
 import hashlib
 import json
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from fuserl_megatron.data.tokenize import BadPrompt, ChatTokenizer
 PLACE = ("probe", 1)
 PROBES = {
     "english": "The quick brown foxes' jumping wasn't over; Dr. O'Neil said \"naïve\" at 5:30pm.",
-    "languages": "Größe, œuvre, ¿cómo está?, Ελληνικά, русский язык, 你好世界, こんにちは, 안녕하세요, हिन्दी, العربية, 👩‍🚀🚀",
+    "languages": "Größe, œuvre, ¿cómo está?, Ελληνικά, русский язык, 你好世界, こんにちは, 안녕, हिन्दी, العربية, 👩‍🚀🚀",
     "numbers": "3.14159 + 2,718,281 = 1e-05; 0x7fff; 2026-11-29; 1234567890; ½ ² ∑ √ ≤",
     "code": "def f(x: int) -> str:\n    return f'{x!r}'  # ok\n\n\tif (a != b && c[0]) { i += 1; }\n",
     "white space": "  two  spaces,\ttabs\t\t, three\n\n\nlines \r\n and trailing   ",
@@ -85,19 +85,13 @@ def compare(data_path: str, setting: str, model: str, disabled: tuple[str, ...] 
     """
     if not _has_tokenizer(model):
         return [f"tokenizer  {model} holds none: not compared with {data_path}'s"]
-    manifest, loaded = Manifest.read(data_path), []
-
-    def tokenizer() -> ChatTokenizer:
-        if not loaded:
-            loaded.append(ChatTokenizer(model, template_kwargs=manifest.template_kwargs or {}))
-        return loaded[0]
-
+    manifest = Manifest.read(data_path)
     if "tokenizer_match" not in disabled:
-        problem = _tokenizer_problem(manifest, data_path, model, tokenizer)
+        problem = _tokenizer_problem(manifest, data_path, model)
         if problem is not None:
             raise UserError(
-                f"data.path={data_path}: made with the tokenizer of {manifest.tokenizer}, and that of {setting}={model} "
-                f"is another one: {problem}; build it with tokenizer={model}, or overrule: "
+                f"data.path={data_path}: made with the tokenizer of {manifest.tokenizer}, and that of "
+                f"{setting}={model} is another one: {problem}; build it with tokenizer={model}, or overrule: "
                 "run.disable_checks=[tokenizer_match]."
             )
     own = own_template(model)
@@ -107,18 +101,18 @@ def compare(data_path: str, setting: str, model: str, disabled: tuple[str, ...] 
         if "template_match" in disabled or manifest.chat_template_hash == (own and _sha256(own)):
             return []
         raise UserError(
-            f"data.path={data_path}: rendered with another chat template than that of {setting}={model}, and its format "
-            "is of an earlier version, which does not keep the text; build it again, or overrule: "
+            f"data.path={data_path}: rendered with another chat template than that of {setting}={model}, and its "
+            "format is of an earlier version, which does not keep the text; build it again, or overrule: "
             "run.disable_checks=[template_match]."
         )
     if own is None or manifest.chat_template_given:
         what = "has no chat template" if own is None else "has another chat template"
         return [f"template   {model} {what}; an exported model carries that of {data_path}"]
-    if "template_match" in disabled or not (difference := _rendering_problem(manifest, tokenizer)):
+    if "template_match" in disabled or not (difference := _rendering_problem(manifest, model)):
         return []
     raise UserError(
-        f"data.path={data_path}: rendered with another chat template than that of {setting}={model} ({difference}); build "
-        f"it with tokenizer={model}, or with chat_template=FILE if the model is to learn another one, or overrule: "
+        f"data.path={data_path}: rendered with another chat template than that of {setting}={model} ({difference}); "
+        f"build it with tokenizer={model}, or with chat_template=FILE if the model is to learn another one, or overrule: "
         "run.disable_checks=[template_match]."
     )
 
@@ -158,14 +152,22 @@ def _has_tokenizer(model: str) -> bool:
     return any((directory / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _tokenizer_problem(
-    manifest: Manifest, data_path: str, model: str, tokenizer: Callable[[], ChatTokenizer]
-) -> str | None:
+def _opened(manifest: Manifest, model: str) -> ChatTokenizer:
+    """The model's tokenizer under the data's template, where that is kept: the model's own may be one we refuse."""
+    if manifest.chat_template is None:
+        return ChatTokenizer(model)
+    with tempfile.NamedTemporaryFile("w", suffix=".jinja", encoding="utf-8") as file:
+        file.write(manifest.chat_template)
+        file.flush()
+        return ChatTokenizer(model, file.name, template_kwargs=manifest.template_kwargs or {})
+
+
+def _tokenizer_problem(manifest: Manifest, data_path: str, model: str) -> str | None:
     """In which way the tokenizers differ, None where it makes no difference to the data."""
     known = manifest.identity
     if known is not None and known["files"] == files_hash(model):
         return None
-    mine = tokenizer()
+    mine = _opened(manifest, model)
     if mine.hash == manifest.tokenizer_hash:
         return None
     if known is None:
@@ -175,15 +177,15 @@ def _tokenizer_problem(
         return f"{manifest.end_of_turn}, the end of turn, has the id {manifest.end_of_turn_id} there and {end} here"
     for name, text in PROBES.items():
         if known["probes"].get(name) not in (None, _digest(mine.tokenizer(text)["input_ids"])):
-            return f"it gives other ids, such as for {text[:40]!r}"
+            return f"it gives other ids (probe text '{name}')"
     if known["tokens"] != _tokens_hash(mine, FusedDataset(data_path, verify=False)):
         return "ids of the data stand for other tokens"
     return None
 
 
-def _rendering_problem(manifest: Manifest, tokenizer: Callable[[], ChatTokenizer]) -> str | None:
+def _rendering_problem(manifest: Manifest, model: str) -> str | None:
     try:
-        mine = tokenizer()
+        mine = ChatTokenizer(model, template_kwargs=manifest.template_kwargs or {})
     except UserError as error:
         return str(error)
     for name, case in CONVERSATIONS.items():

@@ -177,7 +177,9 @@ def check_record(place: Place, record: dict[str, Any]) -> tuple[Messages, str, s
     except OverflowError:
         reward = math.inf
     if not abs(reward) <= LARGEST_REWARD:
-        limit = "a finite number" if not math.isfinite(reward) else f"at most {LARGEST_REWARD:g} in size (squares overflow)"
+        limit = (
+            "a finite number" if not math.isfinite(reward) else f"at most {LARGEST_REWARD:g} in size (squares overflow)"
+        )
         raise BadRecord(place, "non_finite_reward", f"field 'reward' is {reward}: it must be {limit}")
     return canonical_prompt(place, record["prompt"]), source, response, reward
 
