@@ -95,6 +95,10 @@ def launch(options: argparse.Namespace) -> int:
     from fuserl_megatron.launch.pipeline import load_pipeline
 
     pipeline = load_pipeline(options.overrides, options.config_dir, options.config_name)
+    if any(stage.trains for stage in pipeline.stages):
+        from fuserl_megatron.data.belonging import check_chain
+
+        check_chain(pipeline.stages, pipeline.config.target)
     return run(pipeline, options.overrides, options.dry_run)
 
 
@@ -187,7 +191,7 @@ def check(config: Config, num_ranks: int) -> list[str]:
         from fuserl_megatron.train.monitor import check_monitor
 
         check_monitor(config, Manifest.read(config.data.validation_path).sources)
-    from fuserl_megatron.data.identity import check_run
+    from fuserl_megatron.data.belonging import check_run
 
     return [*facts, *check_run(config)]
 

@@ -5,8 +5,8 @@ mask_coverage      every step: each sequence has its scored positions, never non
 group_integrity    every step: pairs and triples lie inside one prompt and source, RLOO's groups are whole
 first_step_loss    first step, policy == reference: the loss has its analytic value (log 2 for the DPO family)
 reference_hash     stored reference scores belong to this model, data set and precision (reference.py)
-tokenizer_match    before any rank starts: data sets, model and reference have one tokenizer (data/identity.py)
-template_match     before any rank starts: the data are rendered as the model's chat template does (data/identity.py)
+tokenizer_match    before any rank starts: data sets, model and reference have one tokenizer (data/belonging.py)
+template_match     before any rank starts: the data are rendered as the model's chat template does (data/belonging.py)
 """
 
 import os

@@ -8,8 +8,9 @@ from test_manifest import as_format_1
 
 from fuserl_megatron.cli import main
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data import identity
-from fuserl_megatron.data.identity import compare, own_template
+from fuserl_megatron.data import belonging
+from fuserl_megatron.data.belonging import check_tokenizers, compare
+from fuserl_megatron.data.identity import own_template
 
 SYSTEM = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
 
@@ -53,7 +54,7 @@ def test_another_tokenizer_is_refused_and_can_be_overruled(chatml, tokenizers_di
 
 
 def test_the_same_tokenizer_is_known_by_its_files_alone(chatml, copy, monkeypatch):
-    monkeypatch.setattr(identity, "ChatTokenizer", None)  # nothing is opened
+    monkeypatch.setattr(belonging, "ChatTokenizer", None)  # nothing is opened
     assert compare(str(chatml.path), "model.path", str(copy())) == []
 
 
@@ -86,7 +87,7 @@ def test_a_difference_that_changes_ids_is_found(chatml, copy, change, says):
 
 def test_ids_of_the_data_that_no_probe_has_are_compared_too(chatml, copy, monkeypatch):
     """Two tokens that stand in the data and in none of the fixed texts have changed places."""
-    monkeypatch.setattr(identity, "PROBES", {})
+    monkeypatch.setattr(belonging, "PROBES", {})
     with pytest.raises(UserError, match="ids of the data stand for other tokens"):
         compare(str(chatml.path), "model.path", str(copy(lambda t: swap(t["model"]["vocab"], "h", "i"))))
 
@@ -183,3 +184,23 @@ def test_every_command_refuses_it_before_a_rank_starts(chatml, copy, tmp_path, c
         assert "is another one: it gives other ids" in said and said.count("\n") == 1
     assert not (tmp_path / "run").exists()
     assert main(["train", "--dry-run", *reference, *data, "run.disable_checks=[tokenizer_match]"]) == 0
+
+
+def test_a_chain_refuses_it_before_anything_is_submitted(chatml, copy, tmp_path, capsys, tokenizers_dir):
+    """A data set that is there, and one that is yet to be built, by the tokenizer it is to be built with."""
+    other = copy(lambda t: swap(t["model"]["vocab"], "h", "i"))
+    (other / "config.json").write_text(json.dumps(MODEL))
+    chain = ["launch", f"target={other}", f"run.results_dir={tmp_path / 'run'}", "fusesft.trainer=cpu"]
+    cases = [["stages=[fusesft]", f"fusesft.data.path={chatml.path}"]]
+    build = ["build_sft.inputs=[in.jsonl]", "build_sft.reward_temperature=1"]
+    cases += [["stages=[build_sft,fusesft]", *build, f"build_sft.tokenizer={chatml.manifest.tokenizer}"]]
+    for words in cases:
+        for mode in ([], ["--dry-run"]):
+            assert main([*chain, *words, *mode]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith("fuserl: error: fusesft: ") and "other ids (probe text 'english')" in said
+            assert said.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+        assert main([*chain, *words, "--dry-run", "train.run.disable_checks=[tokenizer_match]"]) == 0
+        capsys.readouterr()
+    check_tokenizers("x", str(other), str(other))
