@@ -20,6 +20,8 @@ from fuserl_megatron.config.words import first_line
 FORMAT_VERSION = 2
 READABLE = (1, 2)
 MANIFEST_FILE, OWN_HASH = "manifest.json", "manifest_hash"
+RUN_COPY = "data_manifest.json"
+"""The copy in results_dir of the manifest of what a run was trained on: a later export reads it."""
 NEW_IN_2 = ("chat_template", "chat_template_given", "template_kwargs", "end_of_turn_id", "identity")
 AGAIN = "build the data set again"
 
@@ -73,6 +75,22 @@ class Manifest:
     """exp(H(w)) over the prompts: mean, and quantiles by name."""
     inputs: list[dict[str, Any]]
     """Name, sha256 and number of records of every input."""
+
+    def lineage(self) -> dict[str, Any]:
+        """What a model card tells of the data; of files the names alone."""
+        data = {name: getattr(self, name) for name in ("num_prompts", "num_responses")}
+        named = [entry for entry in self.inputs if isinstance(entry.get("name"), str)]
+        data |= {
+            "reward_temperature": str(self.reward_temperature),
+            "files": [Path(entry["name"]).name for entry in named if entry.get("sha256")],
+            "hub": [entry["name"].partition(":")[0] for entry in named if not entry.get("sha256")],
+        }
+        return {
+            "sources": list(self.sources),
+            "data_set": self.hash,
+            "data": data,
+            "template_kwargs": self.template_kwargs or {},
+        }
 
     def to_json(self) -> str:
         """The text of manifest.json."""

@@ -11,6 +11,7 @@ from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.files import write_file
+from fuserl_megatron.data.manifest import MANIFEST_FILE, RUN_COPY
 from fuserl_megatron.mcore import checkpoint, parallel, weights
 from fuserl_megatron.mcore.dist_format import iteration_directory
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
@@ -86,6 +87,7 @@ def _run(
     if layout.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / "config.yaml", [to_yaml(config).encode()])
+        write_file(directory / RUN_COPY, [(dataset.path / MANIFEST_FILE).read_bytes()])
         describe_start(config, layout, shape, prepared, sampler, total, done)
 
     training, *validation = with_references(config, engine, feeds, stopping.check)
