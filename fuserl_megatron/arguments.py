@@ -108,13 +108,15 @@ that train, STAGE.cluster.KEY a resource of one stage. The same command again go
         "loss and preference metrics of a model on held-out prompts",
         f"""examples:
   fuserl evaluate model.path=runs/fusesft/hf data.path=heldout
+  fuserl evaluate --before models/target model.path=runs/fusesft/hf data.path=heldout
   fuserl evaluate --nproc 8 recipe=llama31_8b_fusepo_ln_dpo model.path=runs/fusepo/hf data.path=heldout \\
       objective.reference=runs/fusesft/hf run.results_dir=runs/evaluation
 
 Takes the settings of `fuserl train`. Prints the weighted NLL of each source's best response and, with a FusePO
-objective, its loss and metrics; writes them to run.results_dir/evaluation.json.
+objective, its loss and metrics; writes them to run.results_dir/evaluation.json. With --before, both models' figures.
 {OVERRIDES}""",
     )
+    evaluate.add_argument("--before", metavar="DIR", help="the model that training started from, to compare with")
     _add_config_options(evaluate, "train", ranks=True)
 
     parity = _command(

@@ -10,9 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fuserl_megatron.config.facts import replica_ranks, row_settings
+from fuserl_megatron.config.facts import replica_ranks
 from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.train.preflight import check as check
+from fuserl_megatron.train.preflight import laid_out
 
 
 def build(options: argparse.Namespace) -> int:
@@ -55,7 +57,7 @@ def _train(options: argparse.Namespace) -> int:
         from fuserl_megatron.config.objective import with_loss_defaults
 
         filled = with_loss_defaults(config)  # as the run writes it down
-        print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
+        print(to_yaml(filled), *facts, *laid_out(filled, num_ranks), sep="\n")
         return 0
     config = with_local_models(config)
     if _becomes_rank(config, num_ranks):
@@ -82,13 +84,17 @@ def _check_reference(config: Config) -> None:
 
 def evaluate(options: argparse.Namespace) -> int:
     """`fuserl evaluate`: as `train`, the figures of model.path on data.path."""
+    before = None if options.before is None else local_model(options.before)
 
     def run(config: Config) -> int:
+        from fuserl_megatron.data.belonging import compare
         from fuserl_megatron.train.evaluate import evaluate
 
-        return evaluate(config)
+        if before is not None:
+            compare(config.data.path, "--before", before, (*config.run.disable_checks, "template_match"))
+        return evaluate(config, before)
 
-    return _on_ranks(options, run, "evaluate")
+    return _on_ranks(options, run, "evaluate", *([] if before is None else [f"--before={before}"]))
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -175,45 +181,6 @@ def _start_ranks(options: argparse.Namespace, num_ranks: int, *words: str) -> in
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     return local.run_ranks(command, num_ranks)
-
-
-def check(config: Config, num_ranks: int) -> list[str]:
-    """All rules, the cheap ones first; returns what follows from the settings. Raises UserError."""
-    from fuserl_megatron.config.validate import validate
-
-    validate(config, num_ranks)
-    model = local_model(config.model.path, weights=False)
-    if not Path(model).is_dir():  # before torch is imported
-        raise UserError(f"model.path={config.model.path}: no such directory; give a Hugging Face model directory.")
-    from fuserl_megatron.convert.hf_config import read_config
-    from fuserl_megatron.data.dataset import Manifest
-
-    facts = validate(config, num_ranks, read_config(model), data_set=Manifest.read(config.data.path))
-    if config.data.validation_path is not None:
-        from fuserl_megatron.train.monitor import check_monitor
-
-        check_monitor(config, Manifest.read(config.data.validation_path).sources)
-    from fuserl_megatron.data.belonging import check_run
-
-    return [*facts, *check_run(config)]
-
-
-def _laid_out(config: Config, num_ranks: int) -> list[str]:
-    """What each data set gives under these settings, a line each. Raises UserError where something does not fit."""
-    from fuserl_megatron.data.dataset import FusedDataset
-    from fuserl_megatron.data.pairs import prepare
-    from fuserl_megatron.data.sampler import GlobalBatchSampler
-
-    lines, dp_size = [], num_ranks // replica_ranks(config.model)
-    rows = row_settings(config)
-    for path in filter(None, (config.data.path, config.data.validation_path)):
-        prepared = prepare(FusedDataset(path, verify=False), config.objective, config.data.reward_temperature)
-        sampler = GlobalBatchSampler(prepared, rows, config.run.seed, dp_size)
-        lines.append(
-            f"{path}: {prepared.num_prompts} prompts in {sampler.steps_per_epoch} steps an epoch, "
-            f"{prepared.response_ids.size} sequences, {prepared.chosen.size} pairs"
-        )
-    return lines
 
 
 def hf_to_megatron(options: argparse.Namespace) -> int:

@@ -46,7 +46,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("sample_packing sequence_packing padding_free", "data.packing.enabled"),
     Peer("bf16 fp16 fp32 torch_dtype dtype mixed_precision fp8 tf32", "trainer.precision", "bf16, 32, fp8_*"),
     Peer("output_dir save_dir save checkpoint_dir log_dir logging_dir ckpt_dir", "run.results_dir"),
-    Peer("run_name experiment_name exp_name job_name", "run.name"),
+    Peer("run_name exp_name job_name", "run.name"),
     Peer("save_steps save_interval save_period save_every save_strategy checkpointing_steps",
          "exp_manager.checkpoint_callback_params.every_n_train_steps"),
     Peer("save_total_limit keep_top_k", "exp_manager.checkpoint_callback_params.save_top_k"),
