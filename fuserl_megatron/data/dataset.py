@@ -89,6 +89,9 @@ class FusedDataset:
         dataset._map_file(file)
         return dataset
 
+    fingerprint: str | None = None
+    """Of a view (prepared.py), a hash of what it changes; None: nothing."""
+
     def _map_file(self, file: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(file)))
         self._batches = batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]

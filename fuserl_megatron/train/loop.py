@@ -80,10 +80,11 @@ def _run(
     dataset, prepared, sampler = datasets[0], feeds[0].prepared, feeds[0].sampler
     total = total_steps(config.trainer, sampler.steps_per_epoch)
     identity = run_identity(config, dataset, prepared.reward_temperature, total)
+    identity |= {"data.on_too_long": prepared.fitted}
     done, damaged, saved = steps_to_resume(config, checkpoints, identity, layout)
 
     started = time.monotonic()
-    engine = make_engine(config, layout, shape, dataset.sources)
+    engine = dataclasses.replace(make_engine(config, layout, shape, dataset.sources), place=dataset.place)
     if layout.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / "config.yaml", [to_yaml(config).encode()])
@@ -192,7 +193,7 @@ def one_step(
     with engine.clock.part("data"):
         plan = feed.sampler.step(step)
         batches = feed.batches(plan, engine.layout.dp_rank)
-        check_batches(config, feed.prepared.unit, batches, engine.layout)
+        check_batches(config, feed.prepared.unit, batches, engine.layout, engine.place)
     values = step_values(config, engine, feed, plan, step, total)
     lr, clip = lr_at(step, total, config.optim), config.trainer.gradient_clip_val
     result = train_step(

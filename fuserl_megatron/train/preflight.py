@@ -36,14 +36,17 @@ def laid_out(config: Config, num_ranks: int) -> list[str]:
     from fuserl_megatron.data.dataset import FusedDataset
     from fuserl_megatron.data.pairs import prepare
     from fuserl_megatron.data.sampler import GlobalBatchSampler
+    from fuserl_megatron.data.too_long import fitted
 
     lines, dp_size = [], num_ranks // replica_ranks(config.model)
     rows = row_settings(config)
     for path in filter(None, (config.data.path, config.data.validation_path)):
-        prepared = prepare(FusedDataset(path, verify=False), config.objective, config.data.reward_temperature)
+        chosen = prepare(FusedDataset(path, verify=False), config.objective, config.data.reward_temperature)
+        prepared = fitted(chosen, rows)
         sampler = GlobalBatchSampler(prepared, rows, config.run.seed, dp_size)
         lines.append(
             f"{path}: {prepared.num_prompts} prompts in {sampler.steps_per_epoch} steps an epoch, "
             f"{prepared.response_ids.size} sequences, {prepared.chosen.size} pairs"
+            + (f" ({chosen.num_prompts - prepared.num_prompts} prompts too long)" if prepared.fitted else "")
         )
     return lines
