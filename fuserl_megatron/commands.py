@@ -61,6 +61,7 @@ def _train(options: argparse.Namespace) -> int:
         return 0
     config = with_local_models(config)
     if _becomes_rank(config, num_ranks):
+        _say_once(config)
         stopping.listen() if config.exp_manager.create_preemption_callback else stopping.release()
         with own_log(Path(config.run.results_dir)):
             if options.reference_only:
@@ -142,7 +143,19 @@ def _on_ranks(options: argparse.Namespace, run: Callable[[Config], int], *words:
     num_ranks = _num_ranks(options, config)
     check(config, num_ranks)
     config = with_local_models(config)
-    return run(config) if _becomes_rank(config, num_ranks) else _start_ranks(options, num_ranks, *words)
+    if not _becomes_rank(config, num_ranks):
+        return _start_ranks(options, num_ranks, *words)
+    _say_once(config)
+    return run(config)
+
+
+def _say_once(config: Config) -> None:
+    """On rank 0, in which way data and model differ that is no mistake."""
+    from fuserl_megatron.data.belonging import check_run
+
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        for line in check_run(config):
+            print(line, flush=True)
 
 
 def _num_ranks(options: argparse.Namespace, config: Config) -> int:

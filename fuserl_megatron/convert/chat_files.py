@@ -63,6 +63,7 @@ def _add_stop_token(file: Path, token: int, config: dict[str, Any]) -> None:
     stops = values.get("eos_token_id")
     stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
     if token not in stops:
+        values.pop("_from_model_config", None)  # transformers may then take config.json's again
         _write(file, values | {"eos_token_id": [*stops, token]})
 
 

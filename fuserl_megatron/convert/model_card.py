@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fuserl_megatron
+from fuserl_megatron.config.schema import RunConfig
 
 LICENSES = {
     "apache license version 2.0": "apache-2.0",
@@ -42,7 +43,8 @@ def model_card(name: str, lineage: dict[str, Any], directory: Path | None = None
     """
     base, config = base_model(lineage.get("target")), lineage.get("config") or {}
     stage = lineage.get("stage") or (config.get("objective") or {}).get("stage")
-    title = lineage.get("name") or (name if name != "hf" else f"{(base or 'model').rpartition('/')[2]}-fused")
+    named = lineage.get("name") not in (None, RunConfig().name) and lineage["name"]
+    title = named or (name if name != "hf" else f"{(base or 'model').rpartition('/')[2]}-{stage or 'fused'}")
     data = lineage.get("data") or {}
     target = lineage.get("target")
     metadata = {

@@ -82,7 +82,7 @@ def test_the_card_is_valid_and_holds_no_path(trained, exported):
     data = card.data.to_dict()
     assert (data["base_model"], data["license"], data["library_name"]) == ("base", "apache-2.0", "transformers")
     assert data["tags"] == ["fuserl-megatron", "fusesft"] and data["pipeline_tag"] == "text-generation"
-    assert "\n# fuserl\n" in card.content or "\n# run\n" in card.content
+    assert "\n# base-fusesft\n" in card.content or "\n# run\n" in card.content
     assert "# hf" not in card.content and str(trained) not in card.content and "null" not in card.text
     for text in ("sources: a, b", "2 prompts, 4 responses", "reward temperature 1.0", "| loss |", "model.generate("):
         assert text in card.text, text

@@ -1,6 +1,7 @@
 """Template and stop token of the data in an exported directory; the model card's metadata."""
 
 import json
+import re
 
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
@@ -65,6 +66,7 @@ def test_what_says_the_same_already_stays_byte_for_byte(directory):
     ("before", "after"),
     [
         ({"eos_token_id": 2, "top_p": 0.9}, {"eos_token_id": [2, 7], "top_p": 0.9}),
+        ({"_from_model_config": True, "eos_token_id": 2}, {"eos_token_id": [2, 7]}),
         ({"eos_token_id": [2, 3]}, {"eos_token_id": [2, 3, 7]}),
         ({"eos_token_id": 7}, {"eos_token_id": 7}),
         ({}, {"eos_token_id": [7]}),
@@ -107,6 +109,17 @@ def test_metadata_is_what_the_hub_reads():
     assert "\n# mine\n" in card.text and "/home" not in card.content and "null" not in card.text
     for text in ("FusePO", "loss ln_dpo", "a|b, c # d", "2,000 prompts", "| val_loss | 1.2346 | 0.5 |"):
         assert text in card.text, text
+
+
+def test_the_title_is_the_run_s_name_or_says_what_it_is():
+    def title(**lineage):
+        return re.search(r"^# (.*)$", model_card("hf", {"target": "org/base"} | lineage), re.M)[1]
+
+    assert (title(name="mine"), title(name="fuserl", stage="fusesft"), title()) == (
+        "mine",
+        "base-fusesft",
+        "base-fused",
+    )
 
 
 def test_the_base_is_named_as_the_hub_names_it(tmp_path):
