@@ -91,11 +91,15 @@ why) or unsupported. docs/nemo.md has the whole table.
   fuserl launch target=models/target stages=[build_sft,build_po,fusesft,fusepo] run.results_dir=runs/small \\
       build_sft.inputs=[a.jsonl] build_po.inputs=[b.jsonl] build_sft.reward_temperature=0.01 \\
       build_po.reward_temperature=0.01 fusesft.recipe=small_fusesft fusepo.recipe=small_fusepo_ln_dpo
-  fuserl launch --dry-run cluster=slurm cluster.partition=gpu cluster.gpus_per_node=8 ... fusesft.cluster.nodes=4
+  fuserl launch --dry-run cluster=slurm cluster.partition=gpu cluster.gpus_per_node=8 target=models/target \\
+      stages=[fusesft,evaluate] fusesft.data.path=fused evaluate.data.path=heldout fusesft.cluster.nodes=4 \\
+      fusesft.recipe=llama31_8b_fusesft run.results_dir=runs/large
 
 Stages, in this order: import, build_sft, build_po, build_heldout, fusesft, reference, fusepo, export, evaluate. Each
 reads what the ones before it write. STAGE.KEY=value is KEY of `fuserl build` or `fuserl train`, train.KEY one for all
-that train, STAGE.cluster.KEY a resource of one stage. The same command again goes on where the chain stopped.
+that train, STAGE.cluster.KEY a resource of one stage. On this machine (cluster=local) a stage takes TP x PP x CP ranks
+unless cluster.ntasks_per_node says otherwise; evaluate compares with target (evaluate.before=DIR, or null). The same
+command again goes on where the chain stopped.
 {OVERRIDES}""",
     )
     launch.add_argument("--dry-run", action="store_true", help="print settings, scripts and commands, stop")
@@ -108,13 +112,15 @@ that train, STAGE.cluster.KEY a resource of one stage. The same command again go
         "loss and preference metrics of a model on held-out prompts",
         f"""examples:
   fuserl evaluate model.path=runs/fusesft/hf data.path=heldout
+  fuserl evaluate --before models/target model.path=runs/fusesft/hf data.path=heldout
   fuserl evaluate --nproc 8 recipe=llama31_8b_fusepo_ln_dpo model.path=runs/fusepo/hf data.path=heldout \\
       objective.reference=runs/fusesft/hf run.results_dir=runs/evaluation
 
 Takes the settings of `fuserl train`. Prints the weighted NLL of each source's best response and, with a FusePO
-objective, its loss and metrics; writes them to run.results_dir/evaluation.json.
+objective, its loss and metrics; writes them to run.results_dir/evaluation.json. With --before, both models' figures.
 {OVERRIDES}""",
     )
+    evaluate.add_argument("--before", metavar="DIR", help="the model that training started from, to compare with")
     _add_config_options(evaluate, "train", ranks=True)
 
     parity = _command(

@@ -11,9 +11,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fuserl_megatron.config.facts import replica_ranks, row_settings
+from fuserl_megatron.config.facts import replica_ranks
 from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.train.preflight import check as check
+from fuserl_megatron.train.preflight import check_reference, check_weight_files, laid_out
 from fuserl_megatron.util.locks import only_writer
 from fuserl_megatron.util.ports import free_port
 
@@ -23,7 +25,9 @@ def build(options: argparse.Namespace) -> int:
     from fuserl_megatron.config.load import load_config
     from fuserl_megatron.config.validate import validate_build
 
-    config = load_config("build", options.overrides, options.config_dir, options.config_name)
+    # without a temperature build reads the records and says what a few would mean on them
+    later = ("reward_temperature",)
+    config = load_config("build", options.overrides, options.config_dir, options.config_name, later)
     validate_build(config)
     from fuserl_megatron.data.build import build as run
     from fuserl_megatron.data.summary import print_summary
@@ -56,10 +60,11 @@ def _train(options: argparse.Namespace) -> int:
         num_ranks = _num_ranks(options, config)
         check(config, num_ranks)
         if options.reference_only:
-            _check_reference(config)
+            check_reference(config)
         config = with_local_models(config)
         listens = config.exp_manager.create_preemption_callback
         if _becomes_rank(config, num_ranks):
+            _say_once(config)
             stopping.listen() if listens else stopping.release()
             with own_log(directory):
                 if options.reference_only:
@@ -76,16 +81,14 @@ def _train(options: argparse.Namespace) -> int:
 def _dry_run(options: argparse.Namespace, config: Config) -> int:
     from fuserl_megatron.config.load import to_yaml
     from fuserl_megatron.config.objective import with_loss_defaults
-    from fuserl_megatron.convert.hf_io import check_weights
 
     num_ranks = _num_ranks(options, config)
     facts = check(config, num_ranks)
     if options.reference_only:
-        _check_reference(config)
-    models = filter(None, (config.model.path, config.objective.reference))
-    [check_weights(path) for path in models if any(Path(path).glob("*.safetensors"))]  # a hub name's may be away
+        check_reference(config)
+    check_weight_files(config)
     filled = with_loss_defaults(config)  # as the run writes it down
-    print(to_yaml(filled), *facts, *_laid_out(filled, num_ranks), sep="\n")
+    print(to_yaml(filled), *facts, *laid_out(filled, num_ranks), sep="\n")
     return 0
 
 
@@ -100,25 +103,20 @@ def _only_run_in(config: Config) -> contextlib.AbstractContextManager:
     return only_writer(Path(directory, ".lock"), directory, "choose another run.results_dir")
 
 
-def _check_reference(config: Config) -> None:
-    from fuserl_megatron.config.objective import uses_reference
-
-    mode = config.objective.reference_mode
-    if not uses_reference(config.objective) or mode not in (None, "cache"):
-        what = f"objective.reference_mode={mode} stores" if mode else "this objective reads"
-        raise UserError(f"--reference-only: {what} no reference scores; objective=fusepo_ln_dpo would.")
-
-
 def evaluate(options: argparse.Namespace) -> int:
     """`fuserl evaluate`: as `train`, the figures of model.path on data.path."""
+    before = None if options.before is None else local_model(options.before)
 
     def run(config: Config) -> int:
+        from fuserl_megatron.data.belonging import compare
         from fuserl_megatron.train.evaluate import evaluate
 
+        if before is not None:
+            compare(config.data.path, "--before", before, (*config.run.disable_checks, "template_match"))
         with _only_run_in(config) if _is_first_rank() else contextlib.nullcontext():
-            return evaluate(config)
+            return evaluate(config, before)
 
-    return _on_ranks(options, run, "evaluate")
+    return _on_ranks(options, run, "evaluate", *([] if before is None else [f"--before={before}"]))
 
 
 def launch(options: argparse.Namespace) -> int:
@@ -127,6 +125,10 @@ def launch(options: argparse.Namespace) -> int:
     from fuserl_megatron.launch.pipeline import load_pipeline
 
     pipeline = load_pipeline(options.overrides, options.config_dir, options.config_name)
+    if any(stage.trains for stage in pipeline.stages):
+        from fuserl_megatron.data.belonging import check_chain
+
+        check_chain(pipeline.stages, pipeline.config.target)
     return run(pipeline, options.overrides, options.dry_run)
 
 
@@ -161,7 +163,19 @@ def _on_ranks(options: argparse.Namespace, run: Callable[[Config], int], *words:
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
     check(config, num_ranks := _num_ranks(options, config))
     config = with_local_models(config)
-    return run(config) if _becomes_rank(config, num_ranks) else _start_ranks(options, num_ranks, *words)
+    if not _becomes_rank(config, num_ranks):
+        return _start_ranks(options, num_ranks, *words)
+    _say_once(config)
+    return run(config)
+
+
+def _say_once(config: Config) -> None:
+    """On rank 0, in which way data and model differ that is no mistake."""
+    from fuserl_megatron.data.belonging import check_run
+
+    if _is_first_rank():
+        for line in check_run(config):
+            print(line, flush=True)
 
 
 def _num_ranks(options: argparse.Namespace, config: Config) -> int:
@@ -200,44 +214,6 @@ def _start_ranks(options: argparse.Namespace, num_ranks: int, *words: str, save_
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
     return local.run_ranks(command, num_ranks, save_on_ctrl_c=save_on_ctrl_c)
-
-
-def check(config: Config, num_ranks: int) -> list[str]:
-    """All rules, the cheap ones first; returns what follows from the settings. Raises UserError."""
-    from fuserl_megatron.config.validate import validate
-
-    validate(config, num_ranks)
-    model = local_model(config.model.path, weights=False)
-    if not Path(model).is_dir():  # before torch is imported
-        raise UserError(f"model.path={config.model.path}: no such directory; give a Hugging Face model directory.")
-    from fuserl_megatron.convert.hf_config import read_config
-    from fuserl_megatron.data.dataset import Manifest
-
-    held_out = config.data.validation_path and Manifest.read(config.data.validation_path)
-    facts = validate(config, num_ranks, read_config(model), Manifest.read(config.data.path), held_out or None)
-    if held_out:
-        from fuserl_megatron.train.monitor import check_monitor
-
-        check_monitor(config, held_out.sources)
-    return facts
-
-
-def _laid_out(config: Config, num_ranks: int) -> list[str]:
-    """What each data set gives under these settings, a line each. Raises UserError where something does not fit."""
-    from fuserl_megatron.data.dataset import FusedDataset
-    from fuserl_megatron.data.pairs import prepare
-    from fuserl_megatron.data.sampler import GlobalBatchSampler
-
-    lines, dp_size = [], num_ranks // replica_ranks(config.model)
-    rows = row_settings(config)
-    for path in filter(None, (config.data.path, config.data.validation_path)):
-        prepared = prepare(FusedDataset(path, verify=False), config.objective, config.data.reward_temperature)
-        sampler = GlobalBatchSampler(prepared, rows, config.run.seed, dp_size)
-        lines.append(
-            f"{path}: {prepared.num_prompts} prompts in {sampler.steps_per_epoch} steps an epoch, "
-            f"{prepared.response_ids.size} sequences, {prepared.chosen.size} pairs"
-        )
-    return lines
 
 
 def hf_to_megatron(options: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.secrets import refuse_secrets
-from fuserl_megatron.config.words import all_keys, leaves, nearest, one_line, plain, show
+from fuserl_megatron.config.words import about_key, all_keys, leaves, nearest, one_line, plain, show
 from fuserl_megatron.util.text import shortened
 
 LAUNCH_GROUPS = {"cluster"}
@@ -118,7 +118,7 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
                 f"'{text}': one run takes one value; a list is written {key}=[...], text with commas in quotes."
             )
         if key not in keys and key not in groups:
-            raise UserError(f"{key}: no such key.{nearest(key, [*keys, *groups])}")
+            raise UserError(f"{key}: no such key.{about_key(key, [*keys, *groups])}")
         if parsed.type is OverrideType.DEL:
             raise UserError(
                 f"'{text}': keys are set, never removed; leave it out, or write {key}=null where that is allowed."

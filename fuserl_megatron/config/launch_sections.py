@@ -29,7 +29,7 @@ class ClusterConfig:
     nodes: int = 1
     """Nodes of the stages that train or score; the others take one process."""
     ntasks_per_node: int | None = None
-    """Ranks on a node; null takes gpus_per_node, or 1 without GPUs."""
+    """Ranks on a node; null takes gpus_per_node, and without GPUs 1 (local: TP x PP x CP of the stage)."""
     gpus_per_node: int | None = None
     """GPUs asked for on a node; null asks for none."""
     cpus_per_task: int | None = None

@@ -9,14 +9,14 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.run_directory import fold
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
-from fuserl_megatron.config.words import all_keys, nearest, plain, show
+from fuserl_megatron.config.words import about_key, all_keys, nearest, plain, show
 
 SCHEMAS = {"train": Config, "build": BuildConfig}
 EXAMPLES = {
@@ -34,6 +34,7 @@ def load_config(
     overrides: Sequence[str] = (),
     config_dir: str | Path | None = None,
     config_name: str | None = None,
+    later: Collection[str] = (),
 ) -> Config | BuildConfig:
     """Compose conf/, the user's own directory and the command line into one checked configuration.
 
@@ -42,22 +43,24 @@ def load_config(
         overrides: hydra overrides such as `optim.lr=1e-6` or `recipe=llama31_8b_fusesft`.
         config_dir: the user's own directory of yaml files, searched before the shipped tree.
         config_name: root file (without .yaml) in config_dir or the shipped tree, or the path of a yaml file.
+        later: required numbers that may be missing, for the caller has more to say about them: they are NaN then.
 
     Raises:
         UserError: an unknown key, a value of the wrong type, a missing required value, a file that is not there.
     """
     schema = SCHEMAS[kind]
-    config = from_dict(schema, compose_tree(schema, config_name or kind, overrides, config_dir))
+    config = from_dict(schema, compose_tree(schema, config_name or kind, overrides, config_dir), later)
     return fold(config, overrides) if kind == "train" else config
 
 
-def from_dict(schema: type, values: dict[str, Any]) -> Any:
+def from_dict(schema: type, values: dict[str, Any], later: Collection[str] = ()) -> Any:
     """Map plain nested dictionaries onto a frozen dataclass of the schema, strictly. Keys left out take the default.
 
     Raises:
         UserError: unknown key, wrong type, or a required value that is still "???".
     """
-    return _map_section(schema, values, "", set(all_keys(schema)))
+    values = {name: value for name, value in values.items() if not (name in later and value == "???")}
+    return _map_section(schema, values, "", set(all_keys(schema)), later)
 
 
 def to_yaml(config: Config | BuildConfig) -> str:
@@ -69,7 +72,7 @@ def to_yaml(config: Config | BuildConfig) -> str:
     )
 
 
-def _map_section(schema: type, values: Any, prefix: str, known: set[str]) -> Any:
+def _map_section(schema: type, values: Any, prefix: str, known: set[str], later: Collection[str] = ()) -> Any:
     if not isinstance(values, dict):
         path = prefix.removesuffix(".")
         names = ", ".join(prefix + field.name for field in dataclasses.fields(schema))
@@ -78,7 +81,7 @@ def _map_section(schema: type, values: Any, prefix: str, known: set[str]) -> Any
     for name, value in values.items():
         full = f"{prefix}{name}"
         if name not in fields:
-            raise UserError(f"{full}: no such key.{nearest(full, known)}")
+            raise UserError(f"{full}: no such key.{about_key(full, known)}")
         kind = fields[name].type
         if dataclasses.is_dataclass(kind):
             given[name] = _map_section(kind, value, f"{full}.", known)
@@ -87,8 +90,8 @@ def _map_section(schema: type, values: Any, prefix: str, known: set[str]) -> Any
     config = schema(**given)
     for field in dataclasses.fields(schema):
         value = getattr(config, field.name)
-        if value == "???" or (field.type is float and math.isnan(value)):
-            full = prefix + field.name
+        full = prefix + field.name
+        if full not in later and (value == "???" or (field.type is float and math.isnan(value))):
             raise UserError(f"{full}: required and not set; type {EXAMPLES.get(full, full + '=...')}.")
     return config
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # fmt: off
-Check = Literal["first_step_loss", "prompt_weights", "mask_coverage", "group_integrity", "reference_hash"]
+Check = Literal["first_step_loss", "prompt_weights", "mask_coverage", "group_integrity", "reference_hash",
+                "tokenizer_match", "template_match"]
 # fmt: on
 
 
@@ -21,7 +22,7 @@ class RunConfig:
     export: bool = True
     """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint's where one is monitored."""
     disable_checks: tuple[Check, ...] = ()
-    """Invariants not to be checked while the run goes (train/checks.py says what each is); all are by default."""
+    """What is not to be checked before or during the run (train/checks.py says what each is); all are by default."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,6 +87,9 @@ class DataConfig:
     """Permute the prompts anew each epoch, as a function of (seed, epoch) alone."""
     reward_temperature: float | None = None
     """Overrides the temperature the data set was built with; null keeps it."""
+    on_too_long: Literal["stop", "skip", "truncate"] = "stop"
+    """Prompts that do not fit a row or micro-batch with what must lie together: stop with file and line, leave them
+    out, or cut their responses on the right (which then have no end of turn). Both are counted."""
     packing: PackingConfig = field(default_factory=PackingConfig)
     """Rows and prefix sharing."""
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from fuserl_megatron.config.peer_names import peer_advice
+
 
 @functools.cache
 def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
@@ -29,16 +31,23 @@ def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """The question " Did you mean ...?" with the nearest full key: by the whole path first, by its last part next."""
+    """The question " Did you mean ...?" with the nearest full key: by the whole path first, by its last part next;
+    nothing where none is near."""
     known = sorted(known)
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if not match:
         last = key.rpartition(".")[2]
         by_last = {name.rpartition(".")[2]: name for name in known}
-        match = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    if not match:
-        match = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        match = [by_last[name] for name in difflib.get_close_matches(last, by_last, n=1, cutoff=0.65)]
     return f" Did you mean {match[0]}?" if match else ""
+
+
+def about_key(key: str, known: Iterable[str]) -> str:
+    """For a key that does not exist: the one with its last part, what other trainers' name for it is here (or why
+    there is none), or the nearest."""
+    known = sorted(known)
+    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f" Did you mean {same[0]}?" if same else peer_advice(key, known) or nearest(key, known)
 
 
 def seconds_of(duration: str) -> int:

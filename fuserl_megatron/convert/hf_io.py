@@ -11,10 +11,7 @@ One process calls `export_directory`. Several (the ranks of a training run) shar
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
-import platform
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,10 +20,11 @@ from typing import Any
 
 import torch
 
-import fuserl_megatron
 from fuserl_megatron.config.hub import COMPANION_FILES, COMPANION_PATTERNS, TOKENIZER_FILES, local_model
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.chat_files import ChatFormat, carry_chat
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
+from fuserl_megatron.convert.model_card import model_card
 from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
@@ -114,6 +112,7 @@ def begin_export(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     force: bool = False,
     require_tokenizer: bool = True,
+    chat: ChatFormat | None = None,
 ) -> Path:
     """Check destination, source and disk space, then lay out everything but the numbers.
 
@@ -125,6 +124,7 @@ def begin_export(
         max_shard_bytes: tensor bytes per weight file.
         force: replace a non-empty destination.
         require_tokenizer: refuse a source without a tokenizer.
+        chat: the template and end of turn it was trained with; None leaves the source's.
 
     Returns:
         The hidden directory to open `ShardWriter(..., create=False)` on.
@@ -143,6 +143,7 @@ def begin_export(
     partial = create_partial(target, needed, source_dir=source_dir, force=force)
     try:
         copy_companions(files, partial)
+        carry_chat(partial, chat or ChatFormat(), config_dict)
         write_json(partial / "config.json", config_dict)
         ShardWriter(partial, shapes, dtype, max_shard_bytes)
     except BaseException as error:
@@ -178,8 +179,8 @@ def finish_export(partial: Path, destination: str | Path, *, written: Iterable[s
         check_tensors(reader, shape)
     target = Path(os.path.realpath(destination))
     try:
-        card = model_card(target.name, lineage).encode("utf-8", "backslashreplace")  # names may hold half a surrogate
-        (partial / "README.md").write_bytes(card)
+        card = model_card(target.name, lineage, partial)
+        (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")  # half a surrogate
     except OSError as error:
         raise cannot_write(target, error) from error
     publish(partial, target)
@@ -190,29 +191,6 @@ def copy_companions(files: list[tuple[Path, Path]], destination: Path) -> None:
     for file, relative in files:
         (destination / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, destination / relative)
-
-
-def model_card(name: str, lineage: dict[str, Any]) -> str:
-    """The README.md of an exported model: what it is, where its weights come from, with which versions it was made."""
-    packages = {"python": platform.python_version(), "fuserl-megatron": fuserl_megatron.__version__}
-    for package in ("torch", "megatron-core", "transformers", "safetensors"):
-        try:
-            packages[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    versions = packages | dict(lineage.get("versions", {}))
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [fuserl-megatron]", "---", ""]
-    lines += [f"# {name}", "", "Written by fuserl-megatron, which fuses source models into one target (FuseRL).", ""]
-    simple = {key: value for key, value in lineage.items() if key != "versions" and not isinstance(value, (dict, list))}
-    lines += ["| lineage | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in simple.items())]
-    lines += [f"| {package} | {_cell(version)} |" for package, version in versions.items()]
-    lines += ["", "The whole record:", "", "```json"]
-    lines += [json.dumps(lineage | {"versions": versions}, indent=2, ensure_ascii=False, default=str), "```", ""]
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
 
 
 def companion_files(source: Path, require_tokenizer: bool) -> list[tuple[Path, Path]]:

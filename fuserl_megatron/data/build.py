@@ -29,6 +29,7 @@ from fuserl_megatron.data.dataset import (
     Manifest,
 )
 from fuserl_megatron.data.files import file_sha256, sync
+from fuserl_megatron.data.identity import identity_of
 from fuserl_megatron.data.pairs import pair_table
 from fuserl_megatron.data.progress import watched
 from fuserl_megatron.data.records import BadRecord, LoadedRecords, RecordGroup, Rejects, check_source_names, load_groups
@@ -219,7 +220,12 @@ def _describe(
         tokenizer=config.tokenizer,
         tokenizer_hash=tokenizer.hash,
         chat_template_hash=tokenizer.template_hash,
+        chat_template=tokenizer.template,
+        chat_template_given=config.chat_template is not None,
+        template_kwargs=dict(tokenizer.template_kwargs),
         end_of_turn=tokenizer.end_of_turn,
+        end_of_turn_id=tokenizer.tokenizer.convert_tokens_to_ids(tokenizer.end_of_turn),
+        identity=identity_of(tokenizer, config.tokenizer, data),
         max_token_id=data.max_token_id,
         num_prompts=data.num_groups,
         num_responses=data.num_responses,

@@ -7,21 +7,19 @@ entry per response in `source_ids` list<int32>, `rewards` list<double>, `truncat
 Shapes: G groups, R responses of the whole data set.
 """
 
-import json
-import math
 import os
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.files import file_sha256
+from fuserl_megatron.data.manifest import FORMAT_VERSION as FORMAT_VERSION
+from fuserl_megatron.data.manifest import MANIFEST_FILE as MANIFEST_FILE
+from fuserl_megatron.data.manifest import Manifest as Manifest
 
-FORMAT_VERSION = 1
-GROUPS_FILE, MANIFEST_FILE, REJECTED_FILE = "groups.arrow", "manifest.json", "rejected.jsonl"
+GROUPS_FILE, REJECTED_FILE = "groups.arrow", "rejected.jsonl"
 ROWS_PER_BATCH = 1024
 """Rows of one Arrow record batch (all but the last are full, so that row i is found by division)."""
 SCHEMA = pa.schema(
@@ -37,81 +35,6 @@ SCHEMA = pa.schema(
 )
 SOURCE_LOGPS = pa.field("source_mean_logps", pa.list_(pa.float64()))
 """A further column where records carry it: K values a response, NaN where a source has none; a row holds them flat."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """Everything known about a fused data set. Written once by `build`, never edited."""
-
-    format_version: int
-    hash: str
-    """sha256 of groups.arrow: the data set's identity."""
-    num_bytes: int
-    """Size of groups.arrow."""
-    sources: list[str]
-    """Source ids are indices into this list."""
-    reward_temperature: float
-    score_aggregation: str
-    reward_standardization: str
-    max_length: int
-    tokenizer: str
-    tokenizer_hash: str
-    chat_template_hash: str | None
-    """None: the tokenizer has no chat template."""
-    end_of_turn: str
-    """The token that ends a response to a one-message prompt."""
-    max_token_id: int
-    """The model's vocabulary must be larger than this."""
-    num_prompts: int
-    num_responses: int
-    counts: dict[str, int]
-    """Everything dropped, cut or unusual, by name (docs/data_format.md)."""
-    rejected: dict[str, int]
-    """Bad records left out under on_bad_record=skip, by kind."""
-    unknown_keys: dict[str, int]
-    """Record fields that nothing reads, by name, with the number of records that carried them."""
-    tokens: dict[str, float]
-    """Token statistics: totals, means, maxima."""
-    per_source: dict[str, dict[str, float]]
-    """Source -> responses, prompts, mean_reward, mean_weight, win_rate."""
-    effective_number_of_sources: dict[str, float]
-    """exp(H(w)) over the prompts: mean, and quantiles by name."""
-    inputs: list[dict[str, Any]]
-    """Name, sha256 and number of records of every input."""
-
-    def to_json(self) -> str:
-        """The text of manifest.json."""
-        values = asdict(self)
-        if self.reward_temperature == math.inf:
-            values["reward_temperature"] = "inf"  # JSON has no infinity
-        return json.dumps(values, indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def read(cls, directory: str | Path) -> "Manifest":
-        """Read and check `directory`/manifest.json.
-
-        Raises:
-            UserError: not a fused data set, another format version, or not the file that build wrote.
-        """
-        path = Path(directory) / MANIFEST_FILE
-        if not path.is_file():
-            raise UserError(f"{directory} is not a fused data set (no {MANIFEST_FILE}): make one with `fuserl build`")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not readable ({error}): build the data set again") from None
-        version = values.get("format_version") if isinstance(values, dict) else None
-        if version != FORMAT_VERSION:
-            raise UserError(
-                f"{path}: format version {version}, this program reads {FORMAT_VERSION}: build the data set again"
-            )
-        names = {f.name for f in fields(cls)}
-        if set(values) != names:
-            odd = ", ".join(sorted(set(values) ^ names))
-            raise UserError(f"{path}: fields missing or unknown ({odd}): build the data set again")
-        if values["reward_temperature"] == "inf":
-            values["reward_temperature"] = math.inf
-        return cls(**values)
 
 
 class FusedDataset:
@@ -145,6 +68,18 @@ class FusedDataset:
         if verify and file_sha256(file) != self.manifest.hash:
             raise UserError(f"{file}: its content is not what the manifest describes (hash): copy or build it again")
         self._map_file(file)
+        m = self.manifest
+        found = {
+            "num_prompts": self.num_groups,
+            "num_responses": self.num_responses,
+        }  # format 1 covers itself by no hash
+        for name, number in found.items():
+            if getattr(m, name) != number:
+                raise UserError(
+                    f"{self.path}: {name} of its manifest is {getattr(m, name)}, not {number}: build it again"
+                )
+        if self.source_ids.max(initial=0) >= len(m.sources):
+            raise UserError(f"{self.path}: its manifest names {len(m.sources)} sources, it has more: build it again")
 
     @classmethod
     def from_arrow(cls, file: Path) -> "FusedDataset":
@@ -153,6 +88,9 @@ class FusedDataset:
         dataset.path = file.parent
         dataset._map_file(file)
         return dataset
+
+    fingerprint: str | None = None
+    """Of a view (prepared.py), a hash of what it changes; None: nothing."""
 
     def _map_file(self, file: Path) -> None:
         reader = pa.ipc.open_file(pa.memory_map(str(file)))
@@ -195,6 +133,13 @@ class FusedDataset:
         """The largest token id of all prompts and responses."""
         return max(int(values.max()) for _, values in (*self._prompts, *self._responses))
 
+    def used_token_ids(self) -> np.ndarray:
+        """Every token id that occurs, ascending."""
+        seen = np.zeros(self.max_token_id + 1, bool)
+        for _, values in (*self._prompts, *self._responses):
+            seen[values] = True
+        return np.flatnonzero(seen)
+
     def prompt(self, i: int) -> np.ndarray:
         """Prompt tokens of group i, int32."""
         offsets, values = self._prompts[i // ROWS_PER_BATCH]
@@ -208,12 +153,17 @@ class FusedDataset:
         row = response_id - self.response_offsets[first]
         return values[offsets[row] : offsets[row + 1]]
 
+    def prompt_place(self, i: int) -> str:
+        """Where the first response of group i was read (for messages that name a prompt)."""
+        return self.place(int(self.response_offsets[i]))
+
     def place(self, response_id: int) -> str:
         """Where a response was read, as file:line (for messages that name a response)."""
         i = int(np.searchsorted(self.response_offsets, response_id, side="right")) - 1
         batch, within = self._batches[i // ROWS_PER_BATCH], int(response_id - self.response_offsets[i])
         name, line = (batch.column(c)[i % ROWS_PER_BATCH][within].as_py() for c in ("inputs", "lines"))
-        return f"{self.manifest.inputs[name]['name']}:{line}"
+        known = self.manifest.inputs[name].get("name") if name < len(self.manifest.inputs) else None
+        return f"{known or f'input {name}'}:{line}"
 
 
 def _values(column: pa.ListArray) -> np.ndarray:

@@ -35,9 +35,9 @@ def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperatur
     manifest = dataset.manifest
     tau = manifest.reward_temperature if reward_temperature is None else reward_temperature
     table = reward_table(dataset.response_offsets, dataset.source_ids, dataset.rewards, len(dataset.sources))
-    scores_GK = table.scores(manifest.reward_standardization, manifest.score_aggregation)
-    selection = Selection(dataset, objective, tau, table, scores_GK)
     try:
+        scores_GK = table.scores(manifest.reward_standardization, manifest.score_aggregation)
+        selection = Selection(dataset, objective, tau, table, scores_GK)
         if objective.stage == "fusepo":
             return prepare_preference(replace(selection, pairs=pair_table(dataset, objective, table)))
         if (objective.selection or "per_source") == "per_source":

@@ -34,6 +34,7 @@ class PreparedSet:
         unit: what a loss term is made of; None for FuseSFT.
         of_sequences: [N] arrays that one loss reads beside, under their names in PackedBatch.
         of_pairs: [P, ...] arrays that one loss reads beside; source_index_P counts inside the prompt, as chosen does.
+        fitted: what data.on_too_long left out or cut, as a short hash (too_long.py); None: nothing.
     """
 
     dataset: FusedDataset
@@ -55,6 +56,7 @@ class PreparedSet:
     unit: Unit | None = None
     of_sequences: dict[str, np.ndarray] = field(default_factory=dict)
     of_pairs: dict[str, np.ndarray] = field(default_factory=dict)
+    fitted: str | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -65,6 +67,66 @@ class PreparedSet:
     def prompt_lengths(self) -> np.ndarray:
         """[G] tokens of each prompt kept."""
         return self.dataset.prompt_lengths[self.group_ids]
+
+
+def kept_prompts(prepared: PreparedSet, keep_G: np.ndarray) -> PreparedSet:
+    """The set without some of its prompts ([G] bool); statistics over those that stay."""
+
+    def part(offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        sizes_G = np.diff(offsets)
+        return np.repeat(keep_G, sizes_G), np.concatenate([[0], np.cumsum(sizes_G[keep_G])])
+
+    (of_N, sequences), (of_P, pairs) = part(prepared.sequence_offsets), part(prepared.pair_offsets)
+    weights_N, sources_N, offsets = prepared.weights[of_N], prepared.source_ids[of_N], sequences
+    if prepared.unit in (Unit.PAIRS, Unit.TRIPLES):
+        weights_N, sources_N, offsets = prepared.pair_weights[of_P], prepared.pair_source_ids[of_P], pairs
+    if prepared.unit is Unit.ALL_RESPONSES:  # a source's weight stands at each of its responses
+        prompts_N = np.repeat(np.arange(offsets.size - 1), np.diff(offsets))
+        first_N = np.unique(np.stack([prompts_N, sources_N]), axis=1, return_index=True)[1]
+        weights_N, sources_N = weights_N[first_N], sources_N[first_N]
+    names, num_prompts = prepared.dataset.sources, int(keep_G.sum())
+    sums_K = np.bincount(sources_N, weights_N, minlength=len(names))
+    effective_G = prepared.effective_sources[keep_G]
+    return replace(
+        prepared,
+        group_ids=prepared.group_ids[keep_G],
+        sequence_offsets=sequences,
+        response_ids=prepared.response_ids[of_N],
+        source_ids=prepared.source_ids[of_N],
+        lengths=prepared.lengths[of_N],
+        weights=prepared.weights[of_N],
+        pair_offsets=pairs,
+        chosen=prepared.chosen[of_P],
+        rejected=prepared.rejected[of_P],
+        pair_weights=prepared.pair_weights[of_P],
+        pair_source_ids=prepared.pair_source_ids[of_P],
+        effective_sources=effective_G,
+        statistics={f"mean_weight/{n}": float(w) / num_prompts for n, w in zip(names, sums_K, strict=True)}
+        | {"effective_number_of_sources": float(effective_G.mean())},
+        of_sequences={name: values[of_N] for name, values in prepared.of_sequences.items()},
+        of_pairs={name: values[of_P] for name, values in prepared.of_pairs.items()},
+    )
+
+
+class CutResponses:
+    """A data set some of whose responses are shorter: they end early, without their end of turn."""
+
+    def __init__(self, dataset: FusedDataset, response_ids: np.ndarray, lengths_N: np.ndarray):
+        """Cut the responses ([N] ids) to these lengths."""
+        self._inner, self.path, self.manifest, self.sources = dataset, dataset.path, dataset.manifest, dataset.sources
+        self.num_groups, self.num_responses = dataset.num_groups, dataset.num_responses
+        self.prompt_lengths, self.prompt, self.place = dataset.prompt_lengths, dataset.prompt, dataset.place
+        self._room_R = dataset.response_lengths.copy()
+        self._room_R[response_ids] = lengths_N
+
+    @property
+    def fingerprint(self) -> str:
+        """How long each response is, as a hash."""
+        return hashlib.sha256(self._room_R.tobytes()).hexdigest()
+
+    def response(self, i: int, response_id: int) -> np.ndarray:
+        """Tokens of a response of group i, as far as they go."""
+        return self._inner.response(i, response_id)[: self._room_R[response_id]]
 
 
 class NextPrompts:
@@ -89,7 +151,8 @@ class NextPrompts:
     @property
     def fingerprint(self) -> str:
         """Which prompt each group's responses stand under, as a hash."""
-        return hashlib.sha256(self._next.tobytes() + self._room.tobytes()).hexdigest()
+        cut = (self._inner.fingerprint or "").encode()
+        return hashlib.sha256(self._next.tobytes() + self._room.tobytes() + cut).hexdigest()
 
     def prompt(self, i: int) -> np.ndarray:
         """Tokens of the prompt that follows group i's."""

@@ -64,6 +64,10 @@ class Rejects:
             self.file.write(json.dumps(line, default=str) + "\n")
 
 
+LARGEST_REWARD = 1e100
+"""Means and squares of larger ones are infinite."""
+
+
 @dataclass
 class RecordGroup:
     """One prompt with everything recorded for it."""
@@ -172,8 +176,11 @@ def check_record(place: Place, record: dict[str, Any]) -> tuple[Messages, str, s
         reward = float(reward)
     except OverflowError:
         reward = math.inf
-    if not math.isfinite(reward):
-        raise BadRecord(place, "non_finite_reward", f"field 'reward' is {reward}: it must be a finite number")
+    if not abs(reward) <= LARGEST_REWARD:
+        limit = (
+            "a finite number" if not math.isfinite(reward) else f"at most {LARGEST_REWARD:g} in size (squares overflow)"
+        )
+        raise BadRecord(place, "non_finite_reward", f"field 'reward' is {reward}: it must be {limit}")
     return canonical_prompt(place, record["prompt"]), source, response, reward
 
 

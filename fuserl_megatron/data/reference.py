@@ -11,6 +11,7 @@ resident and swapped references round alike (train/reference.py).
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -94,8 +95,15 @@ class ReferenceCache:
         except (UserError, KeyError):
             return None
 
-    def write(self, response_ids: torch.Tensor | np.ndarray, logps: torch.Tensor | np.ndarray) -> None:
+    def write(
+        self,
+        response_ids: torch.Tensor | np.ndarray,
+        logps: torch.Tensor | np.ndarray,
+        place: Callable[[int], str] = str,
+    ) -> None:
         """Store the [N] summed log-probabilities of the scored tokens of [N] responses (data set ids).
+
+        `place` says where a response was read, for messages.
 
         Raises:
             UserError: a value is NaN or infinite.
@@ -104,8 +112,9 @@ class ReferenceCache:
         ids = torch.as_tensor(response_ids).cpu().numpy()
         if not np.isfinite(values).all():
             bad = ids[~np.isfinite(values)][:5].tolist()
+            where = "" if place is str else f" ({', '.join(map(place, bad))})"
             raise UserError(
-                f"the reference model gives a non-finite log-probability for responses {bad}: "
+                f"the reference model gives a non-finite log-probability for responses {bad}{where}: "
                 "look for NaN in its weights, or try trainer.precision=32"
             )
         if self.complete:  # more than was ever scored before: the checksum no longer holds

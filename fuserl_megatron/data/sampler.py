@@ -14,17 +14,11 @@ import numpy as np
 import torch
 
 from fuserl_megatron.config.schema import DataConfig, UserError
-from fuserl_megatron.data.assemble import Unit, assemble, attended_keys_of, chunks_of, units_of
+from fuserl_megatron.data.assemble import Unit, assemble, attended_keys_of, chunks_of
 from fuserl_megatron.data.batch import PackedBatch
-from fuserl_megatron.data.packing import Placement, fits, measure_sharing, pack
+from fuserl_megatron.data.packing import Placement, measure_sharing, pack
 from fuserl_megatron.data.prepared import PreparedSet
-from fuserl_megatron.objectives.loss_table import Unit as LossUnit
-
-UNIT_WORDS = {
-    LossUnit.PAIRS: "a pair",
-    LossUnit.TRIPLES: "a triple",
-    LossUnit.ALL_RESPONSES: "all responses of a source",
-}
+from fuserl_megatron.data.too_long import check_sizes, units_to_place
 
 
 @dataclass(frozen=True)
@@ -88,7 +82,7 @@ class GlobalBatchSampler:
         self.dp_size, self.microbatch_multiple = dp_size, microbatch_multiple
         self.steps_per_epoch = -(-prepared.num_prompts // data.global_batch_size)
         self._decide_sharing()
-        self._check_sizes()
+        check_sizes(prepared, data, self.share_prefix)
         self._order = lru_cache(maxsize=2)(self._order)
 
     def step(self, step: int) -> StepPlan:
@@ -133,7 +127,7 @@ class GlobalBatchSampler:
     def plan(self, prompts: np.ndarray, step: int = 0, epoch: int = 0) -> StepPlan:
         """A plan for these prompts (indices into the prepared set)."""
         prepared, data = self.prepared, self.data
-        units = [u for p in prompts.tolist() for u in self._units(p)]
+        units = [u for p in prompts.tolist() for u in units_to_place(prepared, data, self.share_prefix, p)]
         chunks = [chunks_of(prepared, u, self.share_prefix) for u in units]
         places = pack(chunks, data.seq_length, data.micro_batch_size, not data.packing.enabled)
         filled: list[list[tuple[Unit, Placement]]] = [[] for _ in range(max(p.micro_batch for p in places) + 1)]
@@ -178,44 +172,3 @@ class GlobalBatchSampler:
         else:
             why = f"it would save only {saved}"
         self.sharing_reason = f"auto: {why}"
-
-    def _units(self, prompt: int) -> list[Unit]:
-        """What of a prompt stays in one micro-batch: all of it where it fits, otherwise what its loss needs together.
-
-        The loss is a sum over units with a global normaliser, so the numbers do not depend on this. A shared prefix
-        needs the whole prompt in one row; KTO's single responses need nobody; without packing every sequence has a row
-        of its own.
-        """
-        prepared, data = self.prepared, self.data
-        if data.packing.enabled and (self.share_prefix or prepared.unit is not LossUnit.SINGLE_RESPONSES):
-            (whole,) = units_of(prepared, prompt, True)
-            chunks = chunks_of(prepared, whole, self.share_prefix)
-            if self.share_prefix or fits(chunks, data.seq_length, data.micro_batch_size):
-                return [whole]
-        return units_of(prepared, prompt, False)
-
-    def _check_sizes(self) -> None:
-        """Every unit must fit an empty micro-batch."""
-        prepared, data = self.prepared, self.data
-        rows, length, packed = data.micro_batch_size, data.seq_length, data.packing.enabled
-        for prompt in range(prepared.num_prompts):
-            for unit in self._units(prompt):
-                chunks = chunks_of(prepared, unit, self.share_prefix)
-                if fits(chunks, length, rows, not packed):
-                    continue
-                group, longest = int(prepared.group_ids[prompt]), max(chunks)
-                if longest > length:
-                    remedy = f"set data.seq_length to at least {longest}, or build with a smaller max_length"
-                    if self.share_prefix:
-                        remedy += ", or set data.packing.share_prefix=off"
-                    raise UserError(f"prompt {group} needs {longest} positions in one row of {length}: {remedy}")
-                what = f"prompt {group}: {len(chunks)} sequences ({UNIT_WORDS.get(prepared.unit, 'one response')})"
-                if not packed:
-                    raise UserError(
-                        f"{what} need a row each in one micro-batch of {rows} rows: set data.micro_batch_size to at "
-                        f"least {len(chunks)}, or data.packing.enabled=true"
-                    )
-                raise UserError(
-                    f"{what}, {sum(chunks)} positions, do not fit the {rows} x {length} of one micro-batch: raise "
-                    "data.micro_batch_size or data.seq_length, or build with a smaller max_length"
-                )

@@ -23,6 +23,7 @@ Nothing is ever masked by token id, so pad == eos does no harm. A tokenizer with
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -74,13 +75,20 @@ class RenderedPrompt:
 class ChatTokenizer:
     """A Hugging Face tokenizer with its chat template (or another one) and a length limit."""
 
-    def __init__(self, path: str, chat_template: str | None = None, max_length: int = 2048):
+    def __init__(
+        self,
+        path: str,
+        chat_template: str | None = None,
+        max_length: int = 2048,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ):
         """Load the tokenizer. No code from its directory is run.
 
         Args:
             path: tokenizer directory (the model directory), or hub name.
             chat_template: jinja file that replaces the tokenizer's own template.
             max_length: longest prompt + response, in tokens.
+            template_kwargs: arguments that the template is called with, such as enable_thinking.
 
         Raises:
             UserError: no tokenizer there, a template that does not parse or does not print the response, no eos token.
@@ -95,7 +103,7 @@ class ChatTokenizer:
         except Exception as error:  # transformers raises whatever its many loaders raise
             raise UserError(f"tokenizer: {path} cannot be opened as a tokenizer ({first_line(error)})") from None
         self.tokenizer.model_max_length = int(1e30)  # the limit is ours; keeps transformers from warning about its own
-        self.max_length = max_length
+        self.max_length, self.template_kwargs = max_length, dict(template_kwargs or {})
         if chat_template is not None:
             try:
                 self.template = Path(chat_template).read_text(encoding="utf-8")
@@ -272,7 +280,11 @@ class ChatTokenizer:
         chat = [{"role": role, "content": content} for role, content in messages]
         try:
             return self.tokenizer.apply_chat_template(
-                chat, chat_template=self.template, tokenize=False, add_generation_prompt=add_generation_prompt
+                chat,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **self.template_kwargs,
             )
         except Exception as error:  # jinja: syntax, undefined names, the template's own raise_exception
             raise BadPrompt(

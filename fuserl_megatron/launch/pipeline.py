@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.compose import compose_tree
+from fuserl_megatron.config.facts import replica_ranks
 from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
@@ -141,11 +142,14 @@ class _Chain:
         words = self._words({}, "train", before) if last else self._words({}, "train")
         held_out = self._data("build_heldout") or ({"data.path": last.data.validation_path} if last else {})
         defaults = {"run.results_dir": str(self.root / name), "model.path": model or self.target} | held_out
+        compared = settings.pop("before", None)
+        before_model = value_of(compared) if compared else self.target if last else None
         if last and uses_reference(last.objective):
             defaults["objective.reference"] = last.objective.reference or last.model.path
         words |= {key: override(key, value) for key, value in defaults.items() if value is not None} | settings
         config = self._compose(name, words)
-        self._add(name, ("fuserl", "evaluate"), config, config.run.results_dir)
+        compare = ("--before", before_model) if before_model not in (None, "null", "None") else ()
+        self._add(name, ("fuserl", "evaluate", *compare), config, config.run.results_dir)
 
     def _po_defaults(self) -> dict[str, Any]:
         sft = self.trained.get("fusesft")
@@ -175,7 +179,13 @@ class _Chain:
             if f"exp_manager.{nemo}" in words and words[f"run.{ours}"] not in self._given(f"run.{ours}"):
                 del words[f"run.{ours}"]  # a default of the chain, no second opinion
         config = load_config("train", list(words.values()), self.config_dir)
-        validate(config, self._cluster(name, trains=True).num_ranks)
+        ranks, unit = self._cluster(name, config).num_ranks, replica_ranks(config.model)
+        if ranks % unit:
+            raise UserError(
+                f"cluster: ranks in all = {ranks}, must be a multiple of TP x PP x CP = {unit}; "
+                f"{name}.cluster.ntasks_per_node={unit} would work."
+            )
+        validate(config, ranks)
         return config
 
     def _given(self, key: str) -> list[str]:
@@ -192,10 +202,14 @@ class _Chain:
         self.trained[name] = config
         self._add(name, ("fuserl", "train"), config, config.run.results_dir)
 
-    def _cluster(self, name: str, trains: bool) -> ClusterConfig:
-        """The chain's resources, or one process of them, with the stage's own over them."""
+    def _cluster(self, name: str, config: Config | BuildConfig | None) -> ClusterConfig:
+        """The chain's resources, or one process of them, with the stage's own over them.
+
+        On this machine a stage that trains takes the ranks of its layout, as `fuserl train` does, unless it is said.
+        """
         words = [word for key, word in self.sections.get(name, {}).items() if key.startswith("cluster.")]
         values = compose_tree(LaunchConfig, "config", words)["cluster"] if words else {}
+        trains = isinstance(config, Config)
         alone = {} if trains else dict(nodes=1, ntasks_per_node=1, gpus_per_node=None)
         changed = {key: values[key] for key in (key_of(word).partition(".")[2] for word in words)}
         merged = dataclasses.asdict(self.config.cluster) | alone | changed
@@ -203,6 +217,8 @@ class _Chain:
         if cluster.type != self.config.cluster.type:
             raise UserError(f"cluster.type={cluster.type}: is the same for all stages; write cluster={cluster.type}.")
         _check_cluster(cluster)
+        if trains and cluster.type == "local" and cluster.ntasks_per_node is cluster.gpus_per_node is None:
+            return dataclasses.replace(cluster, ntasks_per_node=replica_ranks(config.model))
         return cluster
 
     def _add(
@@ -211,15 +227,14 @@ class _Chain:
         text, path = (to_yaml(config), str(self.root / "launch" / f"{name}.yaml")) if config is not None else ("", "")
         if path:
             command += ("--config-name", path)
-        trains = isinstance(config, Config)
         depends_on = tuple(other for other in READS.get(name, ()) if other in self.stages)
         digest = hashlib.sha256("\0".join([*command, text, *(self.stages[d].hash for d in depends_on)]).encode())
         self.stages[name] = Stage(
             name=name,
             command=command,
             depends_on=depends_on,
-            cluster=self._cluster(name, trains),
-            trains=trains,
+            cluster=self._cluster(name, config),
+            trains=isinstance(config, Config),
             config=text,
             config_path=path,
             results_dir=str(Path(results_dir).resolve()) if results_dir else str(self.root / name),

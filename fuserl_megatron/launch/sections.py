@@ -10,6 +10,7 @@ from typing import Any
 from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.launch_sections import LaunchConfig, StageName
 from fuserl_megatron.config.load import from_dict
+from fuserl_megatron.config.peer_names import peer_advice
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import leaves, nearest, show
 
@@ -52,7 +53,7 @@ def _by_section(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str
         key = key_of(text)
         section, _, rest = key.partition(".")
         if section not in known:
-            raise UserError(f"{key}: no such key.{nearest(section, known)}")
+            raise UserError(f"{key}: no such key.{peer_advice(key, known) or nearest(section, known)}")
         if section in SECTIONS or (rest.startswith("cluster.") and section in ORDER) or section == "import":
             if section == "import":
                 _refuse_keys({rest.partition(".")[0]: None}, section, ["cluster"])

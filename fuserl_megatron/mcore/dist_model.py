@@ -16,9 +16,12 @@ import torch
 
 from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.chat_files import ChatFormat
 from fuserl_megatron.convert.hf_config import ModelShape
+from fuserl_megatron.convert.model_card import run_figures
 from fuserl_megatron.convert.names import TE_FUSED, find_rule, hf_shapes, megatron_names, te_name
 from fuserl_megatron.convert.shards import check_num_layers
+from fuserl_megatron.data.manifest import RUN_COPY, Manifest
 from fuserl_megatron.mcore.dist_format import INDEX, LAYERS, POINTER, iteration_directory, newest_iteration
 from fuserl_megatron.mcore.dist_reader import DistReader
 from fuserl_megatron.mcore.manifest import refuse_damage
@@ -35,6 +38,8 @@ class Checkpoint:
     """Holds config.json."""
     tokenizer_dir: Path
     lineage: dict[str, Any]
+    chat: ChatFormat | None = None
+    """Of the data it was trained on; None where it is not a run's."""
 
 
 def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoint:
@@ -69,7 +74,12 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
         raise UserError(f"{root}: does not say which model it holds; name a directory with its config.json: --hf DIR")
     if not (config_dir / "config.json").is_file():
         raise UserError(f"{config_dir}: no config.json there; name a directory with the model's config.json: --hf DIR")
-    return Checkpoint(folder, config_dir, tokenizer_dir, lineage)
+    chat = None
+    if (copy := root.parent / RUN_COPY).is_file():
+        manifest = Manifest.read_file(copy)
+        chat = ChatFormat(manifest.chat_template, manifest.end_of_turn_id)
+        lineage |= manifest.lineage() | {"figures": run_figures(root.parent)}
+    return Checkpoint(folder, config_dir, tokenizer_dir, lineage, chat)
 
 
 def iteration_folder(path: Path) -> Path | None:
@@ -99,7 +109,7 @@ def _from_run(file: Path, lineage: dict[str, Any]) -> tuple[Path, Path, dict[str
         raise UserError(f"{file}: not a run's config ({type(error).__name__}); name the model with --hf DIR") from None
     if not directory.is_dir():
         raise UserError(f"{file}: model.path = {directory} is not here; name the model the run started from: --hf DIR")
-    return directory, tokenizer, lineage | {"target": str(directory), "run": str(file.parent), "config": config}
+    return directory, tokenizer, lineage | {"target": str(directory), "name": file.parent.name, "config": config}
 
 
 def check_checkpoint(reader: DistReader, shape: ModelShape) -> torch.dtype:

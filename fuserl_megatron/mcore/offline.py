@@ -232,6 +232,7 @@ def megatron_to_hf(
             config_dict=shape.raw,
             source_dir=found.tokenizer_dir,
             lineage=found.lineage,
+            chat=found.chat,
             dtype=_dtype(dtype) or stored,
             max_shard_bytes=max_shard_bytes,
             force=force,

@@ -53,6 +53,8 @@ class Engine:
     objective: ObjectiveConfig
     source_names: Sequence[str]
     logprob_chunk_size: int
+    place: Callable[[int], str] = str
+    """Where a response was read, for messages: file:line of its id."""
     wrapped: list = field(default_factory=list)
     optimizer: object = None
     clock: Clock = field(default_factory=Clock)
@@ -219,16 +221,16 @@ def _named_everywhere(engine: Engine, batches: Sequence[PackedBatch], which: Seq
     """The sequences in those micro-batches of every rank. All ranks call it."""
     mine = [
         f"rank {engine.layout.rank}, micro-batch {i}, prompts {sorted(set(batches[i].prompt_ids_N.tolist()))}, "
-        f"responses {_named(batches[i], engine.source_names)}"
+        f"responses {_named(batches[i], engine)}"
         for i in which
     ]
     return "; ".join(itertools.chain(*from_all_ranks(mine)))
 
 
-def _named(batch: PackedBatch, source_names: Sequence[str]) -> str:
-    """The responses of a batch and the source of each: 4 of alpha, 7 of beta."""
+def _named(batch: PackedBatch, engine: Engine) -> str:
+    """The responses of a batch, the source of each and where it was read: 4 of alpha (a.jsonl:5), 7 of beta (...)."""
     pairs = zip(batch.response_ids_N.tolist(), batch.source_ids_N.tolist(), strict=True)
-    return "[" + ", ".join(f"{response} of {source_names[source]}" for response, source in pairs) + "]"
+    return "[" + ", ".join(f"{i} of {engine.source_names[source]} ({engine.place(i)})" for i, source in pairs) + "]"
 
 
 def train_step(

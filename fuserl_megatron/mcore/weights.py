@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.convert.chat_files import ChatFormat
 from fuserl_megatron.convert.hf_io import begin_export, finish_export
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron, unshard
 from fuserl_megatron.convert.names import find_rule, hf_shapes, local_name, megatron_names
@@ -104,10 +105,11 @@ def export_hf(
     source_dir: str | Path,
     lineage: dict,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    chat: ChatFormat | None = None,
 ) -> None:
     """Write the trained weights as a Hugging Face directory, in the number format they were trained in. All ranks
     call it and all write: the parameters of a pipeline stage go round its tensor- and data-parallel ranks, and who
-    writes one gathers it. Memory: one parameter and its parts.
+    writes one gathers it. Memory: one parameter and its parts. source_dir, lineage and chat: as `begin_export`.
 
     Raises:
         UserError: on every rank, when one of them could not write; nothing half-written is left, and an older
@@ -122,6 +124,7 @@ def export_hf(
             dtype=target.config.params_dtype,
             max_shard_bytes=max_shard_bytes,
             force=True,
+            chat=chat,
         )
 
     def finish() -> None:

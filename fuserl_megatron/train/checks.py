@@ -5,6 +5,8 @@ mask_coverage      every step: each sequence has its scored positions, never non
 group_integrity    every step: pairs and triples lie inside one prompt and source, RLOO's groups are whole
 first_step_loss    first step, policy == reference: the loss has its analytic value (log 2 for the DPO family)
 reference_hash     stored reference scores belong to this model, data set and precision (reference.py)
+tokenizer_match    before any rank starts: data sets, model and reference have one tokenizer (data/belonging.py)
+template_match     before any rank starts: the data are rendered as the model's chat template does (data/belonging.py)
 """
 
 import os
@@ -48,19 +50,29 @@ def check_prepared(config: Config, prepared: PreparedSet) -> None:
     sums_G = np.add.reduceat(weights_N, offsets[:-1])
     worst = int(np.abs(sums_G - 1).argmax())
     if abs(sums_G[worst] - 1) > WEIGHT_TOLERANCE:
-        problem = f"prompt {prepared.group_ids[worst]}: weights sum to {sums_G[worst]}, not 1"
+        place = prepared.dataset.place(int(prepared.response_ids[prepared.sequence_offsets[worst]]))
+        problem = f"{place}: prompt {prepared.group_ids[worst]}: weights sum to {sums_G[worst]}, not 1"
         raise InvariantError("prompt_weights", problem)
 
 
-def check_batches(config: Config, unit: Unit | None, batches: Sequence[PackedBatch], layout: Layout) -> None:
-    """mask_coverage and group_integrity of one global batch; raises on all ranks or on none."""
+def check_batches(
+    config: Config,
+    unit: Unit | None,
+    batches: Sequence[PackedBatch],
+    layout: Layout,
+    place: Callable[[int], str] = str,
+) -> None:
+    """mask_coverage and group_integrity of one global batch; raises on all ranks or on none.
+
+    `place` says where a response was read, for messages.
+    """
     checks: dict[str, Callable] = {"mask_coverage": _mask_coverage, "group_integrity": _group_integrity}
     problem = None
     for name, check in checks.items():
         if name in config.run.disable_checks:
             continue
         for i, batch in enumerate(batches):
-            found = check(batch, unit) if batch.num_sequences else None
+            found = check(batch, unit, place) if batch.num_sequences else None
             if found and problem is None:
                 problem = (name, f"rank {layout.rank}, micro-batch {i}, {found}")
     if any_rank(problem is not None, layout.device):
@@ -86,19 +98,19 @@ def first_step_check(config: Config, step: int) -> Callable[[float], None]:
     return check
 
 
-def _mask_coverage(batch: PackedBatch, unit: Unit | None) -> str | None:
+def _mask_coverage(batch: PackedBatch, unit: Unit | None, place: Callable[[int], str]) -> str | None:
     scored_BS = batch.labels_BS != IGNORE_INDEX
     counts_N = torch.bincount(batch.sequence_ids_BS[scored_BS].clamp(min=0), minlength=batch.num_sequences)
     if not torch.equal(counts_N, batch.lengths_N) or bool((counts_N == 0).any()):
         n = int((counts_N != batch.lengths_N).int().argmax())
         counted = f"{counts_N[n]} positions are scored, it has {batch.lengths_N[n]} tokens"
-        return f"response {batch.response_ids_N[n]}: {counted}"
+        return f"response {_response(batch, n, place)}: {counted}"
     if int(scored_BS.sum()) == int((batch.segment_ids_BS >= 0).sum()):
         return "every position is scored: a prompt longer than one token must not be"
     return None
 
 
-def _group_integrity(batch: PackedBatch, unit: Unit | None) -> str | None:
+def _group_integrity(batch: PackedBatch, unit: Unit | None, place: Callable[[int], str]) -> str | None:
     if unit in (Unit.PAIRS, Unit.TRIPLES):
         chosen, rejected = batch.chosen_index_P, batch.rejected_index_P
         ends = [chosen, rejected] + ([] if batch.source_index_P is None else [batch.source_index_P])
@@ -107,11 +119,17 @@ def _group_integrity(batch: PackedBatch, unit: Unit | None) -> str | None:
             same_P = same_P & (batch.prompt_ids_N[end] == batch.prompt_ids_N[chosen])
         if not bool((same_P & (chosen != rejected)).all()):
             p = int((~(same_P & (chosen != rejected))).int().argmax())
-            return f"responses {batch.response_ids_N[chosen[p]]} and {batch.response_ids_N[rejected[p]]} are no pair"
+            ends = [_response(batch, int(end[p]), place) for end in (chosen, rejected)]
+            return f"responses {ends[0]} and {ends[1]} are no pair"
     if unit is Unit.ALL_RESPONSES:
         sums_N = torch.zeros_like(batch.advantages_N).index_add(0, batch.group_ids_N, batch.advantages_N)
         scale = max(float(batch.advantages_N.abs().max()), 1e-30)
         if bool((sums_N.abs() > 1e-9 * scale * batch.num_sequences).any()):
             n = int((batch.group_ids_N == sums_N.abs().argmax()).int().argmax())
-            return f"the group of response {batch.response_ids_N[n]} is not whole: its advantages do not sum to 0"
+            return f"the group of response {_response(batch, n, place)} is not whole: its advantages do not sum to 0"
     return None
+
+
+def _response(batch: PackedBatch, n: int, place: Callable[[int], str]) -> str:
+    number = int(batch.response_ids_N[n])
+    return str(number) + (f" ({place(number)})" if place is not str else "")

@@ -5,57 +5,105 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from fuserl_megatron.config.objective import with_defaults
-from fuserl_megatron.config.schema import Config, ObjectiveConfig
+from fuserl_megatron.config.objective import uses_reference, with_defaults
+from fuserl_megatron.config.schema import Config, ObjectiveConfig, UserError
+from fuserl_megatron.convert.hf_config import read_config
+from fuserl_megatron.convert.hf_io import check_model_directory
+from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.data.files import write_file
 from fuserl_megatron.mcore import parallel, weights
 from fuserl_megatron.mcore.step import NonFiniteError
 from fuserl_megatron.train.feed import FOLDERS, make_engine, make_feed, open_run, with_references
 from fuserl_megatron.train.logging import say
+from fuserl_megatron.train.reference import reference_path
 from fuserl_megatron.train.stopping import Stopped, Stopping
 from fuserl_megatron.train.validation import validate
 
 FILE = "evaluation.json"
 
 
-def evaluate(config: Config) -> int:
+def evaluate(config: Config, before: str | None = None) -> int:
     """Loss and metrics of model.path on data.path, printed and written to results_dir/evaluation.json.
 
     FuseSFT's loss with its defaults (the weighted NLL of each source's best response) always; with objective.stage
     fusepo the loss and metrics of that preference objective beside it. Every rank calls it.
 
+    Args:
+        config: the run.
+        before: a model of the same shape, the one that training started from; its figures stand beside the others.
+
     Returns:
         0, or 1 where a loss is not finite.
 
     Raises:
-        UserError: settings, model and data do not fit.
+        UserError: settings, models and data do not fit.
     """
     config, shape, (dataset,) = open_run(config, [config.data.path])
-    directory, found = Path(config.run.results_dir), {"model": config.model.path, "data": config.data.path}
+    if before is not None and hf_shapes(read_config(check_model_directory(before))) != hf_shapes(shape):
+        raise UserError(f"--before {before}: is no model of the same shape as model.path={config.model.path}.")
+    # the reference stays the same for both
+    reference = reference_path(config) if uses_reference(config.objective) else None
+    config = replace(config, objective=replace(config.objective, reference=reference))
+    directory, models = Path(config.run.results_dir), [config.model.path, *([before] if before is not None else [])]
+    figures: dict[str, list[dict[str, float]]] = {}
     layout = parallel.initialize(config.model, config.trainer)
     try:
         for objective in dict.fromkeys((with_defaults(ObjectiveConfig()), config.objective)):
             one = replace(config, objective=objective)
             engine = make_engine(one, layout, shape, dataset.sources)
             (feed,) = with_references(one, engine, [make_feed(one, dataset, layout)])
-            weights.load_hf_weights(engine.target, config.model.path, layout)
-            metrics = validate(one, engine, feed, 1, 1, lambda: None)
-            found[objective.stage] = {
-                k.removeprefix("val_"): v if math.isfinite(v) else None for k, v in metrics.items()
-            }
+            figures[objective.stage] = []
+            for model in models:
+                weights.load_hf_weights(engine.target, model, layout)
+                metrics = validate(one, engine, feed, 1, 1, lambda: None)
+                figures[objective.stage].append({k.removeprefix("val_"): v for k, v in metrics.items()})
         if layout.is_main:
-            directory.mkdir(parents=True, exist_ok=True)
-            write_file(directory / FILE, [(json.dumps(found, indent=2) + "\n").encode()])
-            say(f"{config.model.path} on {config.data.path}")
-            for stage in [name for name in ("fusesft", "fusepo") if name in found]:
-                say("\n".join(f"{stage} {name:<32}{value}" for name, value in found[stage].items()))
-            say(f"written: {directory / FILE}")
+            _write(directory, config, before, figures)
         return 0
     except NonFiniteError as error:
         say(f"{config.model.path}: {error}", layout.is_main)
         return 1
     finally:
         parallel.shutdown()
+
+
+def _write(directory: Path, config: Config, before: str | None, figures: dict[str, list[dict[str, float]]]) -> None:
+    found: dict = {"model": config.model.path, "data": config.data.path}
+    found |= {stage: _json(values[0]) for stage, values in figures.items()}
+    if before is not None:
+        found["before"] = {"model": before} | {stage: _json(values[1]) for stage, values in figures.items()}
+    directory.mkdir(parents=True, exist_ok=True)
+    write_file(directory / FILE, [(json.dumps(found, indent=2) + "\n").encode()])
+    say(f"{config.model.path} on {config.data.path}" + (f", before: {before}" if before is not None else ""))
+    say("\n".join(table(figures)))
+    say(f"written: {directory / FILE}")
+
+
+def table(figures: dict[str, list[dict[str, float]]]) -> list[str]:
+    """Lines of aligned columns with five digits: the metrics of each stage, after alone or before, after, difference.
+
+    Args:
+        figures: stage -> metrics of the model, and of the one before where it is compared.
+    """
+    rows = []
+    for stage in (name for name in ("fusesft", "fusepo") if name in figures):
+        after, *others = figures[stage]
+        for name, value in after.items():
+            numbers = [value] if not others else [others[0].get(name, math.nan), value]
+            numbers += [numbers[1] - numbers[0]] if others else []
+            rows.append([f"{stage} {name}", *(f"{number:.5g}" for number in numbers)])
+    head = ["", "before", "after", "difference"] if rows and len(rows[0]) > 2 else ["", "value"]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in (head, *rows)
+    ]
+
+
+def _json(metrics: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def score_reference(config: Config) -> int:

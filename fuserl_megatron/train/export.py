@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
+from fuserl_megatron.convert.chat_files import ChatFormat
+from fuserl_megatron.convert.model_card import run_figures
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel, weights
 from fuserl_megatron.mcore.dist_format import iteration_directory
@@ -29,19 +31,21 @@ def load_best(engine: Engine, checkpoints: Path, history: History, step: int) ->
 
 
 def export(config: Config, engine: Engine, dataset: FusedDataset, destination: Path, total: int) -> None:
-    """Write the weights to `destination`, with the lineage for the model card. All ranks call it."""
+    """Write the weights to `destination`, with the template and end of turn of the data and the lineage for the model
+    card. All ranks call it."""
     lineage = {
-        "run": config.run.name,
+        "name": config.run.name,
         "stage": config.objective.stage,
         "target": config.model.path,
-        "sources": list(dataset.sources),
-        "data_set": dataset.hash,
         "optimizer_steps": total,
+        "figures": run_figures(Path(config.run.results_dir)) if engine.layout.is_main else {},
         "config": dataclasses.asdict(config),
-    }
+    } | dataset.manifest.lineage()
+    chat = ChatFormat(dataset.manifest.chat_template, dataset.manifest.end_of_turn_id)
     started = time.monotonic()
     tokenizer = config.model.tokenizer or config.model.path
     gather_parameters(engine.wrapped)
-    weights.export_hf(engine.target, engine.layout, str(destination), source_dir=tokenizer, lineage=lineage)
+    options = dict(source_dir=tokenizer, lineage=lineage, chat=chat)
+    weights.export_hf(engine.target, engine.layout, str(destination), **options)
     seconds = time.monotonic() - started
     say(f"\nHugging Face model written to {destination} in {seconds:.1f} s", engine.layout.is_main)

@@ -25,6 +25,7 @@ from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.data.prepared import PreparedSet, mismatched
 from fuserl_megatron.data.sampler import GlobalBatchSampler, StepPlan
+from fuserl_megatron.data.too_long import fitted
 from fuserl_megatron.mcore.losses import StepValues
 from fuserl_megatron.mcore.model import build_model, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer
@@ -32,6 +33,7 @@ from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.precision import parameter_dtype
 from fuserl_megatron.mcore.step import Engine, score
 from fuserl_megatron.objectives.group_losses import kto_kl, wrpo_alpha
+from fuserl_megatron.train.logging import say
 from fuserl_megatron.train.reference import LiveReference, Reference, stored_references
 
 FOLDERS = ("reference", "reference_validation")
@@ -108,14 +110,26 @@ def with_optimizer(config: Config, engine: Engine) -> Engine:
     return replace(engine, wrapped=wrapped, optimizer=optimizer)
 
 
-def make_feed(config: Config, dataset: FusedDataset, layout: Layout, folder: str = FOLDERS[0]) -> Feed:
+def make_feed(
+    config: Config,
+    dataset: FusedDataset,
+    layout: Layout,
+    folder: str = FOLDERS[0],
+    fit: DataConfig | None = None,
+) -> Feed:
     """Select, weigh and lay out a data set, without reference log-probabilities yet.
+
+    `fit` are the rows by which data.on_too_long decides, where they are not those to be laid out.
 
     Raises:
         UserError: nothing is left, something does not fit, or the data lack what the loss reads.
     """
-    prepared = prepare(dataset, config.objective, config.data.reward_temperature)
     rows = row_settings(config)
+    prepared = fitted(prepare(dataset, config.objective, config.data.reward_temperature), fit or rows)
+    if prepared.fitted is not None:
+        names = ("prompts_too_long", "responses_cut_to_fit")
+        counted = ", ".join(f"{name} {prepared.counts[name]:,}" for name in names)
+        say(f"{dataset.path}: data.on_too_long={rows.on_too_long}: {counted}", layout.is_main)
     multiple = layout.pp_size if layout.vpp_size else 1
 
     def laid_out(prepared: PreparedSet, rows: DataConfig, folder: str, other: Feed | None = None) -> Feed:

@@ -11,6 +11,7 @@ from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.files import write_file
+from fuserl_megatron.data.manifest import MANIFEST_FILE, RUN_COPY
 from fuserl_megatron.mcore import checkpoint, parallel, weights
 from fuserl_megatron.mcore.dist_format import iteration_directory
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
@@ -89,6 +90,7 @@ def _run(
     dataset, prepared, sampler = datasets[0], feeds[0].prepared, feeds[0].sampler
     total = total_steps(config.trainer, sampler.steps_per_epoch)
     identity = run_identity(config, dataset, prepared.reward_temperature, total)
+    identity |= {"data.on_too_long": prepared.fitted}
     done, damaged, saved = steps_to_resume(config, checkpoints, identity, layout)
 
     def between_batches() -> None:
@@ -97,10 +99,11 @@ def _run(
 
     started = time.monotonic()
     watchdog.tick()
-    engine = make_engine(config, layout, shape, dataset.sources)
+    engine = dataclasses.replace(make_engine(config, layout, shape, dataset.sources), place=dataset.place)
     if layout.is_main:
         directory.mkdir(parents=True, exist_ok=True)
         write_file(directory / "config.yaml", [to_yaml(config).encode()])
+        write_file(directory / RUN_COPY, [(dataset.path / MANIFEST_FILE).read_bytes()])
         describe_start(config, layout, shape, prepared, sampler, total, done)
 
     training, *validation = with_references(config, engine, feeds, between_batches)
@@ -201,7 +204,7 @@ def one_step(
     with engine.clock.part("data"):
         plan = feed.sampler.step(step)
         batches = feed.batches(plan, engine.layout.dp_rank)
-        check_batches(config, feed.prepared.unit, batches, engine.layout)
+        check_batches(config, feed.prepared.unit, batches, engine.layout, engine.place)
     values = step_values(config, engine, feed, plan, step, total)
     lr, clip = lr_at(step, total, config.optim), config.trainer.gradient_clip_val
     result = train_step(

@@ -20,12 +20,14 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from fuserl_megatron.config.facts import row_settings
 from fuserl_megatron.config.objective import uses_reference
-from fuserl_megatron.config.schema import Config, ModelConfig, PackingConfig, UserError
+from fuserl_megatron.config.schema import Config, DataConfig, ModelConfig, PackingConfig, UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.data.assemble import units_of
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.pairs import prepare
+from fuserl_megatron.data.too_long import fitted
 from fuserl_megatron.mcore import parallel, weights
 from fuserl_megatron.mcore.optimizer import gradient_norm
 from fuserl_megatron.mcore.step import NonFiniteError, forward_backward
@@ -104,7 +106,8 @@ def _alone(config: Config, shape: ModelShape, dataset: FusedDataset, on_gpu: boo
     model = ModelConfig(path=config.model.path, transformer_impl="local")
     try:
         layout = parallel.initialize(model, config.trainer)
-        prepared = prepare(dataset, config.objective, config.data.reward_temperature)
+        rows = row_settings(config)
+        prepared = fitted(prepare(dataset, config.objective, config.data.reward_temperature), rows)
         units = (unit for prompt in range(prepared.num_prompts) for unit in units_of(prepared, prompt, False))
         positions_N = np.repeat(prepared.prompt_lengths, np.diff(prepared.sequence_offsets)) + prepared.lengths
         data = dataclasses.replace(
@@ -114,7 +117,7 @@ def _alone(config: Config, shape: ModelShape, dataset: FusedDataset, on_gpu: boo
             seq_length=int(positions_N.max()),
         )
         plain = dataclasses.replace(config, model=model, data=data)
-        yield from _steps(plain, layout, shape, dataset, steps, torch.float64)
+        yield from _steps(plain, layout, shape, dataset, steps, torch.float64, rows)
     finally:
         parallel.shutdown()
 
@@ -126,10 +129,11 @@ def _steps(
     dataset: FusedDataset,
     steps: int,
     dtype: torch.dtype | None = None,
+    fit: DataConfig | None = None,
 ) -> Iterator[Step]:
     """The first global batches. dtype float64: plain gradients, without DDP; None: the run's, through DDP."""
     engine = make_engine(config, layout, shape, dataset.sources, dtype)
-    (feed,) = with_references(config, engine, [make_feed(config, dataset, layout)])
+    (feed,) = with_references(config, engine, [make_feed(config, dataset, layout, fit=fit)])
     target = engine.target
     weights.load_hf_weights(target, config.model.path, layout)
     if dtype is None:

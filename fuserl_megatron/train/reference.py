@@ -19,7 +19,7 @@ import torch
 
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.batch import PackedBatch
-from fuserl_megatron.data.prepared import NextPrompts, PreparedSet
+from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory, reference_key
 from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.mcore import parallel, weights
@@ -135,7 +135,7 @@ def _key(config: Config, prepared: PreparedSet, directory: Path) -> str:
         return stored
     model = hash_model_directory(reference_path(config))
     key = reference_key(model, prepared.dataset.manifest, config.trainer.precision)
-    if isinstance(prepared.dataset, NextPrompts):  # which prompt a response stands under depends on the prompts kept
+    if prepared.dataset.fingerprint is not None:  # a view: responses under other prompts, or cut
         key = f"{key}-{prepared.dataset.fingerprint}"
     return key
 
@@ -152,7 +152,7 @@ def _score_missing(
     layout, started, num_scored = engine.layout, time.monotonic(), 0
 
     def write(ids: torch.Tensor, logps: torch.Tensor) -> None:
-        cache.write(ids, logps)
+        cache.write(ids, logps, prepared.dataset.place)
         cache.flush()
 
     for plan in sampler.scoring_plans(missing):

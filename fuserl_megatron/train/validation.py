@@ -38,7 +38,7 @@ def validate(
     Raises:
         NonFiniteError: a loss that is not finite.
     """
-    engine = replace(engine, source_names=feed.prepared.dataset.sources)
+    engine = replace(engine, source_names=feed.prepared.dataset.sources, place=feed.prepared.dataset.place)
     sums, normalizer, totals_M2 = 0, 0.0, None
     for plan in feed.sampler.scoring_plans(first_prompts=config.trainer.limit_val_prompts):
         between_batches()

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_origin, get_type_hints
 
 import pytest
 import yaml
@@ -40,7 +41,9 @@ def no_launcher(monkeypatch):
 @pytest.fixture
 def paths(tmp_path):
     """Overrides that name a model directory (its config only) and a data set (its manifest only)."""
-    values = {name: {} for name in Manifest.__dataclass_fields__}
+    empty = {int: 0, float: 0.0, str: "", bool: False, list: [], dict: {}}
+    kinds = {name: get_origin(kind) or kind for name, kind in get_type_hints(Manifest).items()}
+    values = {name: empty.get(kind) for name, kind in kinds.items()}
     values |= dict(
         format_version=FORMAT_VERSION, sources=["a", "b"], num_prompts=1000, max_token_id=159, tokens={"total_max": 300}
     )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -102,6 +103,7 @@ def test_a_mask_that_covers_the_prompts_is_seen():
 
 
 class Prepared:
+    dataset, response_ids = SimpleNamespace(place="in.jsonl:{}".format), np.array([4, 5, 6])
     unit, num_prompts, group_ids = None, 2, np.array([7, 9])
     sequence_offsets = pair_offsets = np.array([0, 2, 3])
     weights = np.array([0.25, 0.75, 1.0])
@@ -113,7 +115,7 @@ def test_weights_that_do_not_sum_to_one_are_seen():
     checks.check_prepared(Config(), Prepared())
     wrong = Prepared()
     wrong.unit = Unit.PAIRS
-    with pytest.raises(checks.InvariantError, match="prompt 7: weights sum to 0.0, not 1"):
+    with pytest.raises(checks.InvariantError, match="in.jsonl:4: prompt 7: weights sum to 0.0, not 1"):
         checks.check_prepared(Config(), wrong)
     whole = Prepared()  # three responses of one source: its weight stands at each
     whole.unit, whole.source_ids, whole.weights = Unit.ALL_RESPONSES, np.array([0, 0, 1]), np.ones(3)

@@ -112,6 +112,26 @@ def test_one_process_stages_take_no_gpus_unless_they_ask(chain):
     )
 
 
+def test_on_this_machine_a_stage_takes_the_ranks_of_its_layout(chain):
+    """As `fuserl train` does; said otherwise, that is taken; on a cluster nothing is guessed."""
+    words = ["stages=[fusesft,fusepo]", "fusesft.data.path=a", "fusepo.data.path=b"]
+    words += ["train.model.tensor_model_parallel_size=2", "fusepo.model.pipeline_model_parallel_size=2"]
+    assert [stage.cluster.num_ranks for stage in chain(*words)[0].stages] == [2, 4]
+    assert [stage.cluster.num_ranks for stage in chain(*words, "cluster.gpus_per_node=8")[0].stages] == [8, 8]
+    assert chain(*words, "fusesft.cluster.ntasks_per_node=6")[1]["fusesft"].cluster.num_ranks == 6
+    with pytest.raises(UserError, match="ranks in all = 1"):
+        chain(*words, "cluster=slurm")
+
+
+def test_the_chain_s_end_says_whether_it_helped(chain, tmp_path):
+    """What is evaluated is compared with the target, or with what is said, or with nothing."""
+    words = ["stages=[fusesft,evaluate]", "fusesft.data.path=a", "evaluate.data.path=held"]
+    command = chain(*words)[1]["evaluate"].command
+    assert command[:4] == ("fuserl", "evaluate", "--before", str(tmp_path / "model"))
+    assert chain(*words, "evaluate.before=other")[1]["evaluate"].command[2:4] == ("--before", "other")
+    assert "--before" not in chain(*words, "evaluate.before=null")[1]["evaluate"].command
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -130,7 +150,11 @@ def test_one_process_stages_take_no_gpus_unless_they_ask(chain):
         (["cluster.env=[NCCL_DEBUG]"], "is no NAME=value"),
         (["target=/nowhere"], "holds no config.json"),
         (["fusesft.objective=fusepo_dpo"], "fusesft: objective.stage=fusepo: this stage is fusesft"),
-        (["fusesft.model.tensor_model_parallel_size=2"], "fusesft: world size 1: must be a multiple of TP 2"),
+        (
+            ["fusesft.model.tensor_model_parallel_size=2", "cluster.ntasks_per_node=1"],
+            "fusesft: cluster: ranks in all = 1, must be a multiple of TP x PP x CP = 2; "
+            "fusesft.cluster.ntasks_per_node=2 would work",
+        ),
         (
             ["stages=[fusesft,fusepo]", "fusesft.run.export=false", "fusepo.data.path=x"],
             "fusepo starts from its export",

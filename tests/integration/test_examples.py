@@ -1,0 +1,145 @@
+"""Every command that --help, README and docs tell people to type, typed: on a tiny model under the names they use.
+
+Ranks are not started (other tests do that): `train` and `launch` get --dry-run, of `evaluate` and `parity` all that
+comes before the ranks runs. `verify`, `doctor` and `demo` are parsed only; they have
+tests of their own.
+"""
+
+import contextlib
+import io
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from fuserl_megatron.cli import build_parser, main
+from fuserl_megatron.launch import local
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = ["", "build", "train", "launch", "evaluate", "parity", "convert", "verify", "nemo-config", "doctor", "demo"]
+COMMANDS += ["convert hf-to-megatron", "convert megatron-to-hf"]
+PAGES = [ROOT / "README.md", ROOT / "slurm" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def help_of(command):
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    return out.getvalue()
+
+
+def examples(text):
+    """Lines that begin with fuserl and have settings or options, continuations joined, remarks taken off."""
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    return [re.split(r"\s+#\s", line.strip())[0] for line in lines if re.match(r"^ {2,8}fuserl [a-z-]+( \S|$)", line)]
+
+
+FROM_HELP = sorted({line for command in COMMANDS for line in examples(help_of(command)) if "COMMAND" not in line})
+FROM_PAGES = sorted({line for page in PAGES for line in examples(page.read_text()) if "FILE" not in line})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory in which all the names exist."""
+    from fuserl_megatron.config.schema import BuildConfig
+    from fuserl_megatron.data.build import build
+    from fuserl_megatron.mcore.offline import hf_to_megatron
+    from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
+
+    root = tmp_path_factory.mktemp("examples")
+    target = root / "models" / "target"
+    save_tiny_model(target, max_position_embeddings=4096, num_key_value_heads=8)
+    save_char_tokenizer(target)
+    models = ["models/small", "models/Llama-3.1-8B-Instruct", "runs/fusesft/hf", "runs/fusepo/hf"]
+    for name in (*models, "runs/llama31_8b_fusesft/hf"):
+        shutil.copytree(target, root / name)
+    records = [
+        dict(prompt=f"p{p}", source=s, response=f"{s}{n}", reward=n) for p in range(8) for s in "ab" for n in (0, 1)
+    ]
+    text = "".join(json.dumps(r) + "\n" for r in records)
+    for name in ("scored", "a", "b", "ultrafeedback_part1", "ultrafeedback_part2", "part1", "part2", "heldout"):
+        (root / f"{name}.jsonl").write_text(text)
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pa.parquet.write_table(pa.Table.from_pylist(records), root / "part-1.parquet")
+    for name in ("fused", "fused_po", "heldout"):
+        settings = dict(inputs=(str(root / "scored.jsonl"),), output=str(root / name), tokenizer=str(target))
+        build(BuildConfig(**settings, reward_temperature=0.01), progress=False)
+    (root / "my_conf").mkdir()
+    (root / "my_conf" / "my_build.yaml").write_text(
+        "defaults: [build, _self_]\ninputs: [scored.jsonl]\noutput: mine\ntokenizer: models/target\n"
+        "reward_temperature: 0.1\n"
+    )
+    nemo = (ROOT / "tests" / "assets" / "nemo" / "dpo.yaml").read_text()
+    (root / "gpt_dpo.yaml").write_text(nemo.replace("warmup_steps: 10", "warmup_steps: 0"))  # 8 prompts are one step
+    (root / "my_prompts.txt").write_text("Hello\n")
+    hf_to_megatron(target, root / "runs" / "fuserl" / "checkpoints")
+    shutil.copytree(root / "runs" / "fuserl" / "checkpoints", root / "checkpoints" / "other")
+    return root
+
+
+@pytest.fixture
+def typed(place, monkeypatch, capsys):
+    """typed(line) -> what it printed; it must end with 0."""
+    monkeypatch.chdir(place)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "FUSERL_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    started = []
+    monkeypatch.setattr("fuserl_megatron.commands._becomes_rank", lambda config, ranks: False)
+    monkeypatch.setattr(local, "run_ranks", lambda command, ranks: started.append(ranks) or 0)
+
+    def run(line):
+        words, redirected, file = shlex.split(line)[1:], None, None
+        if ">" in words:
+            words, redirected, file = words[: words.index(">")], True, words[-1]
+        command = words[0]
+        if command in ("verify", "doctor", "demo"):
+            build_parser().parse_args(words)
+            return
+        for word in words:  # what is to be written must not be there
+            if command == "build" and word.startswith("output="):
+                shutil.move(place / word.partition("=")[2], place / "aside")
+        try:
+            code = main([*words, "--dry-run"] if command in ("train", "launch") and "--dry-run" not in words else words)
+        finally:
+            if (place / "aside").exists():
+                (name,) = [word.partition("=")[2] for word in words if word.startswith("output=")]
+                shutil.rmtree(place / name, ignore_errors=True)
+                shutil.move(place / "aside", place / name)
+        out, err = capsys.readouterr()
+        assert code == 0, err
+        assert err == "" or command == "convert", err
+        assert bool(started) == (command in ("evaluate", "parity"))
+        if redirected:
+            (place / file).write_text(out)
+        if command == "convert":
+            shutil.rmtree(place / words[3])
+
+    return run
+
+
+def test_examples_are_found():
+    assert len(FROM_HELP) > 20 and len(FROM_PAGES) >= 8
+    assert {line.split()[1] for line in FROM_HELP} == {name.split()[0] for name in COMMANDS if name}
+
+
+@pytest.mark.parametrize(
+    "line", sorted({*FROM_HELP, *FROM_PAGES}, key=lambda line: ("--config-name mine" in line, line))
+)
+def test_it_works_as_typed(typed, line):
+    if "mine.yaml" in line and "train" in line:
+        typed("fuserl nemo-config gpt_dpo.yaml > mine.yaml")
+    typed(line)
+
+
+def test_a_build_without_a_temperature_says_what_a_few_would_mean(place, monkeypatch, capsys):
+    """The line that docs/data_format.md promises, from the command line."""
+    monkeypatch.chdir(place)
+    assert main(["build", "inputs=[scored.jsonl]", "output=none", "tokenizer=models/target"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("fuserl: error: reward_temperature is required") and said.count("\n") == 1
+    assert "the effective number of sources (of 2) on this data would be" in said and not (place / "none").exists()
