@@ -18,7 +18,7 @@ from functools import lru_cache
 from fuserl_megatron.data.closing import Marks
 from fuserl_megatron.data.messages import Messages
 from fuserl_megatron.data.templates import BadPrompt, ChatTemplate
-from fuserl_megatron.data.thinking import thinking_at_end, without_block, without_opening
+from fuserl_megatron.data.thinking import split_block, thinking_at_end, without_opening
 
 MARKER, USER_MARKER = "fuserl0response0marker", "fuserl0user0marker"
 PROBE: Messages = (("user", "a"),)
@@ -81,7 +81,7 @@ class Renderer:
         if not before.startswith(text):
             cut = self._cut_point(messages, tools, text, before)
             block = thinking_at_end(text)
-            opened = block is not None and block[0] == "open" and cut == len(before)
+            opened = block is not None and block[0] == "open"
         base = None if opened else before[:cut]
         return RenderedPrompt(messages, tools, text, base, before[cut:], after, closing, stop_id)
 
@@ -97,7 +97,7 @@ class Renderer:
             return response, None
         full = self.template.render((*prompt.messages, ("assistant", response)), prompt.tools)
         block, end = thinking_at_end(prompt.text), max(0, len(full) - len(prompt.after))
-        for base in (prompt.base, prompt.text) if full.endswith(prompt.after) else ():
+        for base in (prompt.text, prompt.base) if full.endswith(prompt.after) else ():
             if base is not None and full.startswith(base, 0, end):
                 printed = full[len(base) : end]
                 given = response if block is None else without_opening(response, prompt.text, block[1])
@@ -128,8 +128,11 @@ class Renderer:
         if text.endswith(asked) and before.endswith(answered):
             if answered.startswith(asked):
                 return len(before) - len(answered) + len(asked)
-            if thinking_at_end(asked) and without_block(asked) == without_block(answered):
+            header, block = split_block(asked)
+            if split_block(answered)[0].rstrip() == header.rstrip():  # but for a block and white space
                 return len(before)
+            if block and answered.startswith(header):
+                return len(before) - len(answered) + len(header)
         ends = f"{text[-20:]!r} is not how it prints an answer, {before[-20:]!r}"
         problem = f"the chat template's generation prompt {ends}; set chat_template"
         raise BadPrompt("generation_prompt_mismatch", problem)

@@ -12,6 +12,8 @@ from datetime import datetime
 from difflib import get_close_matches
 from typing import Any
 
+from jinja2 import meta
+
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
 from fuserl_megatron.data.messages import Messages, as_dicts
@@ -34,7 +36,6 @@ class ChatTemplate:
 
     Attributes:
         text: the template.
-        names: the variables and functions it reads.
         date_asked: it has asked for the date since this was last set to False.
     """
 
@@ -49,7 +50,6 @@ class ChatTemplate:
         Raises:
             BadPrompt: it does not compile, or is too large.
         """
-        from jinja2 import meta
         from transformers.utils import chat_template_utils as theirs
 
         if len(text) > MAX_TEMPLATE:
@@ -64,7 +64,6 @@ class ChatTemplate:
         try:
             with account(len(text)):
                 self._compiled = env.from_string(text)
-                self.names = frozenset(meta.find_undeclared_variables(env.parse(text)))
         except Exception as error:  # jinja: syntax; Python: nesting
             raise _refusal(error) from None
 
@@ -108,9 +107,12 @@ class ChatTemplate:
         Raises:
             UserError: with the name, and the nearest one that the template reads.
         """
+        if not kwargs:
+            return
+        names = meta.find_undeclared_variables(self._compiled.environment.parse(self.text))
         for name in kwargs:
-            if name not in self.names:
-                near = get_close_matches(name, sorted(self.names), n=1)
+            if name not in names:
+                near = get_close_matches(name, sorted(names), n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(f"chat_template_kwargs.{name}: the chat template does not read it{hint}")
 

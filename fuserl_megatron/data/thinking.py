@@ -25,13 +25,14 @@ def thinking_at_end(text: str) -> tuple[str, str, str] | None:
     return None
 
 
-def without_block(text: str) -> str:
-    """A text without the block of reasoning, open or closed, and the white space it ends with."""
-    bare = text.rstrip()
-    if block := thinking_at_end(bare):
-        _, opening, closing = block
-        bare = bare[: bare.rfind(opening)] if opening in bare else bare.removesuffix(closing)
-    return bare.rstrip()
+def split_block(text: str) -> tuple[str, str]:
+    """A text in two: what stands in front of the block of reasoning it ends with, and the block (empty without one)."""
+    block = thinking_at_end(text)
+    if block is None:
+        return text, ""
+    _, opening, closing = block
+    start = text.rfind(opening if opening in text else closing)
+    return text[:start], text[start:]
 
 
 def without_opening(response: str, prompt: str, opening: str) -> str:
