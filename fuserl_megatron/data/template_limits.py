@@ -1,22 +1,14 @@
-"""A Jinja sandbox that ends: what a chat template may do is counted, and bounded in work, size and time.
+"""A Jinja sandbox that ends: what a chat template may do is bounded in work, size and time.
 
 A template comes with the model, so it is text of others. Jinja's sandbox keeps it away from files and from Python, but
-not from the clock and the memory: it bounds one `range`, not two nested ones, and `'a' * 4000000000` not at all.
-
-Everything that can repeat or grow pays into one account a rendering: an iteration or a call `STEP` units, a character
-or list item that is made one unit. What grows in a single operation (`*`, `**`, `center`, `replace`, ...) pays before
-it is done. An account is as large as the conversation asks for, so no template that only prints what it is given comes
-near. The thread's CPU time is the second limit, so a busy machine changes nothing.
+not from the clock and the memory: it bounds one `range`, not two nested ones, and `'a' * 4000000000` not at all. Here
+everything that can repeat or grow pays into an account (`template_account.py`).
 
 The output is what Jinja prints without these limits, character for character: only counting is added to the
 template's syntax tree, in filters whose names no template can write.
 """
 
-import re
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -25,61 +17,21 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-WORK = 1 << 26
-"""Units a rendering may use ..."""
-WORK_PER_CHARACTER = 64
-"""... and so many more for each character of the conversation."""
-SECONDS = 10.0
-"""CPU time of one rendering."""
-STEP = 16
-MAX_BITS = 1 << 16
-"""Longest whole number."""
+from fuserl_megatron.data.template_account import (
+    MAX_BITS,
+    STEP,
+    TemplateLimit,
+    charge,
+    charge_all_of,
+    charge_filter,
+    charge_format,
+    charge_method,
+    charge_percent,
+    count_of,
+    size_of,
+)
+
 LOOPED, PRINTED, MADE, LITERAL = " looped", " printed", " made", " literal"
-PERCENT_WIDTHS = re.compile(r"%(?:\([^)]*\))?[-#0 +]*(\*|\d*)(?:\.(\*|\d*))?")
-FORMAT_SPECS = re.compile(r":([^{}]*)([{}])")
-PLAIN_NUMBERS = {"default", "d", "int", "float", "sum"}
-"""Filters whose numbers are values, not widths or counts."""
-
-
-class TemplateLimit(Exception):
-    """A template wants more work, memory or time than it may have."""
-
-
-class _Account(threading.local):
-    """What is left to the rendering of this thread."""
-
-    left = check_at = 0
-    deadline = 0.0
-
-
-_account = _Account()
-
-
-@contextmanager
-def account(num_characters: int) -> Iterator[None]:
-    """Open the account of one rendering (or compilation) of a conversation with so many characters."""
-    _account.left = WORK + WORK_PER_CHARACTER * num_characters
-    _account.check_at = _account.left
-    _account.deadline = time.thread_time() + SECONDS
-    try:
-        yield
-    finally:
-        _account.left = _account.check_at = 0
-
-
-def charge(units: int) -> None:
-    """Pay for work.
-
-    Raises:
-        TemplateLimit: the account is empty, or the time is over.
-    """
-    _account.left -= units
-    if _account.left < 0:
-        raise TemplateLimit("it loops or grows without end: stopped by the limit on a template's work")
-    if _account.left < _account.check_at:
-        _account.check_at = _account.left - 1024 * STEP
-        if time.thread_time() > _account.deadline:
-            raise TemplateLimit(f"it took more than {SECONDS:g} s: stopped")
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
@@ -110,32 +62,32 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
             if operator == "**" and left.bit_length() * max(right, 1) > MAX_BITS:
                 raise TemplateLimit("a whole number grows without end: stopped")
         elif operator == "+":
-            charge(_size(left) + _size(right))
+            charge(size_of(left) + size_of(right))
         elif operator == "*":
-            charge(_size(left) * _count(right) + _size(right) * _count(left))
+            charge(size_of(left) * count_of(right) + size_of(right) * count_of(left))
         elif operator == "%" and isinstance(left, str | bytes):
-            _charge_percent(left, right)
+            charge_percent(left, right)
         result = super().call_binop(context, operator, left, right)
-        charge(_size(result) if operator == "%" else 1)
+        charge(size_of(result) if operator == "%" else 1)
         return result
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
         """A call from the template: macros, methods, functions."""
         owner = getattr(__obj, "__self__", None)
-        charge(STEP + _size(owner) // 8)
+        charge(8 * STEP + size_of(owner) // 8)
         given = [*args, *kwargs.values()]
         if isinstance(owner, str | bytes | int):
             if __obj.__name__ == "join" and len(args) == 1:
                 args = (list(args[0]),)
-            _charge_method(owner, __obj.__name__, args, given)
+            charge_method(owner, __obj.__name__, args, given)
         elif __obj is __self.globals.get("lipsum"):
-            charge(10_000 * sum(map(_count, given)))
+            charge(10_000 * sum(map(count_of, given)))
         containers = [value for value in given if isinstance(value, list | tuple | dict | Namespace)]
         if len(containers) > 1:
-            _charge_all_of(containers)
-        charge(sum(map(_size, containers)))
+            charge_all_of(containers)
+        charge(sum(map(size_of, containers)))
         result = super().call(__context, __obj, *args, **kwargs)
-        charge(_size(result))
+        charge(size_of(result))
         return result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -146,10 +98,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
         @wraps(wrapped)
         def limited(*args: Any, **kwargs: Any) -> str:
-            for spec, end in FORMAT_SPECS.findall(value.__self__):
-                if end == "{":
-                    raise TemplateLimit("a format whose width is itself a field is not supported")
-                charge(sum(map(_number, re.findall(r"\d+", spec))))
+            charge_format(value.__self__)
             return wrapped(*args, **kwargs)
 
         return limited
@@ -183,17 +132,24 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         return node if getattr(node, "ctx", "load") != "load" else self.counted(node, MADE)
 
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+        return self.visit_made(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
+
     visit_List = visit_Dict = visit_Tuple = visit_Concat = visit_made
 
 
-def _looped(iterable: Any) -> list:
-    items = list(iterable)
-    charge(STEP * (1 + len(items)))
-    return items
+class _looped(list):  # noqa: N801 - a filter
+    """What a loop goes through: as long as it was, paid for as it goes."""
+
+    def __iter__(self) -> Iterator[Any]:
+        charge(STEP)
+        for item in super().__iter__():
+            charge(STEP)
+            yield item
 
 
 def _made(value: Any) -> Any:
-    charge(_size(value) if isinstance(value, str) else _charge_all_of([value]))
+    charge(size_of(value) if isinstance(value, str) else charge_all_of([value]))
     return value
 
 
@@ -216,84 +172,16 @@ def _limited_filter(name: str, filter_: Callable) -> Callable:
     def limited(*args: Any, **kwargs: Any) -> Any:
         value, *rest = args[passes:] or (None,)
         given = [*rest, *kwargs.values()]
-        charge(STEP + _size(value) // 8)
-        if name not in PLAIN_NUMBERS:
-            _charge_filter(name, value, given)
+        charge(STEP + size_of(value) // 8)
+        if name in ("join", "sum") and not isinstance(value, str):
+            value = list(value)
+            args = (*args[:passes], value, *rest)
+        charge_filter(name, value, given)
         result = filter_(*args, **kwargs)
         if name in ("batch", "slice", "groupby"):
             result = list(result)
-            _charge_all_of(result)
-        charge(_size(result))
+            charge_all_of(result)
+        charge(size_of(result))
         return result
 
     return limited
-
-
-def _charge_filter(name: str, value: Any, given: list) -> None:
-    numbers = sum(map(_count, given))
-    if name == "indent":
-        charge((numbers + sum(map(_size, given))) * (1 + str(value).count("\n")))
-    elif name == "tojson":
-        charge((1 + numbers + sum(map(_size, given))) * (1 + _charge_all_of([value])))
-    elif name == "round":
-        charge(numbers**2)
-    elif name == "format":
-        _charge_percent(str(value), tuple(given))
-    elif name == "replace" and len(given) > 1:
-        charge(str(value).count(str(given[0])) * _size(given[1]))
-    elif name == "join":
-        charge((1 + sum(map(_size, given))) * _size(value))
-    else:
-        charge(numbers)
-
-
-def _charge_method(owner: str | bytes | int, name: str, args: tuple, given: list) -> None:
-    """Methods of texts and numbers that make more than they are given."""
-    numbers = sum(map(_count, given))
-    if name == "join" and args:
-        charge(sum(map(_size, args[0])) + _size(owner) * len(args[0]))
-    elif name == "replace" and len(args) > 1:
-        charge(owner.count(args[0]) * _size(args[1]))
-    elif name == "translate":
-        charge(_size(owner) * max((_size(v) for v in args[0].values()), default=1) if isinstance(args[0], dict) else 1)
-    elif name == "expandtabs":
-        charge((numbers or 8) * owner.count("\t" if isinstance(owner, str) else b"\t"))
-    else:
-        charge(numbers)
-
-
-def _charge_percent(text: str | bytes, values: Any) -> None:
-    given = values if isinstance(values, tuple) else (values,)
-    for widths in PERCENT_WIDTHS.findall(text if isinstance(text, str) else text.decode("latin-1")):
-        charge(sum(sum(map(_count, given)) if width == "*" else _number(width) for width in widths))
-
-
-def _charge_all_of(values: Any) -> int:
-    """Pay for everything inside nested containers, each as often as it is printed; returns how much that is."""
-    total, stack = 0, list(values)
-    while stack:
-        value = stack.pop()
-        size = 1 + _size(value)
-        total += size
-        charge(size)
-        if isinstance(value, dict):
-            stack.extend(value.values())
-        elif isinstance(value, list | tuple):
-            stack.extend(value)
-        elif isinstance(value, Namespace):
-            stack.extend(value._Namespace__attrs.values())
-    return total
-
-
-def _size(value: Any) -> int:
-    """Characters or items."""
-    return len(value) if isinstance(value, str | list | tuple | dict | bytes) else 0
-
-
-def _count(value: Any) -> int:
-    """A whole number as a width or number of times."""
-    return abs(value) if isinstance(value, int) else 0
-
-
-def _number(digits: str) -> int:
-    return int(digits[:18]) if digits else 0

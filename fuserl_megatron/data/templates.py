@@ -17,7 +17,8 @@ from jinja2 import meta
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
 from fuserl_megatron.data.messages import Messages, as_dicts
-from fuserl_megatron.data.template_limits import LimitedEnvironment, TemplateLimit, account
+from fuserl_megatron.data.template_account import TemplateLimit, account, charge
+from fuserl_megatron.data.template_limits import LimitedEnvironment
 
 MAX_TEMPLATE = 1 << 20
 """Longest template, in characters."""
@@ -98,6 +99,7 @@ class ChatTemplate:
             raise _refusal(error) from None
 
     def _strftime_now(self, format: str) -> str:
+        charge(256 * len(format))  # the C library's buffer grows up to this
         self.date_asked = True
         return self._now.strftime(format)
 

@@ -30,7 +30,7 @@ CONVERSATIONS = {
     "spaces": ((("user", "  Hi there  "),), "  It is 4.  "),
     "leading newline": (USER, "\nIt is 4."),
     "trailing newline": (USER, "It is 4.\n\n"),
-    "unicode": ((("user", "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u00fc\u4e16"),), "\u4e16\u754c e\u0301 \U0001f44b\U0001f3fd"),
+    "unicode": ((("user", "\U0001f468\u200d\U0001f469 \u00fc\u4e16"),), "\u4e16\u754c e\u0301 \U0001f44b\U0001f3fd"),
     "code": ((("user", "code?"),), "```python\ndef f(x):\n\treturn {'a': [x]}  # 100 %\n```"),
     "echo": ((("user", "Say hi"),), "Say hi"),
     "jinja": ((("user", "{{ messages }} {% if x %}"),), "{% for m in y %}{{ m }}{# c #}"),
