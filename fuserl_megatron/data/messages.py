@@ -78,16 +78,15 @@ def as_dicts(messages: Messages) -> list[dict[str, Any]]:
 
 
 def _message(place: Place, name: str, message: Any, last: bool) -> Message:
-    wanted = f'field {name!r} must be {{"role": string, "content": string}}, not {shown(message)}'
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise BadRecord(place, "wrong_type_prompt", wanted)
+        raise _no_message(place, name, message)
     role = text_field(place, f"{name}.role", message["role"], "prompt")
     given = {key: message[key] for key in MORE_FIELDS.get(role, ()) if message.get(key) not in (None, [])}
     content = message.get("content")
     if isinstance(content, list):
         content = _joined_parts(place, f"{name}.content", content)
     if not isinstance(content, str) and (content is not None or "tool_calls" not in given):
-        raise BadRecord(place, "wrong_type_prompt", wanted)
+        raise _no_message(place, name, message)
     if "tool_calls" in message and message["tool_calls"] and "tool_calls" not in given:
         problem = f"field {name!r} has tool_calls, but its role is {role!r}: the assistant calls tools"
         raise BadRecord(place, "wrong_type_prompt", problem)
@@ -96,6 +95,11 @@ def _message(place: Place, name: str, message: Any, last: bool) -> Message:
         check = text_field if last and role != "tool" else encodable
         content = check(place, f"{name}.content", content, "prompt")
     return (role, content, _json(place, name, given, "prompt")) if given else (role, content)
+
+
+def _no_message(place: Place, name: str, value: Any) -> BadRecord:
+    wanted = f'field {name!r} must be {{"role": string, "content": string}}, not {shown(value)}'
+    return BadRecord(place, "wrong_type_prompt", wanted)
 
 
 def _joined_parts(place: Place, name: str, parts: list) -> str:

@@ -48,7 +48,7 @@ _account = _Account()
 def account(num_characters: int) -> Iterator[None]:
     """Open the account of one rendering (or compilation) of a conversation with so many characters."""
     _account.left = WORK + WORK_PER_CHARACTER * num_characters
-    _account.check_at = _account.left
+    _account.check_at = _account.left - 64 * STEP
     _account.deadline = time.thread_time() + SECONDS
     try:
         yield
