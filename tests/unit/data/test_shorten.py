@@ -43,24 +43,25 @@ TEXTS = {
 @pytest.mark.parametrize("kind", TEXTS)
 def test_the_first_tokens_are_those_of_the_whole(make, kind):
     backend = make(["<s>", "</s>"], kind == "marks")
-    asked = []
+    asked, cuts = [], 0
 
     def ids(text):
         asked.append(len(text))
         return backend.encode(text, add_special_tokens=False).ids
 
     shorten = Shortener(ids, lambda: backend.get_vocab())
-    for seed in range(6):
+    for seed in range(2):
         text = TEXTS[kind](random.Random(seed))
         whole = ids(text)
-        for num_tokens in (1, 2, 7, 100, 300):
+        for num_tokens in (1, 7, 100, 300):
             asked.clear()
             head = shorten(text, num_tokens)
             assert text.startswith(head)
             assert ids(head)[:num_tokens] == whole[:num_tokens]
             if len(head) < len(text):
+                cuts += 1
                 assert len(ids(head)) >= num_tokens and max(asked) < len(text)
-    assert kind in ("spaces", "newlines", "marks") or len(head) < len(text)  # it does cut
+    assert cuts or kind in ("spaces", "newlines", "marks")
 
 
 def test_words_across_spaces_make_no_place_safe():
