@@ -31,7 +31,7 @@ TEXTS = {
     "words": lambda r: "".join(r.choice(WORDS) + r.choice(GAPS) for _ in range(4000)),
     "one letter": lambda r: "a" * 12_000,
     "pattern": lambda r: "thin" * 3_000,
-    "one script without spaces": lambda r: "".join(chr(0x4E00 + r.randrange(3000)) for _ in range(6_000)),
+    "one script without spaces": lambda r: "".join(chr(0x4E00 + r.randrange(3000)) for _ in range(20_000)),
     "spaces": lambda r: "a" + " " * 12_000,
     "newlines": lambda r: "\n" * 12_000,
     "marks": lambda r: "</s>" * 3_000,
