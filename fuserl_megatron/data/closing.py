@@ -48,33 +48,27 @@ class Marks:
         """A text holds a special token (of another kind than marks around reasoning)."""
         return self._pattern is not None and self._pattern.search(text) is not None
 
-    def last_in(self, text: str) -> str | None:
-        """The special token that stands last in a text."""
-        places = [(text.rfind(mark) + len(mark), len(mark), mark) for mark in self.special if mark in text]
-        return max(places)[2] if places else None
-
-    def closing(self, after: str, is_header: Callable[[str, str], bool]) -> tuple[str, int]:
+    def closing(self, after: str, without_header: Callable[[str], str]) -> tuple[str, int]:
         """What closes a response.
 
         Args:
             after: what the template prints behind the response.
-            is_header: whether a mark (given: `after` up to its end, and the mark) is the next turn's header.
+            without_header: takes the next turn's header off the end of `after`.
 
         Returns:
             The text between the response and its stop token, and that token's id: the first at which generation stops;
-            without one the first special token, unless it is a header; without that eos.
+            without one the first special token in front of the next turn's header; without that eos.
 
         Raises:
             BadPrompt: there is neither a special token nor an eos token.
         """
         for marks in (self.stop, self.special):
             places = [(after.find(text), -len(text), text) for text in marks if text in after]
-            if not places:
-                continue
-            start, _, text = min(places)
-            if marks is self.stop or not is_header(after[: start + len(text)], text):
+            if places:
+                start, _, text = min(places)
                 return after[:start], marks[text]
-            after = after[:start]
+            if marks is self.stop:
+                after = without_header(after)
         if self.eos_id is None:
             problem = "the tokenizer has no eos token and the template ends a turn with no special token: set eos_token"
             raise BadPrompt("no_stop_token", problem)

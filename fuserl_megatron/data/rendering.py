@@ -147,17 +147,20 @@ class Renderer:
     def _closing(self, after: str) -> tuple[str, int]:
         """Text after the response that is scored with it, and the id of the stop token (see `Marks.closing`)."""
 
-        def is_header(beginning: str, mark: str) -> bool:
-            """A mark that ends the generation prompt, and is gone when another turn follows."""
-            if mark != self._marks.last_in(self.template.render(PROBE, "", True)):
-                return False
+        def without_header(after: str) -> str:
+            """Without an end that the prompt has too, if that end is gone when another turn follows."""
+            if not after or self.template is None:
+                return after
             try:
                 chat = (*PROBE, ("assistant", MARKER), *PROBE)
-                return not self.template.render(chat).partition(MARKER)[2].startswith(beginning)
+                if self.template.render(chat).partition(MARKER)[2].startswith(after):
+                    return after
             except BadPrompt:
-                return False
+                return after
+            asked = self.template.render(PROBE, "", True)
+            return next(after[:i] for i in range(len(after) + 1) if asked.endswith(after[i:]))
 
-        return self._marks.closing(after, is_header)
+        return self._marks.closing(after, without_header)
 
     def _check_tools(self, messages: Messages, tools: str, text: str) -> None:
         """Tools, tool calls and tools' answers are printed, or the prompt is refused: none is dropped."""

@@ -100,6 +100,9 @@ def test_the_next_turns_header_is_never_taught(tokenizers_dir, tmp_path):
     marks = ["<|user|>", "<|assistant|>"]
     path = with_marks(tokenizers_dir, tmp_path, text, marks, eos_token="<|im_end|>")
     assert scored(ChatTokenizer(path), "a") == ("<|user|>\nHi<|assistant|>", "\na<|im_end|>", None)
+    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"  # nor one of plain text
+    path = with_marks(tokenizers_dir, tmp_path, text, marks, eos_token="<|im_end|>")
+    assert scored(ChatTokenizer(path), "a") == ("user: Hi\nassistant:", " a<|im_end|>", None)
     # a mark that closes every message is no header, though the prompt ends with it
     text = "{% for m in messages %}{{ m.content }}<|user|>{% endfor %}"
     path = with_marks(tokenizers_dir, tmp_path, text, marks, eos_token="<|im_end|>")

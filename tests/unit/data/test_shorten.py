@@ -70,6 +70,18 @@ def test_words_across_spaces_make_no_place_safe():
     assert Shortener(shorten._ids, lambda: ["a", "\u0120c", ".\u010a"])._place("ab cd" * 9999, 5000) > 4990
 
 
+def test_long_tokens_make_it_read_on():
+    def ids(text):
+        return [len(word) for word in text.split()]
+
+    text = "x" * 3000 + " " + "y" * 2000 + " " + "z " * 9000
+    shorten = Shortener(ids, list)
+    for num_tokens in (1, 2, 3, 500):
+        assert ids(shorten(text, num_tokens))[:num_tokens] == ids(text)[:num_tokens]
+    assert len(shorten(text, 3)) < len(text)
+    assert shorten("x" * 90_000, 1) == "x" * 90_000
+
+
 def test_ten_megabytes_cost_what_their_first_tokens_cost(tokenizers_dir):
     """Whole, each of these takes more than ten seconds and gigabytes."""
     tokenizer = ChatTokenizer(tokenizers_dir["chatml"], max_length=300)
