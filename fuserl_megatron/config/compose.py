@@ -16,7 +16,7 @@ from typing import Any
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.secrets import refuse_secrets
-from fuserl_megatron.config.words import about_key, all_keys, leaves, nearest, one_line, plain, show
+from fuserl_megatron.config.words import about_key, all_keys, leaves, nearest, one_line, open_keys, plain, show
 from fuserl_megatron.util.text import shortened
 
 LAUNCH_GROUPS = {"cluster"}
@@ -117,7 +117,7 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
             raise UserError(
                 f"'{text}': one run takes one value; a list is written {key}=[...], text with commas in quotes."
             )
-        if key not in keys and key not in groups:
+        if key not in keys and key not in groups and key.partition(".")[0] not in open_keys(schema):
             raise UserError(f"{key}: no such key.{about_key(key, [*keys, *groups])}")
         if parsed.type is OverrideType.DEL:
             raise UserError(

@@ -119,6 +119,10 @@ def _convert(kind: Any, value: Any, key: str, default: Any) -> Any:
             size = f" of {fixed}" if fixed else ""
             raise UserError(f"{key}={show(value)}: must be a list{size}, such as {key}={_sample(kind, default)}.")
         return tuple(_convert(arguments[0], item, key, None) for item in value)
+    if origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+            raise UserError(f"{key}={show(value)}: must be names with values, such as '{key}={{name: value}}'.")
+        return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not kind or (kind is float and math.isnan(value) and default == default):

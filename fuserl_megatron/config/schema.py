@@ -5,7 +5,7 @@ exp_manager lie in `run_sections.py`. `load.py` maps the hydra tree in conf/ ont
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fuserl_megatron.config.run_sections import CheckpointConfig as CheckpointConfig
 from fuserl_megatron.config.run_sections import EarlyStoppingConfig as EarlyStoppingConfig
@@ -225,6 +225,8 @@ class BuildConfig:
     """Directory (the model directory) or hub name of the target's tokenizer."""
     chat_template: str | None = None
     """Jinja file that replaces the tokenizer's chat template."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of the template, such as {enable_thinking: false}; give the same ones at inference."""
     reward_temperature: float = float("nan")
     """tau of the source weights w = softmax(score / tau). Required, no default is safe (docs/data_format.md)."""
     score_aggregation: Literal["max", "mean"] = "max"

@@ -18,6 +18,8 @@ from fuserl_megatron.config.rules import (
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
 from fuserl_megatron.config.words import show
 
+TEMPLATE_ARGUMENTS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
+
 
 def validate(
     config: Config,
@@ -71,5 +73,7 @@ def validate_build(config: BuildConfig) -> None:
         refuse(config, "reward_temperature", "must be positive, 0 (best source alone) or inf (uniform)", 0.01)
     if config.max_length < 2:
         refuse(config, "max_length", "must hold a prompt and a response", 2048)
+    for name in TEMPLATE_ARGUMENTS.intersection(config.chat_template_kwargs):
+        raise UserError(f"chat_template_kwargs.{name}: the data set gives the template this one; leave it out.")
     if len(set(config.sources)) != len(config.sources):
         raise UserError(f"sources={show(config.sources)}: a source is named twice; name each once.")

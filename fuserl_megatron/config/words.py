@@ -4,10 +4,12 @@ import dataclasses
 import difflib
 import functools
 import math
+import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fuserl_megatron.config.peer_names import peer_advice
+from fuserl_megatron.util.text import printable
 
 
 @functools.cache
@@ -19,6 +21,11 @@ def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
         if dataclasses.is_dataclass(field.type):
             keys.extend(all_keys(field.type, f"{prefix}{field.name}."))
     return tuple(keys)
+
+
+def open_keys(schema: type) -> set[str]:
+    """Keys of the schema's top level that hold names of the user's own (`chat_template_kwargs.enable_thinking`)."""
+    return {field.name for field in dataclasses.fields(schema) if typing.get_origin(field.type) is dict}
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -63,8 +70,8 @@ def seconds_of(duration: str) -> int:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its class where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of an error's message, for a terminal; the error's class where it has none."""
+    return printable((str(error).strip().splitlines() or [type(error).__name__])[0])
 
 
 def one_line(error: BaseException) -> str:

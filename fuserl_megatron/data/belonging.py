@@ -155,7 +155,7 @@ def _opened(manifest: Manifest, model: str) -> ChatTokenizer:
     with tempfile.NamedTemporaryFile("w", suffix=".jinja", encoding="utf-8") as file:
         file.write(manifest.chat_template)
         file.flush()
-        return ChatTokenizer(model, file.name, template_kwargs=manifest.template_kwargs or {})
+        return ChatTokenizer(model, file.name, chat_template_kwargs=manifest.template_kwargs or {})
 
 
 def _tokenizer_problem(manifest: Manifest, data_path: str, model: str) -> str | None:
@@ -181,7 +181,7 @@ def _tokenizer_problem(manifest: Manifest, data_path: str, model: str) -> str | 
 
 def _rendering_problem(manifest: Manifest, model: str) -> str | None:
     try:
-        mine = ChatTokenizer(model, template_kwargs=manifest.template_kwargs or {})
+        mine = ChatTokenizer(model, chat_template_kwargs=manifest.template_kwargs or {})
     except UserError as error:
         return str(error)
     for name, case in CONVERSATIONS.items():

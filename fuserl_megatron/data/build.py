@@ -4,6 +4,7 @@ Writes beside the output and renames at the end, so the output directory is the 
 """
 
 import errno
+import json
 import math
 import os
 from collections import Counter
@@ -30,15 +31,25 @@ from fuserl_megatron.data.dataset import (
 )
 from fuserl_megatron.data.files import file_sha256, sync
 from fuserl_megatron.data.identity import identity_of
+from fuserl_megatron.data.messages import BadRecord, as_dicts
 from fuserl_megatron.data.pairs import pair_table
 from fuserl_megatron.data.progress import watched
-from fuserl_megatron.data.records import BadRecord, LoadedRecords, RecordGroup, Rejects, check_source_names, load_groups
+from fuserl_megatron.data.records import LoadedRecords, RecordGroup, Rejects, check_source_names, load_groups
 from fuserl_megatron.data.rewards import reward_table
-from fuserl_megatron.data.tokenize import BadPrompt, ChatTokenizer
+from fuserl_megatron.data.templates import BadPrompt
+from fuserl_megatron.data.tokenize import ChatTokenizer
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
 from fuserl_megatron.util.whole_directory import create_partial, discard, publish
 
 EXAMPLE_TEMPERATURES = (0.01, 0.1, 1.0)
+TEXT_COUNTS = (
+    "responses_with_special_tokens",
+    "prompts_with_special_tokens",
+    "responses_stripped_by_template",
+    "responses_rewrapped_by_template",
+    "responses_cut_by_template",
+    "prompts_with_the_date",
+)
 QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95}
 
 
@@ -52,7 +63,7 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
     """
     validate_build(config)
     output = _check_output(config)
-    tokenizer = ChatTokenizer(config.tokenizer, config.chat_template, config.max_length)
+    tokenizer = ChatTokenizer(config.tokenizer, config.chat_template, config.max_length, config.chat_template_kwargs)
     partial = create_partial(output, None, source_dir=None, force=True)
     try:
         _check_output(config)  # another build may have finished there before the lock was ours
@@ -128,12 +139,12 @@ def _tokenize_group(
     counts: Counter[str],
 ) -> dict[str, Any] | None:
     def reject(bad: BadRecord, source_id: int, text: str, reward: float) -> None:
-        prompt = [{"role": role, "content": content} for role, content in group.messages]
-        rejects.add(bad, {"prompt": prompt, "source": sources[source_id], "response": text, "reward": reward})
+        record = {"prompt": as_dicts(group.messages), "source": sources[source_id], "response": text, "reward": reward}
+        rejects.add(bad, record | ({"tools": json.loads(group.tools)} if group.tools else {}))
 
     entries = [(source_id, text, reward, place) for (source_id, text), (reward, place) in group.responses.items()]
     try:
-        prompt = tokenizer.encode_prompt(group.messages)
+        prompt = tokenizer.encode_prompt(group.messages, group.tools)
     except BadPrompt as error:
         for source_id, text, reward, place in entries:
             reject(BadRecord(place, error.kind, f"field 'prompt': {error}"), source_id, text, reward)
@@ -154,7 +165,12 @@ def _tokenize_group(
         row["lines"].append(place[1])
         counts["truncated_responses"] += result.truncated
         counts["responses_with_special_tokens"] += result.special_in_text
-    return row if row["responses"] else None
+        counts[f"responses_{result.change}_by_template"] += result.change is not None
+    if not row["responses"]:
+        return None
+    counts["prompts_with_special_tokens"] += prompt.special_in_text
+    counts["prompts_with_the_date"] += prompt.dated
+    return row
 
 
 def _write_groups(path: Path, schema: pa.Schema, rows: Iterable[dict[str, Any] | None]) -> int:
@@ -237,7 +253,7 @@ def _describe(
             "prompts_without_response": counts["prompts_without_response"],
             "prompts_missing_a_source": int((~present_GK).any(dim=1).sum()),
             "truncated_responses": counts["truncated_responses"],
-            "responses_with_special_tokens": counts["responses_with_special_tokens"],
+            **{name: counts[name] for name in TEXT_COUNTS},
             **pair_table(data, ObjectiveConfig(stage="fusepo"), table).counts,
         },
         rejected=dict(rejects.counts),

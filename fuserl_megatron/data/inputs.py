@@ -12,7 +12,7 @@ from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
 
 FIELDS = ("prompt", "source", "response", "reward")
-OPTIONAL_FIELDS = ("source_mean_logps",)
+OPTIONAL_FIELDS = ("source_mean_logps", "tools")
 IGNORED_FIELDS = ("meta",)
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")

@@ -25,22 +25,15 @@ from fuserl_megatron.data.inputs import (
     expand_inputs,
     rows,
 )
-
-Messages = tuple[tuple[str, str], ...]
-"""A prompt in canonical form: ((role, content), ...)."""
-
-
-class BadRecord(UserError):
-    """One record that cannot be used.
-
-    Attributes:
-        place: file and line.
-        kind: short name under which such records are counted.
-    """
-
-    def __init__(self, place: Place, kind: str, problem: str):
-        super().__init__(f"{place[0]}:{place[1]}: {problem}")
-        self.place, self.kind, self.problem = place, kind, problem
+from fuserl_megatron.data.messages import (
+    MORE_FIELDS,
+    BadRecord,
+    Messages,
+    canonical_prompt,
+    canonical_tools,
+    shown,
+    text_field,
+)
 
 
 class Rejects:
@@ -73,6 +66,8 @@ class RecordGroup:
     """One prompt with everything recorded for it."""
 
     messages: Messages
+    tools: str = ""
+    """JSON text of the tools on offer; empty for none."""
     responses: dict[tuple[int, str], tuple[float, Place]] = field(default_factory=dict)
     """(source id, response text) -> (reward, where it was read), in order of appearance."""
     source_mean_logps: dict[tuple[int, str], dict[str, float]] = field(default_factory=dict)
@@ -108,7 +103,7 @@ def load_groups(
         UserError: an input that cannot be read, a bad record under `stop`, a source that never appears, nothing left.
     """
     source_ids = {name: i for i, name in enumerate(dict.fromkeys(sources))}
-    groups: dict[Messages, RecordGroup] = {}
+    groups: dict[tuple[Messages, str], RecordGroup] = {}
     loaded = LoadedRecords([], [], [], Counter(), Counter())
     seen: set[str] = set()
     for name in expand_inputs(inputs):
@@ -125,7 +120,8 @@ def load_groups(
                         continue
                 messages, source, response, reward = check_record(place, record)
                 logps = check_source_mean_logps(place, record.get("source_mean_logps"))
-                group = groups.get(messages)
+                prompt = messages, canonical_tools(place, record.get("tools"))
+                group = groups.get(prompt)
                 source_id = source_ids.setdefault(source, len(source_ids))
                 key = (source_id, response)
                 if group is not None and key in group.responses:
@@ -135,7 +131,7 @@ def load_groups(
                         raise BadRecord(place, "conflicting_reward", f"{what}, which has reward {earlier}")
                     loaded.counts["duplicates"] += 1
                     continue
-                group = groups.setdefault(messages, RecordGroup(messages))
+                group = groups.setdefault(prompt, RecordGroup(*prompt))
                 group.responses[key] = (reward, place)
                 if logps:
                     group.source_mean_logps[key] = logps
@@ -167,11 +163,11 @@ def check_record(place: Place, record: dict[str, Any]) -> tuple[Messages, str, s
         if record.get(name) is None:
             what = f"field {name!r} is missing" if name not in record else f"field {name!r} is null"
             raise BadRecord(place, f"missing_{name}", f"{what}: a record needs {', '.join(FIELDS)}")
-    source = _text(place, "source", record["source"])
-    response = _text(place, "response", record["response"])
+    source = text_field(place, "source", record["source"])
+    response = text_field(place, "response", record["response"])
     reward = record["reward"]
     if isinstance(reward, bool) or not isinstance(reward, int | float):
-        raise BadRecord(place, "wrong_type_reward", f"field 'reward' must be a number, not {_shown(reward)}")
+        raise BadRecord(place, "wrong_type_reward", f"field 'reward' must be a number, not {shown(reward)}")
     try:
         reward = float(reward)
     except OverflowError:
@@ -194,10 +190,10 @@ def check_source_mean_logps(place: Place, value: Any) -> dict[str, float]:
         return {}
     found = {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else None
     if found is None or any(isinstance(v, bool) or not isinstance(v, int | float) for v in found.values()):
-        problem = f"field 'source_mean_logps' must be an object of source -> number, not {_shown(value)}"
+        problem = f"field 'source_mean_logps' must be an object of source -> number, not {shown(value)}"
         raise BadRecord(place, "wrong_type_source_mean_logps", problem)
     if not all(-math.inf < v <= 0 for v in found.values()):
-        problem = f"field 'source_mean_logps' must hold finite log-probabilities, at most 0, not {_shown(value)}"
+        problem = f"field 'source_mean_logps' must hold finite log-probabilities, at most 0, not {shown(value)}"
         raise BadRecord(place, "bad_source_mean_logps", problem)
     return {k: float(v) for k, v in found.items()}
 
@@ -220,35 +216,6 @@ def check_source_names(loaded: LoadedRecords, filtered: bool) -> bool:
     return found
 
 
-def canonical_prompt(place: Place, prompt: Any) -> Messages:
-    """((role, content), ...); a string is a single user message.
-
-    Raises:
-        BadRecord: neither a string nor a list of {"role", "content"}, empty, or ending with an assistant message.
-    """
-    if isinstance(prompt, str):
-        return (("user", _text(place, "prompt", prompt)),)
-    if not isinstance(prompt, list):
-        wanted = 'a string or a list of {"role", "content"} messages'
-        raise BadRecord(place, "wrong_type_prompt", f"field 'prompt' must be {wanted}, not {_shown(prompt)}")
-    if not prompt:
-        raise BadRecord(place, "empty_prompt", "field 'prompt' is an empty list: it needs at least one message")
-    messages = []
-    for i, message in enumerate(prompt):
-        name = f"prompt[{i}]"
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            problem = f'field {name!r} must be {{"role": string, "content": string}}, not {_shown(message)}'
-            raise BadRecord(place, "wrong_type_prompt", problem)
-        _text(place, f"{name}.role", message["role"], "prompt")
-        # an empty system or tool message means something; an empty last message is no question
-        check = _text if i == len(prompt) - 1 else _encodable
-        messages.append((message["role"], check(place, f"{name}.content", message["content"], "prompt")))
-    if messages[-1][0] == "assistant":
-        problem = "field 'prompt' ends with an assistant message: the answer belongs into 'response'"
-        raise BadRecord(place, "prompt_ends_with_assistant", problem)
-    return tuple(messages)
-
-
 def _decode(place: Place, line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
@@ -257,7 +224,7 @@ def _decode(place: Place, line: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4,300 digits
         raise BadRecord(place, "malformed_json", f"not valid JSON ({first_line(error)})") from None
     if not isinstance(record, dict):
-        raise BadRecord(place, "malformed_json", f"a record must be a JSON object, not {_shown(record)}")
+        raise BadRecord(place, "malformed_json", f"a record must be a JSON object, not {shown(record)}")
     return record
 
 
@@ -276,31 +243,6 @@ def _unknown_keys(record: dict[str, Any]) -> set[str]:
     if isinstance(record.get("prompt"), list):
         for message in record["prompt"]:
             if isinstance(message, dict) and len(message) > 2:
-                unknown.update(
-                    f"prompt[].{k}" for k in message if k not in ("role", "content") and message[k] is not None
-                )
+                known = ("role", "content", *MORE_FIELDS.get(str(message.get("role")), ()))
+                unknown.update(f"prompt[].{k}" for k in message if k not in known and message[k] is not None)
     return unknown
-
-
-def _text(place: Place, name: str, value: Any, kind: str | None = None) -> str:
-    """A string with something other than white space in it."""
-    if not isinstance(value, str):
-        raise BadRecord(place, f"wrong_type_{kind or name}", f"field {name!r} must be a string, not {_shown(value)}")
-    if not value.strip():
-        raise BadRecord(place, f"empty_{kind or name}", f"field {name!r} is empty")
-    return _encodable(place, name, value, kind)
-
-
-def _encodable(place: Place, name: str, value: str, kind: str | None = None) -> str:
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRecord(
-            place, f"invalid_text_{kind or name}", f"field {name!r} contains half a surrogate pair"
-        ) from None
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"

@@ -45,6 +45,8 @@ def summary_lines(manifest: Manifest) -> list[str]:
     ]
     counted = ", ".join(f"{name} {n:,}" for name, n in m.counts.items() if n and name != "records")
     lines.append(f"of {m.counts['records']:,} records: {counted or 'nothing dropped, cut or unusual'}")
+    if m.counts.get("prompts_with_the_date"):
+        lines.append("the chat template prints the date of this build into prompts: another day gives another data set")
     if m.rejected:
         reasons = ", ".join(f"{name} {n:,}" for name, n in m.rejected.items())
         lines.append(f"rejected, listed in rejected.jsonl: {reasons}")

@@ -8,7 +8,7 @@ from fuserl_megatron.config.compose import LAUNCH_GROUPS, compose_tree, conf_dir
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
 from fuserl_megatron.config.schema import BuildConfig, Config, UserError
-from fuserl_megatron.config.validate import validate
+from fuserl_megatron.config.validate import validate, validate_build
 from fuserl_megatron.config.words import all_keys
 
 PATHS = ["model.path=/m", "data.path=/d"]
@@ -241,7 +241,22 @@ def test_every_field_has_a_type_that_is_checked(schema):
 
     plain = {int, float, bool, str, type(None)}
     for kind in types(schema):
+        if typing.get_origin(kind) is dict:  # names and values of the user's own; the next test
+            continue
         members = typing.get_args(kind) if typing.get_origin(kind) is not typing.Literal else [str]
         for member in members or [kind]:
             assert member in plain or member is Ellipsis or typing.get_origin(member) is typing.Literal, kind
     assert len(all_keys(schema)) > 10
+
+
+def test_names_of_the_users_own_as_a_whole_and_one_by_one():
+    base = ["inputs=[a.jsonl]", "output=o", "tokenizer=t", "reward_temperature=1"]
+    for given in (["chat_template_kwargs={enable_thinking:false}"], ["chat_template_kwargs.enable_thinking=false"]):
+        assert load_config("build", [*base, *given]).chat_template_kwargs == {"enable_thinking": False}
+    assert load_config("build", base).chat_template_kwargs == {}
+    with pytest.raises(UserError, match="chat_template_kwargs=5: must be names with values"):
+        load_config("build", [*base, "chat_template_kwargs=5"])
+    with pytest.raises(UserError, match="chat_template_kwarg.x: no such key"):
+        load_config("build", [*base, "chat_template_kwarg.x=5"])
+    with pytest.raises(UserError, match="chat_template_kwargs.tools: the data set gives the template this one"):
+        validate_build(load_config("build", [*base, "chat_template_kwargs.tools=5"]))

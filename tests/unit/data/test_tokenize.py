@@ -36,8 +36,8 @@ def decode(tokenizer, tokens):
             "the hill  in\n\nhell<|eot_id|>",
             "",
         ),
-        # no generation prompt: the header belongs to the prompt; the closing newline is not scored, the eos token is
-        ("unmarked", "System: be kind\nUser: the thing\nAssistant:", " the hill  in\n\nhell</s>", None),
+        # no generation prompt: the model has to write the header; the closing newline is not scored, the eos token is
+        ("unmarked", "System: be kind\nUser: the thing\n", "Assistant: the hill  in\n\nhell</s>", None),
     ],
 )
 def test_prompt_and_scored_tokens(tokenizers_dir, name, prompt_text, scored_text, cut_from_rendering):
@@ -88,14 +88,15 @@ def test_a_response_never_changes_the_prompt_tokens(tokenizers_dir):
     assert decode(tokenizer, prompt.tokens) == prompt.text and decode(tokenizer, result.tokens) == "\nin<|im_end|>"
 
 
-def test_a_dummy_prefix_appears_only_where_the_text_has_it(tokenizers_dir):
+def test_a_dummy_prefix_appears_only_where_the_text_has_it(tokenizers_dir, tmp_path):
     tokenizer = ChatTokenizer(tokenizers_dir["metaspace"])
     prompt, (result,) = encode(tokenizer, (("user", "the thing"),), "a hill")
     to_pieces = tokenizer.tokenizer.convert_ids_to_tokens
     assert prompt.text == "<s>[INST] the thing [/INST]"
     assert to_pieces(prompt.tokens + result.tokens) == to_pieces(tokenizer._ids(prompt.text + " a hill </s>"))
     assert to_pieces(result.tokens)[:2] == ["\u2581", "a"] and to_pieces(result.tokens)[-1] == "</s>"
-    tokenizer.template = tokenizer.template.replace("{% else %} ", "{% else %}")
+    (tmp_path / "t.jinja").write_text(tokenizer.template.replace("{% else %} ", "{% else %}"))
+    tokenizer = ChatTokenizer(tokenizers_dir["metaspace"], str(tmp_path / "t.jinja"))
     _, (result,) = encode(tokenizer, (("user", "the thing"),), "a hill")
     assert to_pieces(result.tokens)[0] == "a"
     assert to_pieces(tokenizer._ids("a hill"))[:2] == ["\u2581", "a"]  # tokenised alone it would get a space
@@ -109,7 +110,7 @@ def test_what_the_template_prints_after_its_generation_prompt_is_scored(tokenize
     assert prompt.text == "user: in</s>assistant:" and decode(tokenizer, result.tokens) == " the hill</s>"
     assert prompt.tokens + result.tokens == tokenizer._ids("user: in</s>assistant: the hill</s>")
 
-    (tmp_path / "t.jinja").write_text(body + "{% if add_generation_prompt %}assistant: <think>{% endif %}")
+    (tmp_path / "t.jinja").write_text(body + "{% if add_generation_prompt %}assistant: <mood>{% endif %}")
     with pytest.raises(UserError, match="is not how it prints an answer"):
         ChatTokenizer(tokenizers_dir["unmarked"], str(tmp_path / "t.jinja"))
 
@@ -149,11 +150,12 @@ def test_a_prompt_without_room_for_a_response(tokenizers_dir):
 
 
 def test_a_response_that_disappears(tokenizers_dir, tmp_path):
-    (tmp_path / "first_word.jinja").write_text("{% for m in messages %}[{{ m.content.split('|')[0] }}]{% endfor %}</s>")
+    text = "{% for m in messages %}[{{ m.content.split('|')[0] }}]{% endfor %}"
+    (tmp_path / "first_word.jinja").write_text(text + "{% if not add_generation_prompt %}</s>{% endif %}")
     tokenizer = ChatTokenizer(tokenizers_dir["unmarked"], str(tmp_path / "first_word.jinja"))
     _, (gone, kept) = encode(tokenizer, (("user", "x"),), "|thought", "in|thought")
     assert isinstance(gone, BadRecord) and gone.kind == "response_without_tokens"
-    assert decode(tokenizer, kept.tokens) == "in]</s>"
+    assert decode(tokenizer, kept.tokens) == "[in]</s>" and kept.change == "cut"
 
 
 def test_a_special_token_in_the_text_of_a_response_is_noticed(tokenizers_dir):
