@@ -11,13 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from fuserl_megatron.config.facts import replica_ranks
 from fuserl_megatron.config.hub import local_model, with_local_models
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.launch.here import becomes_rank, is_first_rank, num_ranks_of, start_ranks
 from fuserl_megatron.train.preflight import check as check
 from fuserl_megatron.train.preflight import check_reference, check_weight_files, laid_out
 from fuserl_megatron.util.locks import only_writer
-from fuserl_megatron.util.ports import free_port
 
 
 def build(options: argparse.Namespace) -> int:
@@ -54,16 +53,16 @@ def _train(options: argparse.Namespace) -> int:
         return _dry_run(options, config)
     directory = Path(config.run.results_dir)
     with contextlib.ExitStack() as lock:  # given up before ranks start: rank 0 takes it then, wherever it was started
-        if _is_first_rank():
+        if is_first_rank():
             lock.enter_context(_only_run_in(config))
             stopping.remove_marker(directory)
-        num_ranks = _num_ranks(options, config)
+        num_ranks = num_ranks_of(options, config)
         check(config, num_ranks)
         if options.reference_only:
             check_reference(config)
         config = with_local_models(config)
         listens = config.exp_manager.create_preemption_callback
-        if _becomes_rank(config, num_ranks):
+        if becomes_rank(config, num_ranks):
             _say_once(config)
             stopping.listen() if listens else stopping.release()
             with own_log(directory):
@@ -75,14 +74,14 @@ def _train(options: argparse.Namespace) -> int:
                 return run(config)
     os.environ.setdefault("FUSERL_COMMAND", stopping.own_command())
     words = ["train", *(["--reference-only"] if options.reference_only else [])]
-    return _start_ranks(options, num_ranks, *words, save_on_ctrl_c=listens)
+    return start_ranks(options, num_ranks, *words, save_on_ctrl_c=listens)
 
 
 def _dry_run(options: argparse.Namespace, config: Config) -> int:
     from fuserl_megatron.config.load import to_yaml
     from fuserl_megatron.config.objective import with_loss_defaults
 
-    num_ranks = _num_ranks(options, config)
+    num_ranks = num_ranks_of(options, config)
     facts = check(config, num_ranks)
     if options.reference_only:
         check_reference(config)
@@ -90,11 +89,6 @@ def _dry_run(options: argparse.Namespace, config: Config) -> int:
     filled = with_loss_defaults(config)  # as the run writes it down
     print(to_yaml(filled), *facts, *laid_out(filled, num_ranks), sep="\n")
     return 0
-
-
-def _is_first_rank() -> bool:
-    """Whether this is rank 0, or no rank yet."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _only_run_in(config: Config) -> contextlib.AbstractContextManager:
@@ -113,7 +107,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
         if before is not None:
             compare(config.data.path, "--before", before, (*config.run.disable_checks, "template_match"))
-        with _only_run_in(config) if _is_first_rank() else contextlib.nullcontext():
+        with _only_run_in(config) if is_first_rank() else contextlib.nullcontext():
             return evaluate(config, before)
 
     return _on_ranks(options, run, "evaluate", *([] if before is None else [f"--before={before}"]))
@@ -161,10 +155,10 @@ def _on_ranks(options: argparse.Namespace, run: Callable[[Config], int], *words:
     from fuserl_megatron.config.load import load_config
 
     config = load_config("train", options.overrides, options.config_dir, options.config_name)
-    check(config, num_ranks := _num_ranks(options, config))
+    check(config, num_ranks := num_ranks_of(options, config))
     config = with_local_models(config)
-    if not _becomes_rank(config, num_ranks):
-        return _start_ranks(options, num_ranks, *words)
+    if not becomes_rank(config, num_ranks):
+        return start_ranks(options, num_ranks, *words)
     _say_once(config)
     return run(config)
 
@@ -173,47 +167,9 @@ def _say_once(config: Config) -> None:
     """On rank 0, in which way data and model differ that is no mistake."""
     from fuserl_megatron.data.belonging import check_run
 
-    if _is_first_rank():
+    if is_first_rank():
         for line in check_run(config):
             print(line, flush=True)
-
-
-def _num_ranks(options: argparse.Namespace, config: Config) -> int:
-    """Ranks that a launcher started, that --nproc asks for, or that the layout needs."""
-    from fuserl_megatron.launch import local
-
-    is_rank = local.is_rank()
-    if is_rank and options.nproc is not None:
-        raise UserError("--nproc: torchrun or srun has started the ranks already; leave it out.")
-    smallest = replica_ranks(config.model)
-    num_ranks = local.launched_world_size() if is_rank else smallest if options.nproc is None else options.nproc
-    if options.nproc is not None and options.nproc < 1:
-        raise UserError(f"--nproc {options.nproc}: must be at least 1; --nproc {max(smallest, 1)} would work.")
-    return num_ranks
-
-
-def _becomes_rank(config: Config, num_ranks: int) -> bool:
-    """Whether this process is to be a rank itself, made ready for it; the environment of ranks is made ready, too."""
-    from fuserl_megatron.launch import local
-
-    if config.trainer.accelerator == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # core takes any GPU it sees
-    is_rank = local.is_rank()
-    if not is_rank and num_ranks == 1:  # in an sbatch script without srun, SLURM's variables describe other ranks
-        os.environ.update(local.rank_environment(0, 1, free_port()))
-    return is_rank or num_ranks == 1
-
-
-def _start_ranks(options: argparse.Namespace, num_ranks: int, *words: str, save_on_ctrl_c: bool = False) -> int:
-    """This command once more in every rank: `words`, the overrides and where the configuration is."""
-    from fuserl_megatron.launch import local
-
-    os.environ["HF_HUB_OFFLINE"] = "1"  # what has a hub name is in the cache by now: the ranks ask nobody
-    command = [sys.executable, "-m", "fuserl_megatron.cli", *words, *options.overrides]
-    for name in ("config_dir", "config_name"):
-        if getattr(options, name) is not None:
-            command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
-    return local.run_ranks(command, num_ranks, save_on_ctrl_c=save_on_ctrl_c)
 
 
 def hf_to_megatron(options: argparse.Namespace) -> int:

@@ -147,7 +147,7 @@ class DistReader:
             UserError: the chunks do not cover it, or a file is damaged.
         """
         filled, dtype = 0, self.keys[key].dtype
-        for offsets, sizes in self._chunks_of(key, None):
+        for offsets, sizes in self._chunks_of(key, None, dims=0):
             box = [(max(s, o), min(s + n, o + m)) for s, n, o, m in zip(start, out.shape, offsets, sizes, strict=True)]
             if any(first >= end for first, end in box):
                 continue
@@ -184,9 +184,11 @@ class DistReader:
             raise UserError(f"{file}: {key} cannot be read ({error.strerror}); {AGAIN}") from None
         return read_state(content, file)
 
-    def _chunks_of(self, key: str, layer: int | None) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def _chunks_of(self, key: str, layer: int | None, dims: int = 1) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         if (key, layer) not in self._found:  # the same parameter is asked for many times in a row
             chunks = self.keys[key].chunks
+            if any(len(sizes) < dims + (layer is not None) for _, sizes in chunks):
+                raise UserError(f"{self.directory}: {key} has too few dimensions for a parameter; {AGAIN}")
             found = [c for c in chunks if layer is None or c[0][0] <= layer < c[0][0] + c[1][0]]
             if len({offsets for offsets, _ in found}) < len(found):  # another may be missing, and the sum still right
                 raise UserError(f"{self.directory}: the index lists a chunk of {key} twice; {AGAIN}")

@@ -9,17 +9,22 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import checkpoints
+import commands
 import models
+import records
 from common import Report, TimeUp, attempt
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore import dist_model
 
+FUZZERS = {models: 1000, checkpoints: 250, commands: 150, records: 100}
+"""And how many cases make test tries: always the same ones, whatever the machine is doing."""
 
-@pytest.mark.parametrize("fuzzer", [models, checkpoints], ids=lambda module: module.__name__)
-@pytest.mark.parametrize("seconds", [4, pytest.param(120, marks=pytest.mark.slow)])
+
+@pytest.mark.parametrize("fuzzer", FUZZERS, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("seconds", [None, pytest.param(120, marks=pytest.mark.slow)])
 def test_fuzz(fuzzer, seconds, capfd):
-    report = fuzzer.run(seed=seconds, seconds=seconds)
+    report = fuzzer.run(1, seconds or 1200, None if seconds else FUZZERS[fuzzer])
     capfd.readouterr()
     assert not report.failures, str(report)
     assert report.outcomes["done"] > 5 and report.outcomes["refused"] > 20, str(report)

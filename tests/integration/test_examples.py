@@ -89,8 +89,8 @@ def typed(place, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "FUSERL_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     started = []
-    monkeypatch.setattr("fuserl_megatron.commands._becomes_rank", lambda config, ranks: False)
-    monkeypatch.setattr(local, "run_ranks", lambda command, ranks: started.append(ranks) or 0)
+    monkeypatch.setattr("fuserl_megatron.commands.becomes_rank", lambda config, ranks: False)
+    monkeypatch.setattr(local, "run_ranks", lambda command, ranks, **_: started.append(ranks) or 0)
 
     def run(line):
         words, redirected, file = shlex.split(line)[1:], None, None
