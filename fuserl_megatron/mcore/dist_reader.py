@@ -5,6 +5,7 @@ Numbers go straight to their place; the index is read by safe_load.py, so nothin
 
 import math
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -87,6 +88,12 @@ class DistReader:
             if not 0 <= start <= start + length:
                 raise ValueError(f"{length} bytes from byte {start} on")
             ends[name] = max(ends.get(name, 0), start + length)
+        held = Counter[str]()
+        for (key, _), place in self._places.items():
+            held[key] += place.length
+        for key, stored in self.keys.items():  # before anybody makes room for it
+            if math.prod(stored.size) * stored.dtype.itemsize > held[key]:
+                raise UserError(f"{self.directory}: {key} is {tuple(stored.size)}, more than is there; {AGAIN}")
         for name, end in ends.items():
             file = self.directory / name
             if not file.is_file():

@@ -158,7 +158,8 @@ def test_there_and_back_alone_is_exact_and_needs_nothing_else(models, tmp_path, 
         assert (tmp_path / "back" / file).read_bytes() == (directory / file).read_bytes()
     before, after = (json.loads((d / "config.json").read_text()) for d in (directory, tmp_path / "back"))
     assert before == after
-    assert str(directory) in (tmp_path / "back" / "README.md").read_text()
+    card = (tmp_path / "back" / "README.md").read_text()
+    assert str(tmp_path.parent) not in card and f"base_model: \"{directory.parent.name}-{directory.name}\"" in card
 
 
 def test_many_threads_and_tiny_windows_change_no_number(models, tmp_path, monkeypatch):
@@ -213,4 +214,4 @@ def test_a_training_runs_checkpoint_gives_the_runs_export(ranks, case, tmp_path,
     megatron_to_hf(tmp_path / "run", tmp_path / "back")
     assert same_weights(tmp_path / "run" / "hf", tmp_path / "back")
     card = (tmp_path / "back" / "README.md").read_text()
-    assert case["policy"] in card and "iter_0000002" in card
+    assert case["policy"] not in card and "base_model: \"policy\"" in card and "iter_0000002" in card

@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: a word may be the name of a data set there
+
 from common import Report, Wrong, attempt, for_a_while, main
 
 from fuserl_megatron import cli
