@@ -64,7 +64,7 @@ def find_damage(directory: Path, iteration: int | None, part: int = 0, parts: in
         # the largest first, in turn: equal shares
         names = sorted(files, key=lambda name: (-files[name]["bytes"], name))[part::parts]
     except BadFile as error:
-        return f"{MANIFEST} is missing" if not file.exists() else f"{MANIFEST}: {error.reason}"
+        return f"{MANIFEST} is missing" if not file.exists() else f"{MANIFEST} cannot be used: {error.reason}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable JSON of a manifest"
     with ThreadPoolExecutor(THREADS) as pool:
