@@ -116,12 +116,15 @@ def evaluate(options: argparse.Namespace) -> int:
 def launch(options: argparse.Namespace) -> int:
     """`fuserl launch`."""
     from fuserl_megatron.launch.chain import launch as run
+    from fuserl_megatron.launch.chain import unfinished
     from fuserl_megatron.launch.pipeline import load_pipeline
 
     pipeline = load_pipeline(options.overrides, options.config_dir, options.config_name)
-    if any(stage.trains for stage in pipeline.stages):
+    if any(stage.config for stage in pipeline.stages):
         from fuserl_megatron.data.belonging import check_chain
+        from fuserl_megatron.data.chain_files import check_there
 
+        check_there(pipeline.stages, unfinished(pipeline))
         check_chain(pipeline.stages, pipeline.config.target)
     return run(pipeline, options.overrides, options.dry_run)
 

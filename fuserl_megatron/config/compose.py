@@ -6,6 +6,7 @@ it sees them, and then set whether or not a yaml file mentions them.
 
 import dataclasses
 import re
+import shlex
 import shutil
 import tempfile
 import unicodedata
@@ -17,6 +18,7 @@ from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.secrets import refuse_secrets
 from fuserl_megatron.config.words import about_key, all_keys, leaves, nearest, one_line, open_keys, plain, show
+from fuserl_megatron.util.paths import did_you_mean
 from fuserl_megatron.util.text import shortened
 
 LAUNCH_GROUPS = {"cluster"}
@@ -53,12 +55,12 @@ def compose_tree(
     if name.endswith((".yaml", ".yml")):
         file = Path(config_dir or ".") / name
         if not file.is_file():
-            raise UserError(f"--config-name {name}: no such file (looked at {file.resolve()}).")
+            raise UserError(f"--config-name {name}: no such file{did_you_mean(file)} (looked at {file.resolve()}).")
         config_dir, name = file.parent, file.stem
     shipped = conf_dir()
     primary = shipped if config_dir is None else Path(config_dir).resolve()
     if not primary.is_dir():
-        raise UserError(f"--config-dir {config_dir}: no such directory.")
+        raise UserError(f"--config-dir {config_dir}: no such directory{did_you_mean(primary)}.")
     roots = [primary] if primary == shipped else [primary, shipped]
     file = next((root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()), None)
     if file is None:
@@ -110,7 +112,7 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
         try:
             parsed = parser.parse_override(text)
         except (HydraException, ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
-            hint = "write key=value" if "=" not in text else "put the value in quotes: " + _quoted(text)
+            hint = _how_to_write(text)
             raise UserError(f"'{shortened(text)}' is not an override ({one_line(error)}): {shortened(hint)}") from error
         key = parsed.key_or_group
         if parsed.is_sweep_override():
@@ -144,6 +146,11 @@ def _check_choice(group: str, value: Any, roots: list[Path]) -> None:
         raise UserError(f"{group}={show(value)}: no such choice.{near} There are: {', '.join(options)}.")
 
 
-def _quoted(text: str) -> str:
-    key, _, value = text.partition("=")
-    return f"'{key}=\"{value}\"'"
+def _how_to_write(text: str) -> str:
+    """What to type instead of a word that is no override, as a shell takes it."""
+    key, equals, value = text.partition("=")
+    if equals:
+        return "put the value in quotes: " + shlex.quote(f"{key}={_in_quotes(value)}")
+    if text.endswith((".yaml", ".yml")):
+        return f"a file of settings is given as --config-name {shlex.quote(text)}"
+    return "write key=value"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.config.words import first_line
+from fuserl_megatron.util.paths import did_you_mean
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 COMPANION_FILES = (
@@ -46,14 +47,16 @@ def local_model(path: str | Path, *, weights: bool = True) -> str:
     try:
         return snapshot_download(name, allow_patterns=list(files))
     except LocalEntryNotFoundError:
+        if near := did_you_mean(name):  # a path here, and no name of the hub
+            raise UserError(f"{name}: no such directory{near}") from None
         raise UserError(
             f"{name}: no such directory, not in the hub's cache ({constants.HF_HUB_CACHE}), and the "
             f"hub cannot be reached; give a local directory, or type `hf download {name}` where there is a network"
         ) from None
     except Exception as error:  # the client raises many kinds
         raise UserError(
-            f"{name}: no such directory, and the hub does not give it ({first_line(error)}); correct the name, or log "
-            "in with `hf auth login` if the model asks for that"
+            f"{name}: no such directory{did_you_mean(name)}, and the hub does not give it ({first_line(error)}); "
+            "correct the name, or log in with `hf auth login` if the model asks for that"
         ) from None
 
 

@@ -16,6 +16,7 @@ from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.fields import flag, number, positive_int
 from fuserl_megatron.convert.rope import RopeParameters, read_rope
 from fuserl_megatron.util.json_files import read_json
+from fuserl_megatron.util.paths import export_of_run
 
 MAX_HEAD_DIM = 2**16
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
@@ -133,6 +134,8 @@ def read_config(source: str | Path | dict[str, Any]) -> ModelShape:
         return _shape_from(dict(source), "config")
     path = Path(source)
     if path.is_dir():
+        if exported := export_of_run(path):
+            raise UserError(f"{path}: holds no config.json{exported}")
         path = path / "config.json"
     return _shape_from(
         read_json(path, "readable as JSON", "give a model directory, or fetch its config.json again"), str(path)

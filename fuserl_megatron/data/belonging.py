@@ -170,7 +170,8 @@ def _tokenizer_problem(manifest: Manifest, data_path: str, model: str) -> str | 
         return "vocabulary, merges or special tokens differ (more is not known of a data set of format 1)"
     end = mine.tokenizer.convert_tokens_to_ids(manifest.end_of_turn)
     if end != manifest.end_of_turn_id:
-        return f"{manifest.end_of_turn}, the end of turn, has the id {manifest.end_of_turn_id} there and {end} here"
+        here = "is no token here" if end is None else f"{end} here"
+        return f"{manifest.end_of_turn}, the end of turn, has the id {manifest.end_of_turn_id} there and {here}"
     for name, text in PROBES.items():
         if known["probes"].get(name) not in (None, digest(mine.tokenizer(text)["input_ids"])):
             return f"it gives other ids (probe text '{name}')"

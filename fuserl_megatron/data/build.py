@@ -31,6 +31,7 @@ from fuserl_megatron.data.dataset import (
 )
 from fuserl_megatron.data.files import file_sha256, sync
 from fuserl_megatron.data.identity import identity_of
+from fuserl_megatron.data.inputs import expand_inputs
 from fuserl_megatron.data.messages import BadRecord, as_dicts
 from fuserl_megatron.data.pairs import pair_table
 from fuserl_megatron.data.progress import watched
@@ -63,6 +64,7 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
     """
     validate_build(config)
     output = _check_output(config)
+    expand_inputs(config.inputs)  # a file that is not there is known before the seconds that a tokenizer takes
     tokenizer = ChatTokenizer(config.tokenizer, config.chat_template, config.max_length, config.chat_template_kwargs)
     partial = create_partial(output, None, source_dir=None, force=True)
     try:

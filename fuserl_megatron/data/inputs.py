@@ -10,6 +10,7 @@ from typing import Any
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
+from fuserl_megatron.util.paths import did_you_mean
 
 FIELDS = ("prompt", "source", "response", "reward")
 OPTIONAL_FIELDS = ("source_mean_logps", "tools")
@@ -43,7 +44,7 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
             names.append(item)
             continue
         else:
-            raise UserError(f"inputs: {item} does not exist")
+            raise UserError(f"inputs: {item} does not exist{did_you_mean(item)}")
         for match in matches:
             if not os.path.isfile(match):  # one that waits for a writer, or whose target is gone
                 raise UserError(f"inputs: {match} is no regular file: name one, or take it out of the glob")

@@ -16,6 +16,7 @@ from typing import Any
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
+from fuserl_megatron.util.paths import did_you_mean
 
 FORMAT_VERSION = 2
 READABLE = (1, 2)
@@ -107,6 +108,8 @@ class Manifest:
             UserError: not a fused data set, another format version, or not the file that build wrote.
         """
         path = Path(directory) / MANIFEST_FILE
+        if not path.parent.exists() and (near := did_you_mean(path.parent)):
+            raise UserError(f"{directory}: no such directory{near}")
         if not path.is_file():
             raise UserError(f"{directory} is not a fused data set (no {MANIFEST_FILE}): make one with `fuserl build`")
         return cls.read_file(path)

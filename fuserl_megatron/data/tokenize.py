@@ -25,6 +25,7 @@ from fuserl_megatron.data.messages import BadRecord, Messages
 from fuserl_megatron.data.rendering import PROBE, RenderedPrompt, Renderer
 from fuserl_megatron.data.shorten import Shortener
 from fuserl_megatron.data.templates import BadPrompt, ChatTemplate
+from fuserl_megatron.util.paths import did_you_mean, export_of_run
 
 PROBES: tuple[Messages, ...] = (
     (("user", "What is 12 + 345?"),),
@@ -99,7 +100,10 @@ class ChatTokenizer:
 
         path = local_model(path, weights=False)
         if not os.path.isdir(path):
-            raise UserError(f"tokenizer: {path} is not a directory: give the directory that holds tokenizer.json")
+            near = did_you_mean(path) or ": give the directory that holds tokenizer.json"
+            raise UserError(f"tokenizer: {path} is not a directory{near}")
+        if exported := export_of_run(path):
+            raise UserError(f"tokenizer: {path} holds none{exported}")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its many loaders raise

@@ -37,13 +37,14 @@ def is_rank(environ: Mapping[str, str] = os.environ) -> bool:
         UserError: a variable that gives a rank or a number of ranks is missing beside the others, or is no such number.
     """
     if "RANK" not in environ:
-        return "SLURM_STEP_NUM_TASKS" in environ and _count(environ, "SLURM_STEP_NUM_TASKS") > 1
-    rank, world = _count(environ, "RANK", least=0), _count(environ, "WORLD_SIZE")
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if "SLURM_STEP_NUM_TASKS" not in environ or _count(environ, "SLURM_STEP_NUM_TASKS") == 1:
+            return False
+    rank, world = ("RANK", "WORLD_SIZE") if "RANK" in environ else ("SLURM_PROCID", "SLURM_NTASKS")
+    if (place := _count(environ, rank, least=0)) >= (number := _count(environ, world)):
+        raise UserError(f"{rank}={place} with {world}={number}: ranks count from 0; {UNSET}")
+    for name, least in (("LOCAL_RANK", 0), ("SLURM_LOCALID", 0), ("LOCAL_WORLD_SIZE", 1), ("MASTER_PORT", 1)):
         if name in environ:
-            _count(environ, name, least=int("WORLD" in name))
-    if rank >= world:
-        raise UserError(f"RANK={rank} with WORLD_SIZE={world}: ranks count from 0; {UNSET}")
+            _count(environ, name, least)
     return True
 
 
@@ -55,7 +56,8 @@ def launched_world_size(environ: Mapping[str, str] = os.environ) -> int:
 def _count(environ: Mapping[str, str], name: str, least: int = 1) -> int:
     text = environ.get(name)
     if text is None:
-        raise UserError(f"RANK is set and {name} is not: {UNSET}")
+        known = "RANK" if "RANK" in environ else "SLURM_STEP_NUM_TASKS"
+        raise UserError(f"{known} is set and {name} is not: {UNSET}")
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) >= least):
         raise UserError(f"{name}={ascii(text)[1:-1]}: must be a whole number, at least {least}; {UNSET}")
     return int(text)

@@ -25,6 +25,7 @@ from fuserl_megatron.config.validate import validate, validate_build
 from fuserl_megatron.config.words import show
 from fuserl_megatron.launch.sections import ORDER, key_of, load_sections, override, value_of
 from fuserl_megatron.launch.stages import Pipeline, Stage
+from fuserl_megatron.util.paths import did_you_mean, export_of_run
 
 READS = {
     "build_sft": ("import",),
@@ -71,8 +72,8 @@ class _Chain:
         self.is_hf = (Path(local_model(config.target, weights=False)) / "config.json").is_file()
         if not self.is_hf and "import" not in self.wanted:
             raise UserError(
-                f"target={config.target}: holds no config.json, so it is no Hugging Face model directory; a Megatron "
-                "checkpoint needs the stage import before the others."
+                f"target={config.target}: holds no config.json, so it is no Hugging Face model directory"
+                f"{export_of_run(config.target)}; a Megatron checkpoint needs the stage import before the others."
             )
 
     def pipeline(self) -> Pipeline:
@@ -89,7 +90,8 @@ class _Chain:
             self.notes.append(f"import: nothing to do, training opens {self.config.target} as it is")
             return
         if not Path(self.config.target).exists():
-            raise UserError(f"target={self.config.target}: no such directory; give a model or a Megatron checkpoint.")
+            near = did_you_mean(self.config.target) or "; give a model or a Megatron checkpoint."
+            raise UserError(f"target={self.config.target}: no such directory{near}")
         self.target = str(self.root / name)
         self._add(name, ("fuserl", "convert", "megatron-to-hf", self.config.target, self.target, "--force"))
 

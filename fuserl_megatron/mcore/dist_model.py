@@ -26,6 +26,7 @@ from fuserl_megatron.mcore.dist_format import INDEX, LAYERS, POINTER, iteration_
 from fuserl_megatron.mcore.dist_reader import DistReader
 from fuserl_megatron.mcore.manifest import refuse_damage
 from fuserl_megatron.util.json_files import BadFile, read_bytes, read_json
+from fuserl_megatron.util.paths import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def find_checkpoint(path: str | Path, hf: str | Path | None = None) -> Checkpoin
     """
     path = Path(os.path.abspath(path))  # "." has neither a name nor a parent
     if not path.is_dir():
-        raise UserError(f"{path}: no such directory; give a Megatron checkpoint or the folder of a training run")
+        near = did_you_mean(path) or "; give a Megatron checkpoint or the folder of a training run"
+        raise UserError(f"{path}: no such directory{near}")
     folder = iteration_folder(path)
     if folder is None:
         hint = "; it is a Hugging Face directory already" if (path / "config.json").exists() else ""

@@ -38,7 +38,7 @@ def start_process_group(backend: str, timeout: datetime.timedelta) -> None:
     """torch.distributed's default group over the ranks that the environment tells of; one process alone without any.
 
     Raises:
-        UserError: rank 0 cannot listen where it should.
+        UserError: rank 0 cannot listen where it should, or nothing says where that is.
     """
     env, rank, world = os.environ, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:  # no port that another process may take first
@@ -50,13 +50,14 @@ def start_process_group(backend: str, timeout: datetime.timedelta) -> None:
     one_machine = env.get("LOCAL_WORLD_SIZE") == str(world)
     if "SLURM_PROCID" in env and "LOCAL_WORLD_SIZE" not in env:
         one_machine = env.get("SLURM_STEP_NUM_NODES") == "1"
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not env.get(name):
+            raise UserError(f"{name} is not set: with RANK and WORLD_SIZE={world} it says where the ranks meet.")
     address, port = "127.0.0.1" if one_machine else env["MASTER_ADDR"], int(env["MASTER_PORT"])
     if one_machine and any(name == "lo" for _, name in socket.if_nameindex()):
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
     listening = _listen(address, port).detach() if rank == 0 else None
-    store = dist.TCPStore(
-        address, port, world, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening
-    )
+    store = dist.TCPStore(address, port, world, rank == 0, timeout, wait_for_workers=False, master_listen_fd=listening)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
 
 

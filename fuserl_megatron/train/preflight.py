@@ -8,6 +8,7 @@ from pathlib import Path
 from fuserl_megatron.config.facts import replica_ranks, row_settings
 from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.util.paths import did_you_mean
 
 
 def check(config: Config, num_ranks: int) -> list[str]:
@@ -17,7 +18,8 @@ def check(config: Config, num_ranks: int) -> list[str]:
     validate(config, num_ranks)
     model = local_model(config.model.path, weights=False)
     if not Path(model).is_dir():  # before torch is imported
-        raise UserError(f"model.path={config.model.path}: no such directory; give a Hugging Face model directory.")
+        near = did_you_mean(model) or "; give a Hugging Face model directory."
+        raise UserError(f"model.path={config.model.path}: no such directory{near}")
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.data.dataset import Manifest
 

@@ -90,7 +90,7 @@ class Stopping:
         if max_time_per_run is not None:
             name = f"the time limit exp_manager.max_time_per_run={max_time_per_run}"
             limits.append((STARTED + seconds_of(max_time_per_run), name))
-        if "SLURM_JOB_END_TIME" in environ:
+        if environ.get("SLURM_JOB_END_TIME", "").isdigit():
             limits.append((float(environ["SLURM_JOB_END_TIME"]), "the end of the SLURM job"))
         self.deadline, self.limit = min(limits, default=(math.inf, ""))
         self._told: str | None = None

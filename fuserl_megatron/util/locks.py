@@ -39,11 +39,19 @@ def only_writer(file: Path, destination: str | Path, advice: str) -> Iterator[No
         advice: the end of the message: what else to choose.
 
     Raises:
-        UserError: another process holds it, in one line that names the host, the process and the job. Nothing changed.
+        UserError: another process holds it, in one line that names the host, the process and the job; or nothing can be
+            written there. Nothing changed.
     """
     missing = [folder for folder in (file.parent, *file.parent.parents) if not folder.exists()]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle = _acquire(file, destination, advice)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle = _acquire(file, destination, advice)
+    except OSError as error:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # those that could be made
+                folder.rmdir()
+        why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
+        raise UserError(f"{destination}: cannot be written ({why}); {advice}") from None
     try:
         yield
     finally:

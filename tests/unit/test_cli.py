@@ -401,3 +401,12 @@ def test_doctor_versions(monkeypatch, versions, name, status):
 )
 def test_version_numbers(text, expected):
     assert doctor.numbers(text) == expected
+
+
+def test_no_memory_is_one_line(capsys, monkeypatch):
+    def fail(options):
+        raise MemoryError
+
+    monkeypatch.setattr(commands, "doctor", fail)
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().err == "fuserl: error: out of memory: use a machine with more, or less at once\n"

@@ -260,3 +260,14 @@ def test_names_of_the_users_own_as_a_whole_and_one_by_one():
         load_config("build", [*base, "chat_template_kwarg.x=5"])
     with pytest.raises(UserError, match="chat_template_kwargs.tools: the data set gives the template this one"):
         validate_build(load_config("build", [*base, "chat_template_kwargs.tools=5"]))
+
+
+@pytest.mark.parametrize("text", ["run: &a {name: *a}\n", "run: " + "[" * 600 + "]" * 600 + "\n"])
+def test_a_yaml_file_without_a_bottom_is_one_line(tmp_path, text):
+    (tmp_path / "deep.yaml").write_text(text)
+    assert error_of("train", config_name=str(tmp_path / "deep.yaml")).endswith("or an anchor that holds itself.")
+
+
+def test_a_number_of_thousands_of_digits_is_one_line():
+    message = error_of("train", "trainer.max_steps=" + "1" * 5000)
+    assert "is not an override" in message and len(message) < 1000 and "\n" not in message

@@ -192,7 +192,8 @@ def test_a_chain_refuses_it_before_anything_is_submitted(chatml, copy, tmp_path,
     (other / "config.json").write_text(json.dumps(MODEL))
     chain = ["launch", f"target={other}", f"run.results_dir={tmp_path / 'run'}", "fusesft.trainer=cpu"]
     cases = [["stages=[fusesft]", f"fusesft.data.path={chatml.path}"]]
-    build = ["build_sft.inputs=[in.jsonl]", "build_sft.reward_temperature=1"]
+    (tmp_path / "in.jsonl").write_text("")
+    build = [f"build_sft.inputs=[{tmp_path}/in.jsonl]", "build_sft.reward_temperature=1"]
     cases += [["stages=[build_sft,fusesft]", *build, f"build_sft.tokenizer={chatml.manifest.tokenizer}"]]
     for words in cases:
         for mode in ([], ["--dry-run"]):

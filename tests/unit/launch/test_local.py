@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.launch import local
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -205,3 +206,26 @@ def test_who_started_this_process(environ, expected):
     assert local.is_rank(environ) == (expected is not None)
     if expected is not None:
         assert local.launched_world_size(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({"RANK": "0"}, "WORLD_SIZE is not"),
+        ({"RANK": "0", "WORLD_SIZE": "x"}, "WORLD_SIZE=x: "),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE=0: "),
+        ({"RANK": "", "WORLD_SIZE": "2"}, "RANK=: "),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1: "),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "\u0662"}, r"LOCAL_RANK=\\u0662: "),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "zz"}, "MASTER_PORT=zz: "),
+        ({"SLURM_STEP_NUM_TASKS": ""}, "SLURM_STEP_NUM_TASKS=: "),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, "SLURM_PROCID is not"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "x", "SLURM_NTASKS": "2"}, "SLURM_PROCID=x: "),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "9" * 5000}, "SLURM_NTASKS=9999"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LOCALID": "a"}, "SLURM_LOC"),
+    ],
+)
+def test_a_place_that_is_none_is_one_line(environ, name):
+    with pytest.raises(UserError, match=name):
+        local.is_rank(environ)

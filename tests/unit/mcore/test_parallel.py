@@ -1,5 +1,6 @@
 """Where a rank stands, from what the launcher says: the rendezvous under srun, the GPU of each rank."""
 
+import datetime
 import os
 import subprocess
 import sys
@@ -133,3 +134,11 @@ def test_ranks_of_one_machine_listen_on_the_loopback_interface_alone(environment
 def test_an_address_of_another_host_is_one_line():
     with pytest.raises(UserError, match=r"MASTER_ADDR=192\.0\.2\.7 MASTER_PORT=0: rank 0 cannot listen there"):
         rendezvous._listen("192.0.2.7", 0)
+
+
+@pytest.mark.parametrize("name", ["MASTER_ADDR", "MASTER_PORT"])
+def test_ranks_that_nobody_told_where_to_meet_are_one_line(environment, name):
+    environment.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    del environment[name]
+    with pytest.raises(UserError, match=f"{name} is not set"):
+        rendezvous.start_process_group("gloo", datetime.timedelta(seconds=1))

@@ -75,3 +75,14 @@ def test_a_lock_whose_name_went_away_is_no_lock(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", remove_first)
     with only_writer(tmp_path / ".lock", "runs/x", "-"):
         assert removed and (tmp_path / ".lock").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line_with_advice(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/x", "made/file"):
+        if folder.startswith("made"):  # the file system turns read-only after the folder was made
+            monkeypatch.setattr(locks, "_acquire", lambda file, *_: (_ for _ in ()).throw(OSError(30, "Read-only")))
+        with pytest.raises(UserError, match=r"^runs/x: cannot be written \((a file is in the way|Read-only)\); choose"):
+            with only_writer(tmp_path / folder / ".lock", "runs/x", "choose another run.results_dir"):
+                raise AssertionError("nothing can be written there")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
