@@ -263,7 +263,7 @@ def test_refusing_what_is_not_a_fused_data_set(build_dataset, make_record, tmp_p
     groups.write_bytes(changed)
     refused("its content is not what the manifest describes")
     groups.write_bytes(whole)
-    manifest.write_text(text.replace('"format_version": 2', '"format_version": 99'))
+    manifest.write_text(text.replace('"format_version": 3', '"format_version": 99'))
     refused("format version 99, this program reads 1")
     manifest.write_text(text.replace('"max_length"', '"max_size"'))
     refused("fields missing or unknown")
