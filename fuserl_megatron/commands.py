@@ -36,7 +36,8 @@ def build(options: argparse.Namespace) -> int:
     try:
         print_summary(run(config))
     except TemperatureMissing as missing:
-        print(*missing.table, sep="\n")
+        for line in missing.table:
+            print(line)
         raise
     return 0
 

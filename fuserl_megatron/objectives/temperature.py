@@ -96,7 +96,7 @@ def share_interval(share: float, number: int) -> tuple[float, float]:
     z2 = NORMAL_95**2
     middle = (share + z2 / (2 * number)) / (1 + z2 / number)
     half = NORMAL_95 * math.sqrt(share * (1 - share) / number + z2 / (4 * number**2)) / (1 + z2 / number)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return (0.0 if share == 0.0 else middle - half), (1.0 if share == 1.0 else middle + half)
 
 
 def _deviations(scores_GK: Tensor) -> tuple[Tensor, Tensor]:
