@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import json
 import math
 import random
 
@@ -74,17 +73,24 @@ def test_a_given_accuracy(build, tmp_path):
     assert by_auto == (given.effective_number_of_sources, given.per_source, given.hash), "the same data set and weights"
 
 
-def test_training_sees_the_number(build, tmp_path, monkeypatch):
+def test_training_sees_the_number(build, tmp_path):
     """Also in what a resumed run compares: a data set built with auto and one with that number are the same run."""
+    build("reward_temperature=auto", "reward_accuracy=0.75")
+    dataset = FusedDataset(tmp_path / "fused")
+    tau = dataset.manifest.reward_temperature
+    assert prepare(dataset, ObjectiveConfig()).reward_temperature == tau
+    (tmp_path / "config.json").write_text("{}")
+    config = Config()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(tmp_path)))
+    assert run_identity(config, dataset, tau, 3)["reward_temperature"] == str(tau)
+    assert prepare(dataset, ObjectiveConfig(), 0.5).reward_temperature == 0.5
+
+
+def test_an_exact_reward_takes_the_best_source_alone(build, tmp_path):
     build("reward_temperature=auto", "reward_accuracy=1")
     dataset = FusedDataset(tmp_path / "fused")
     prepared = prepare(dataset, ObjectiveConfig())
     assert prepared.reward_temperature == 0.0 and prepared.weights.tolist() == [1.0, 1.0, 1.0]
-    assert prepare(dataset, ObjectiveConfig(), 0.5).reward_temperature == 0.5
-    (tmp_path / "config.json").write_text("{}")
-    config = Config()
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(tmp_path)))
-    assert run_identity(config, dataset, prepared.reward_temperature, 3)["reward_temperature"] == "0.0"
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs.jsonl.gz"])
@@ -104,8 +110,7 @@ def test_labelled_pairs(build, write_records, tmp_path, name):
     assert rule["accuracy"] == 0.75 and rule["accuracy_interval"] == interval and rule["accuracy_from"] == "calibration"
     assert (rule["pairs"], rule["ties"]) == (100, 10) and rule["file"] == {"name": path, "sha256": file_sha256(path)}
     assert (
-        "0.750 (on 100 labelled pairs, 10 ties; 95 % interval 0.657 to 0.825, which is reward_temperature 0.0111"
-        in out
+        "0.750 (on 100 labelled pairs, 10 ties; 95 % interval 0.657 to 0.825, which is reward_temperature 0.0111" in out
     )
 
 
@@ -219,21 +224,20 @@ def test_nothing_to_go_by(refused, make_record):
 
 
 @pytest.mark.parametrize(
-    ("settings", "deviation"),
+    ("settings", "gap"),
     [
-        (["score_aggregation=mean"], 0.2),
-        (["score_aggregation=max"], 0.4 / 2**0.5),
-        (["score_aggregation=max", "reward_standardization=dataset"], None),
+        (["score_aggregation=max"], 0.4),
+        (["score_aggregation=mean"], 0.5),
+        (["reward_standardization=dataset"], 0.4 / math.sqrt(0.0875)),
     ],
 )
-def test_the_deviation_is_that_of_the_scores_that_are_used(build, make_record, tmp_path, settings, deviation):
-    """Rewards (0, 0.4) and (0.6, 0.8): the best differ by 0.4, the means by 0.5."""
+def test_the_deviation_is_that_of_the_scores_that_are_used(build, make_record, tmp_path, settings, gap):
+    """Rewards (0, 0.4) and (0.6, 0.8), of variance 0.0875: the best differ by 0.4, the means by 0.5."""
     rewards = {"a": (0.0, 0.4), "b": (0.6, 0.8)}
     of = [make_record(source=s, response=f"w{i}", reward=r) for s, rs in rewards.items() for i, r in enumerate(rs)]
     build("reward_temperature=auto", "reward_accuracy=0.75", *settings, of=of)
     found = FusedDataset(tmp_path / "fused").manifest.temperature_rule["score_deviation"]
-    expected = {0.2: 0.5 / 2**0.5, None: 0.4 / 2**0.5 / math.sqrt(0.0875)}.get(deviation, deviation)
-    assert found == pytest.approx(expected, abs=1e-12)
+    assert found == pytest.approx(gap / math.sqrt(2), abs=1e-12)
 
 
 def test_without_a_temperature_the_rule_is_shown_on_these_data(build, make_record):
@@ -258,4 +262,3 @@ def test_library_users_get_the_table_with_the_error(build_dataset, records):
     with pytest.raises(UserError) as error:
         build_dataset(records, reward_temperature=math.nan)
     assert len(error.value.table) == 5 and "\n" not in str(error.value)
-    assert json.dumps(error.value.table)

@@ -1,6 +1,8 @@
 """The rule for tau: its values, that no other temperature beats it where its model holds, and what A and s_r are."""
 
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,42 +16,12 @@ from fuserl_megatron.objectives.temperature import (
     share_interval,
     within_prompt_deviation,
 )
-from fuserl_megatron.objectives.weights import source_scores, source_weights
+from fuserl_megatron.objectives.weights import source_weights
 
-GRID = [0.0, *torch.logspace(-2, 1.5, 29).tolist(), math.inf]
+sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
+from temperature_rule import GRID, World, accuracy, aggregated  # noqa: E402
+
 ABSENT = -math.inf
-
-
-class World:
-    """Prompts whose sources have Gaussian qualities, and scores of variance 1: the qualities with Gaussian noise."""
-
-    def __init__(self, num_sources, accuracy, num_prompts=10_000, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
-        self.reliability = math.sin(math.pi * (accuracy - 0.5)) ** 2  # the inverse of A = 1/2 + asin(sqrt(lambda)) / pi
-        self.quality_GK = self.draw(num_prompts, num_sources) * math.sqrt(self.reliability)
-        self.scores_GK, self.best = self.scored(), None
-
-    def scored(self):
-        return self.quality_GK + self.draw(*self.quality_GK.shape) * math.sqrt(1 - self.reliability)
-
-    def error(self, tau):
-        return weight_error(self.scores_GK, self.quality_GK, tau)
-
-    def excess(self, tau):
-        """By which share the error at tau is larger than at the best of the grid."""
-        self.best = self.best or min(map(self.error, GRID))
-        return self.error(tau) / self.best - 1
-
-
-def weight_error(scores_GK, quality_GK, tau):
-    """Mean square distance of the weights from those of one who knows the qualities: the truly best source alone."""
-    return float((source_weights(scores_GK, None, tau) - source_weights(quality_GK, None, 0.0)).square().sum(1).mean())
-
-
-def accuracy(scores_GK, quality_GK):
-    right_G = (scores_GK[:, 0] > scores_GK[:, 1]) == (quality_GK[:, 0] > quality_GK[:, 1])
-    return float(right_G.double().mean())
 
 
 def test_golden_values():
@@ -192,29 +164,19 @@ def test_the_share_s_interval_holds_the_truth_in_95_of_100_counts():
     assert 0.935 < held / 2000 < 0.965
 
 
-def aggregated(between, within, noise, num_responses=4, num_prompts=10_000):
-    """(error of max, of mean, each at its best tau; excess of the rule over that) for variances of a source's level, of
-    its answers around it, and of the reward's noise. The answer used is a source's best one by reward."""
-    world = World(4, 0.75, num_prompts)
-    shape = num_prompts, 4, num_responses
-    quality_GKN = world.draw(*shape[:2], 1) * between**0.5 + world.draw(*shape) * within**0.5
-    rewards_GKN = quality_GKN + world.draw(*shape) * noise**0.5
-    used_GK = quality_GKN.gather(2, rewards_GKN.argmax(2, keepdim=True)).squeeze(2)
-    found = []
-    for how in ("max", "mean"):
-        scores_GK = source_scores(rewards_GKN, None, how)
-        errors = [weight_error(scores_GK, used_GK, tau) for tau in GRID]
-        tau = rule_temperature(accuracy(scores_GK, used_GK), within_prompt_deviation(scores_GK))
-        found += [min(errors), weight_error(scores_GK, used_GK, tau) / min(errors) - 1]
-    return found
-
-
 @pytest.mark.parametrize(
     ("variances", "better"),
     [((0.5, 0.5, 0.05), "max"), ((0.5, 0.1, 1.0), "mean"), ((0.8, 0.2, 1.0), "mean"), ((0.5, 0.5, 2.0), "mean")],
 )
 def test_max_is_for_precise_rewards_and_mean_for_noisy_ones(variances, better):
     """docs/data_format.md. The rule serves both, as long as A is the accuracy of the scores that are used."""
-    of_max, rule_of_max, of_mean, rule_of_mean = aggregated(*variances)
+    found = aggregated(*variances)
+    (of_max, rule_of_max, _), (of_mean, rule_of_mean, _) = found["max"], found["mean"]
     assert (of_max < 0.985 * of_mean) if better == "max" else (of_mean < 0.985 * of_max)
     assert max(rule_of_max, rule_of_mean) < 0.01
+
+
+def test_the_accuracy_of_single_responses_is_not_that_of_their_means():
+    """docs/math.md: with score_aggregation=mean, A of single responses gives too large a temperature."""
+    found = aggregated(0.5, 0.1, 1.0)
+    assert found["max"][2] < 0.025 and found["mean"][2] > 0.03
