@@ -17,14 +17,14 @@ import torch
 from fuserl_megatron.objectives.temperature import rule_temperature, within_prompt_deviation
 from fuserl_megatron.objectives.weights import source_scores, source_weights
 
-GRID = [0.0, *torch.logspace(-2, 1.5, 29).tolist(), math.inf]
+GRID = [0.0, *torch.logspace(-2, 1.5, 25).tolist(), math.inf]
 FINE_GRID = [0.0, *torch.logspace(-2, 1.5, 85).tolist(), math.inf]
 
 
 class World:
     """Prompts whose sources have Gaussian qualities, and scores of variance 1: the qualities with Gaussian noise."""
 
-    def __init__(self, num_sources, accuracy, num_prompts=10_000, seed=0, grid=GRID):
+    def __init__(self, num_sources, accuracy, num_prompts=6_000, seed=0, grid=GRID):
         generator = torch.Generator().manual_seed(seed)
         self.draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         self.reliability = math.sin(math.pi * (accuracy - 0.5)) ** 2  # the inverse of A = 1/2 + asin(sqrt(lambda)) / pi
@@ -61,14 +61,14 @@ def accuracy(scores_GK, quality_GK):
     return float(right_G.double().mean())
 
 
-def aggregated(between, within, noise, num_responses=4, num_prompts=10_000, seed=0, grid=GRID):
+def aggregated(between, within, noise, num_responses=4, num_prompts=6_000, seed=0, grid=GRID):
     """Four sources with several responses each; of a source the best one by reward is used.
 
     Arguments are variances: of the sources' levels, of the responses around them, of the reward's noise.
 
     Returns:
-        For max and for mean: the error at the best temperature, the excess of the rule with the accuracy of those scores,
-        and of the rule with the accuracy on single responses.
+        For max and for mean: the error at the best temperature, the excess of the rule with the accuracy of those
+        scores, and of the rule with the accuracy on single responses.
     """
     draw, shape = World(4, 0.75, num_prompts, seed).draw, (num_prompts, 4, num_responses)
     quality_GKN = draw(*shape[:2], 1) * between**0.5 + draw(*shape) * within**0.5
