@@ -24,14 +24,20 @@ def build(options: argparse.Namespace) -> int:
     from fuserl_megatron.config.load import load_config
     from fuserl_megatron.config.validate import validate_build
 
-    # without a temperature build reads the records and says what a few would mean on them
+    # without a temperature build reads the records and says what the rule gives on them
     later = ("reward_temperature",)
     config = load_config("build", options.overrides, options.config_dir, options.config_name, later)
     validate_build(config)
     from fuserl_megatron.data.build import build as run
     from fuserl_megatron.data.summary import print_summary
+    from fuserl_megatron.data.temperature import TemperatureMissing
 
-    print_summary(run(config))
+    try:
+        print_summary(run(config))
+    except TemperatureMissing as missing:
+        for line in missing.table:
+            print(line)
+        raise
     return 0
 
 

@@ -25,8 +25,9 @@ EXAMPLES = {
     "target": "target=/models/Llama-3.1-8B-Instruct",
     "output": "output=/data/fused",
     "tokenizer": "tokenizer=/models/Llama-3.1-8B-Instruct",
-    "reward_temperature": "reward_temperature=0.01 (tau of the source weights; docs/data_format.md says how to choose)",
+    "reward_temperature": "reward_temperature=auto reward_accuracy=0.75, or a number (see docs/data_format.md)",
 }
+BY_BUILD = "auto is worked out by `fuserl build`; null takes the data set's own temperature, a number overrides it."
 
 
 def load_config(
@@ -91,7 +92,7 @@ def _map_section(schema: type, values: Any, prefix: str, known: set[str], later:
     for field in dataclasses.fields(schema):
         value = getattr(config, field.name)
         full = prefix + field.name
-        if full not in later and (value == "???" or (field.type is float and math.isnan(value))):
+        if full not in later and (value == "???" or value != value):
             raise UserError(f"{full}: required and not set; type {EXAMPLES.get(full, full + '=...')}.")
     return config
 
@@ -100,10 +101,17 @@ def _convert(kind: Any, value: Any, key: str, default: Any) -> Any:
     """One leaf. Text is no number, nor is a boolean; an int is a float, and 32 is "32" where that is a choice."""
     if value == "???":
         return value
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None
-        if value is None:
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):  # X | None, or X | Literal[word]
+        kind, other = typing.get_args(kind)
+        choices = typing.get_args(other)
+        if value is None and other is types.NoneType:
             return None
-        kind, _ = typing.get_args(kind)
+        if value in choices:
+            return value
+        if key == "data.reward_temperature" and value == "auto":
+            raise UserError(f"{key}=auto: {BY_BUILD}")
+    else:
+        choices = ()
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         # yaml reads on and off as booleans
@@ -127,6 +135,7 @@ def _convert(kind: Any, value: Any, key: str, default: Any) -> Any:
         return float(value)
     if type(value) is not kind or (kind is float and math.isnan(value) and default == default):
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        words = " or ".join((words, *choices))
         raise UserError(f"{key}={show(value)}: must be {words}, such as {key}={_sample(kind, default)}.")
     return value
 

@@ -227,8 +227,15 @@ class BuildConfig:
     """Jinja file that replaces the tokenizer's chat template."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further arguments of the template, such as {enable_thinking: false}; give the same ones at inference."""
-    reward_temperature: float = float("nan")
-    """tau of the source weights w = softmax(score / tau). Required, no default is safe (docs/data_format.md)."""
+    reward_temperature: float | Literal["auto"] = float("nan")
+    """tau of the source weights w = softmax(score / tau), or auto: by a rule from these data and the reward's accuracy,
+    which one of the next three gives. Required, no default is safe (docs/data_format.md)."""
+    reward_accuracy: float | None = None
+    """With auto: how often the scores rank responses of two sources to one prompt rightly, above 0.5 and at most 1."""
+    calibration: str | None = None
+    """With auto: JSONL file of labelled pairs (chosen_reward, rejected_reward) on which that accuracy is measured."""
+    second_reward: str | None = None
+    """With auto: field of the records with another reward model's score; the accuracy follows from their agreement."""
     score_aggregation: Literal["max", "mean"] = "max"
     """A source's score from the rewards of its responses."""
     reward_standardization: Literal["none", "prompt", "dataset"] = "none"

@@ -69,11 +69,40 @@ def validate_build(config: BuildConfig) -> None:
     """
     if not config.inputs:
         raise UserError("inputs=[]: needs at least one file of scored responses; type inputs=[responses.jsonl].")
-    if config.reward_temperature < 0:
-        refuse(config, "reward_temperature", "must be positive, 0 (best source alone) or inf (uniform)", 0.01)
+    _check_temperature(config)
     if config.max_length < 2:
         refuse(config, "max_length", "must hold a prompt and a response", 2048)
     for name in TEMPLATE_ARGUMENTS.intersection(config.chat_template_kwargs):
         raise UserError(f"chat_template_kwargs.{name}: the data set gives the template this one; leave it out.")
     if len(set(config.sources)) != len(config.sources):
         raise UserError(f"sources={show(config.sources)}: a source is named twice; name each once.")
+
+
+ACCURACIES = {
+    "reward_accuracy": "reward_accuracy=0.75 (how often the reward ranks answers of two sources rightly)",
+    "calibration": "calibration=pairs.jsonl (labelled pairs)",
+    "second_reward": "second_reward=FIELD (another reward model's scores)",
+}
+"""What `reward_temperature=auto` reads, and how it is typed."""
+
+
+def _check_temperature(config: BuildConfig) -> None:
+    given = [name for name in ACCURACIES if getattr(config, name) is not None]
+    if config.reward_temperature != "auto":
+        if config.reward_temperature < 0:
+            rule = "must be positive, 0 (best source alone), inf (uniform) or auto"
+            refuse(config, "reward_temperature", rule, 0.01)
+        if given:
+            value = show(getattr(config, given[0]))
+            raise UserError(f"{given[0]}={value}: only reward_temperature=auto reads it; set that, or leave it out.")
+        return
+    if not given:
+        raise UserError(f"reward_temperature=auto: needs one of {', '.join(ACCURACIES.values())}.")
+    if len(given) > 1:
+        raise UserError(f"reward_temperature=auto: reads one of {' and '.join(given)}, not both; leave the others out.")
+    accuracy = config.reward_accuracy
+    if accuracy is not None and accuracy <= 0.5:
+        rule = "such a reward ranks no better than a coin and tells nothing; reward_temperature=inf weighs all alike"
+        raise UserError(f"reward_accuracy={show(accuracy)}: {rule} (auto needs an accuracy above 0.5).")
+    if accuracy is not None and not accuracy <= 1:
+        refuse(config, "reward_accuracy", "is a share, at most 1", 0.75)

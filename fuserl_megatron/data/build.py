@@ -37,12 +37,12 @@ from fuserl_megatron.data.pairs import pair_table
 from fuserl_megatron.data.progress import watched
 from fuserl_megatron.data.records import LoadedRecords, RecordGroup, Rejects, check_source_names, load_groups
 from fuserl_megatron.data.rewards import reward_table
+from fuserl_megatron.data.temperature import TemperatureMissing, known_accuracy, scores_as_read, temperature
 from fuserl_megatron.data.templates import BadPrompt
 from fuserl_megatron.data.tokenize import ChatTokenizer
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
 from fuserl_megatron.util.whole_directory import create_partial, discard, publish
 
-EXAMPLE_TEMPERATURES = (0.01, 0.1, 1.0)
 TEXT_COUNTS = (
     "responses_with_special_tokens",
     "prompts_with_special_tokens",
@@ -65,11 +65,12 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
     validate_build(config)
     output = _check_output(config)
     expand_inputs(config.inputs)  # a file that is not there is known before the seconds that a tokenizer takes
+    accuracy = known_accuracy(config)
     tokenizer = ChatTokenizer(config.tokenizer, config.chat_template, config.max_length, config.chat_template_kwargs)
     partial = create_partial(output, None, source_dir=None, force=True)
     try:
         _check_output(config)  # another build may have finished there before the lock was ours
-        manifest = _write(config, tokenizer, partial, progress)
+        manifest = _write(config, accuracy, tokenizer, partial, progress)
         publish(partial, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -97,14 +98,20 @@ def _check_output(config: BuildConfig) -> Path:
     return output
 
 
-def _write(config: BuildConfig, tokenizer: ChatTokenizer, partial: Path, progress: bool) -> Manifest:
+def _write(
+    config: BuildConfig, accuracy: dict[str, Any] | None, tokenizer: ChatTokenizer, partial: Path, progress: bool
+) -> Manifest:
     with open(partial / REJECTED_FILE, "w", encoding="utf-8") as rejected:
         rejects = Rejects(config.on_bad_record, rejected)
         loaded = load_groups(
-            config.inputs, rejects, config.sources, lambda rows: watched(rows, None, "reading", progress)
+            config.inputs,
+            rejects,
+            config.sources,
+            lambda rows: watched(rows, None, "reading", progress),
+            config.second_reward,
         )
-        if math.isnan(config.reward_temperature):
-            raise UserError(_temperature_help(config, loaded))
+        if config.reward_temperature != "auto" and math.isnan(config.reward_temperature):
+            raise TemperatureMissing(scores_as_read(config, loaded))
         counts: Counter[str] = Counter()
         rows = _tokenize(loaded, tokenizer, rejects, counts)
         schema = SCHEMA.append(SOURCE_LOGPS) if check_source_names(loaded, bool(config.sources)) else SCHEMA
@@ -114,7 +121,7 @@ def _write(config: BuildConfig, tokenizer: ChatTokenizer, partial: Path, progres
         sync(rejected)
     if not rejects.skip:
         (partial / REJECTED_FILE).unlink()
-    manifest = _describe(config, tokenizer, loaded, rejects, counts, partial / GROUPS_FILE)
+    manifest = _describe(config, accuracy, tokenizer, loaded, rejects, counts, partial / GROUPS_FILE)
     with open(partial / MANIFEST_FILE, "w", encoding="utf-8") as file:
         file.write(manifest.to_json())
         sync(file)
@@ -200,6 +207,7 @@ def _list_array(lists: list[list], kind: pa.ListType) -> pa.ListArray:
 
 def _describe(
     config: BuildConfig,
+    accuracy: dict[str, Any] | None,
     tokenizer: ChatTokenizer,
     loaded: LoadedRecords,
     rejects: Rejects,
@@ -210,7 +218,8 @@ def _describe(
     num_sources = len(loaded.sources)
     table = reward_table(data.response_offsets, data.source_ids, data.rewards, num_sources)
     scores_GK = table.scores(config.reward_standardization, config.score_aggregation)
-    weights_GK = source_weights(scores_GK, None, config.reward_temperature)
+    tau, rule = temperature(config, accuracy, scores_GK, loaded, data)
+    weights_GK = source_weights(scores_GK, None, tau)
     effective_G = effective_number_of_sources(weights_GK).numpy()
     present_GK = table.mask_GKN.any(dim=2)
     best_GK = (scores_GK == scores_GK.amax(dim=1, keepdim=True)) & present_GK
@@ -231,7 +240,8 @@ def _describe(
         hash=file_sha256(file),
         num_bytes=file.stat().st_size,
         sources=loaded.sources,
-        reward_temperature=config.reward_temperature,
+        reward_temperature=tau,
+        temperature_rule=rule,
         score_aggregation=config.score_aggregation,
         reward_standardization=config.reward_standardization,
         max_length=config.max_length,
@@ -278,18 +288,3 @@ def _describe(
         },
         inputs=loaded.inputs,
     )
-
-
-def _temperature_help(config: BuildConfig, loaded: LoadedRecords) -> str:
-    """What to type, and what a few temperatures would mean on this data."""
-    sizes = [len(g.responses) for g in loaded.groups]
-    source_ids = np.array([source_id for g in loaded.groups for source_id, _ in g.responses])
-    rewards = np.array([reward for g in loaded.groups for reward, _ in g.responses.values()])
-    table = reward_table(np.concatenate([[0], np.cumsum(sizes)]), source_ids, rewards, len(loaded.sources))
-    scores_GK = table.scores(config.reward_standardization, config.score_aggregation)
-    shown = []
-    for tau in EXAMPLE_TEMPERATURES:
-        effective = effective_number_of_sources(source_weights(scores_GK, None, tau)).mean()
-        shown.append(f"{float(effective):.2f} at {tau:g}")
-    what = f"the effective number of sources (of {len(loaded.sources)}) on this data would be {', '.join(shown)}"
-    return f"reward_temperature is required, for example reward_temperature={EXAMPLE_TEMPERATURES[1]:g}: {what}"

@@ -153,6 +153,11 @@ class FusedDataset:
         row = response_id - self.response_offsets[first]
         return values[offsets[row] : offsets[row + 1]]
 
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Where every response was read: [R] index into the inputs, [R] line or row."""
+        inputs, lines = (np.concatenate([_values(b.column(c)) for b in self._batches]) for c in ("inputs", "lines"))
+        return inputs, lines
+
     def prompt_place(self, i: int) -> str:
         """Where the first response of group i was read (for messages that name a prompt)."""
         return self.place(int(self.response_offsets[i]))

@@ -1,8 +1,8 @@
 """manifest.json of a fused data set: everything known about it beside the tokens. `build` writes it, once.
 
 The file carries a hash of its own content, so that a changed value is noticed before it decides anything. Format 1 (of
-earlier versions) has no such hash, and does not say what the model's tokenizer and template are compared with; such
-data sets open as they did, with those fields empty.
+earlier versions) has no such hash, and does not say what the model's tokenizer and template are compared with; format 2
+does not say how a temperature came about. Such data sets open as they did, with those fields empty.
 """
 
 import hashlib
@@ -18,12 +18,16 @@ from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
 from fuserl_megatron.util.paths import did_you_mean
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
 MANIFEST_FILE, OWN_HASH = "manifest.json", "manifest_hash"
 RUN_COPY = "data_manifest.json"
 """The copy in results_dir of the manifest of what a run was trained on: a later export reads it."""
-NEW_IN_2 = ("chat_template", "chat_template_given", "template_kwargs", "end_of_turn_id", "identity")
+NEW_IN = {
+    2: (OWN_HASH, "chat_template", "chat_template_given", "template_kwargs", "end_of_turn_id", "identity"),
+    3: ("temperature_rule",),
+}
+"""Fields that a format brought."""
 AGAIN = "build the data set again"
 
 
@@ -39,6 +43,9 @@ class Manifest:
     sources: list[str]
     """Source ids are indices into this list."""
     reward_temperature: float
+    """tau, always the number; with `reward_temperature=auto` the rule's."""
+    temperature_rule: dict[str, Any] | None = None
+    """What auto worked tau out from (data/temperature.py). None: tau was given, or an earlier format."""
     score_aggregation: str
     reward_standardization: str
     max_length: int
@@ -123,11 +130,10 @@ class Manifest:
             raise UserError(f"{path} is not readable ({first_line(error)}): {AGAIN}") from None
         version = values.get("format_version") if isinstance(values, dict) else None
         if type(version) is not int or version not in READABLE:
-            known = " and ".join(map(str, READABLE))
+            known = ", ".join(map(str, READABLE))
             raise UserError(f"{path}: format version {str(version)[:40]}, this program reads {known}: {AGAIN}")
-        own = {OWN_HASH, *NEW_IN_2}
-        expected = {f.name for f in fields(cls)} | {OWN_HASH}
-        if odd := sorted(set(values) ^ (expected if version > 1 else expected - own)):
+        later = {name for since, names in NEW_IN.items() if since > version for name in names}
+        if odd := sorted(set(values) ^ ({f.name for f in fields(cls)} | {OWN_HASH}) - later):
             raise UserError(f"{path}: fields missing or unknown ({', '.join(odd)[:200]}): {AGAIN}")
         if version > 1 and values.pop(OWN_HASH) != _hash_of(values):
             raise UserError(f"{path}: its content was changed after it was written (hash): copy the file, or {AGAIN}")

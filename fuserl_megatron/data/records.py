@@ -9,7 +9,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, TextIO
@@ -86,10 +86,16 @@ class LoadedRecords:
     """records, duplicates, filtered_by_source."""
     unknown_keys: Counter[str]
     """Keys that no reader knows -> how many records carried them. They are ignored."""
+    second_rewards: dict[Place, float] = field(default_factory=dict)
+    """With `second_reward`: where a response was read -> what that field holds."""
 
 
 def load_groups(
-    inputs: Sequence[str], rejects: Rejects, sources: Sequence[str] = (), watch: Callable[[Iterator], Iterable] = iter
+    inputs: Sequence[str],
+    rejects: Rejects,
+    sources: Sequence[str] = (),
+    watch: Callable[[Iterator], Iterable] = iter,
+    second_reward: str | None = None,
 ) -> LoadedRecords:
     """Read, check and group all records. Everything is held in memory (about the size of the text).
 
@@ -98,10 +104,14 @@ def load_groups(
         rejects: what to do with a bad record.
         sources: keep only these sources, in this order of ids; empty keeps all, ids by first appearance.
         watch: wrapped around the rows of each input (a progress bar).
+        second_reward: a further field that every record must have, a number like the reward.
 
     Raises:
         UserError: an input that cannot be read, a bad record under `stop`, a source that never appears, nothing left.
     """
+    known = (*FIELDS, *OPTIONAL_FIELDS, *IGNORED_FIELDS)
+    if second_reward in known:
+        raise UserError(f"second_reward={second_reward}: that field means something else; name one of your own")
     source_ids = {name: i for i, name in enumerate(dict.fromkeys(sources))}
     groups: dict[tuple[Messages, str], RecordGroup] = {}
     loaded = LoadedRecords([], [], [], Counter(), Counter())
@@ -111,8 +121,8 @@ def load_groups(
         for place, raw in watch(rows(name)):
             loaded.counts["records"] += 1
             try:
-                record = raw if isinstance(raw, dict) else _decode(place, raw)
-                loaded.unknown_keys.update(_unknown_keys(record))
+                record = raw if isinstance(raw, dict) else decode(place, raw)
+                loaded.unknown_keys.update(_unknown_keys(record, (*known, second_reward)))
                 if isinstance(record.get("source"), str):
                     seen.add(record["source"])
                     if sources and record["source"] not in sources:
@@ -121,18 +131,22 @@ def load_groups(
                 messages, source, response, reward = check_record(place, record)
                 logps = check_source_mean_logps(place, record.get("source_mean_logps"))
                 prompt = messages, canonical_tools(place, record.get("tools"))
+                second = None
+                if second_reward is not None:
+                    second = number_field(place, record, second_reward, (*FIELDS, second_reward))
                 group = groups.get(prompt)
                 source_id = source_ids.setdefault(source, len(source_ids))
                 key = (source_id, response)
                 if group is not None and key in group.responses:
                     earlier, first = group.responses[key]
-                    if earlier != reward:
-                        what = f"reward {reward} for the same prompt, source and response as {first[0]}:{first[1]}"
-                        raise BadRecord(place, "conflicting_reward", f"{what}, which has reward {earlier}")
+                    _same(place, "reward", reward, earlier, first)
+                    _same(place, second_reward, second, loaded.second_rewards.get(first), first)
                     loaded.counts["duplicates"] += 1
                     continue
                 group = groups.setdefault(prompt, RecordGroup(*prompt))
                 group.responses[key] = (reward, place)
+                if second is not None:
+                    loaded.second_rewards[place] = second
                 if logps:
                     group.source_mean_logps[key] = logps
             except BadRecord as bad:
@@ -160,24 +174,46 @@ def check_record(place: Place, record: dict[str, Any]) -> tuple[Messages, str, s
         BadRecord: a field is missing, of the wrong type, empty, or not finite; the message names the field.
     """
     for name in FIELDS:
-        if record.get(name) is None:
-            what = f"field {name!r} is missing" if name not in record else f"field {name!r} is null"
-            raise BadRecord(place, f"missing_{name}", f"{what}: a record needs {', '.join(FIELDS)}")
+        _check_present(place, record, name, FIELDS)
     source = text_field(place, "source", record["source"])
     response = text_field(place, "response", record["response"])
-    reward = record["reward"]
-    if isinstance(reward, bool) or not isinstance(reward, int | float):
-        raise BadRecord(place, "wrong_type_reward", f"field 'reward' must be a number, not {shown(reward)}")
-    try:
-        reward = float(reward)
-    except OverflowError:
-        reward = math.inf
-    if not abs(reward) <= LARGEST_REWARD:
-        limit = (
-            "a finite number" if not math.isfinite(reward) else f"at most {LARGEST_REWARD:g} in size (squares overflow)"
-        )
-        raise BadRecord(place, "non_finite_reward", f"field 'reward' is {reward}: it must be {limit}")
+    reward = number_field(place, record, "reward", FIELDS)
     return canonical_prompt(place, record["prompt"]), source, response, reward
+
+
+def number_field(place: Place, record: dict[str, Any], name: str, needed: Sequence[str]) -> float:
+    """A reward; `needed` are the fields that such a record has, for the message.
+
+    Raises:
+        BadRecord: the field is missing, no number, not finite, or so large that its square would not be.
+    """
+    _check_present(place, record, name, needed)
+    value = record[name]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRecord(place, f"wrong_type_{name}", f"field {name!r} must be a number, not {shown(value)}")
+    try:
+        value = float(value)
+    except OverflowError:
+        value = math.inf
+    if not abs(value) <= LARGEST_REWARD:
+        limit = (
+            "a finite number" if not math.isfinite(value) else f"at most {LARGEST_REWARD:g} in size (squares overflow)"
+        )
+        raise BadRecord(place, f"non_finite_{name}", f"field {name!r} is {value}: it must be {limit}")
+    return value
+
+
+def _check_present(place: Place, record: dict[str, Any], name: str, needed: Sequence[str]) -> None:
+    if record.get(name) is None:
+        what = f"field {name!r} is missing" if name not in record else f"field {name!r} is null"
+        raise BadRecord(place, f"missing_{name}", f"{what}: a record needs {', '.join(needed)}")
+
+
+def _same(place: Place, name: str | None, value: float | None, earlier: float | None, first: Place) -> None:
+    """A duplicate must have the number of the first one, or nobody knows which is meant."""
+    if value != earlier:
+        what = f"{name} {value} for the same prompt, source and response as {first[0]}:{first[1]}"
+        raise BadRecord(place, f"conflicting_{name}", f"{what}, which has {name} {earlier}")
 
 
 def check_source_mean_logps(place: Place, value: Any) -> dict[str, float]:
@@ -216,7 +252,12 @@ def check_source_names(loaded: LoadedRecords, filtered: bool) -> bool:
     return found
 
 
-def _decode(place: Place, line: bytes) -> dict[str, Any]:
+def decode(place: Place, line: bytes) -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Raises:
+        BadRecord: not UTF-8, not JSON, no object, or a key that stands twice.
+    """
     try:
         record = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_each_key_once)
     except UnicodeDecodeError as error:
@@ -237,12 +278,12 @@ def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _unknown_keys(record: dict[str, Any]) -> set[str]:
+def _unknown_keys(record: dict[str, Any], known: Collection[str | None]) -> set[str]:
     """Keys that nothing reads, those of messages as prompt[].key."""
-    unknown = {k for k in record if k not in (*FIELDS, *OPTIONAL_FIELDS, *IGNORED_FIELDS)}
+    unknown = {k for k in record if k not in known}
     if isinstance(record.get("prompt"), list):
         for message in record["prompt"]:
             if isinstance(message, dict) and len(message) > 2:
-                known = ("role", "content", *MORE_FIELDS.get(str(message.get("role")), ()))
-                unknown.update(f"prompt[].{k}" for k in message if k not in known and message[k] is not None)
+                theirs = ("role", "content", *MORE_FIELDS.get(str(message.get("role")), ()))
+                unknown.update(f"prompt[].{k}" for k in message if k not in theirs and message[k] is not None)
     return unknown

@@ -3,6 +3,7 @@
 import sys
 
 from fuserl_megatron.data.dataset import Manifest
+from fuserl_megatron.data.temperature import rule_line
 from fuserl_megatron.util.text import printable
 
 SOURCE_COLUMNS = ("source", "prompts", "responses", "mean reward", "mean weight", "win rate")
@@ -43,6 +44,8 @@ def summary_lines(manifest: Manifest) -> list[str]:
         f"max {t['response_max']:,}, prompt + response max {t['total_max']:,} (max_length {m.max_length:,})",
         f"end of turn: {m.end_of_turn}",
     ]
+    if m.temperature_rule:
+        lines.insert(1, rule_line(m.reward_temperature, m.temperature_rule))
     counted = ", ".join(f"{name} {n:,}" for name, n in m.counts.items() if n and name != "records")
     lines.append(f"of {m.counts['records']:,} records: {counted or 'nothing dropped, cut or unusual'}")
     if m.counts.get("prompts_with_the_date"):

@@ -126,10 +126,10 @@ def standardize(rewards_GKN: Tensor, mask_GKN: Tensor | None = None, over: str =
     start = -2 if over == "prompt" else 0
     rows = rewards_GKN.flatten(start)
     mask = mask_GKN.flatten(start)
-    centered = _centered(rows, mask)
+    deviations = centered(rows, mask)
     count = mask.sum(dim=-1, keepdim=True).clamp(min=1)
-    std = (centered.square().sum(dim=-1, keepdim=True) / count).sqrt()
-    return (centered / std.masked_fill(std == 0.0, 1.0)).reshape(rewards_GKN.shape)
+    std = (deviations.square().sum(dim=-1, keepdim=True) / count).sqrt()
+    return (deviations / std.masked_fill(std == 0.0, 1.0)).reshape(rewards_GKN.shape)
 
 
 def rloo_advantages(rewards_N: Tensor, mask_N: Tensor | None = None) -> Tensor:
@@ -146,7 +146,7 @@ def rloo_advantages(rewards_N: Tensor, mask_N: Tensor | None = None) -> Tensor:
     """
     rewards_N, mask_N = _rewards_and_mask(rewards_N, mask_N)
     count = mask_N.sum(dim=-1, keepdim=True)
-    return _centered(rewards_N, mask_N) * count / (count - 1).clamp(min=1)
+    return centered(rewards_N, mask_N) * count / (count - 1).clamp(min=1)
 
 
 def best_and_worst_indices(rewards_N: Tensor, mask_N: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +187,7 @@ def _rewards_and_mask(rewards: Tensor, mask: Tensor | None, what: str = "reward"
     return rewards, mask
 
 
-def _centered(rewards: Tensor, mask: Tensor) -> Tensor:
+def centered(rewards: Tensor, mask: Tensor) -> Tensor:
     """Rewards minus their masked mean over the last dimension, exactly 0 where all are equal; 0 outside the mask.
 
     The largest reward is taken off first: equal rewards then are exact zeros, and a large offset costs no digits.

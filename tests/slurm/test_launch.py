@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,9 @@ def test_what_sbatch_refuses_is_one_line_and_nothing_stays(cluster, words, case,
     assert main(["launch", *words, *more]) == 2
     error = capfd.readouterr().err
     assert error.startswith("fuserl: error: ") and said in error and error.count("\n") == 1
+    deadline = time.monotonic() + 600
+    while cluster.run("squeue", "--noheader") and time.monotonic() < deadline:  # one that had begun takes a moment to end
+        time.sleep(0.1)
     assert cluster.run("squeue", "--noheader") == ""
 
 

@@ -187,8 +187,18 @@ def test_required_fields_say_what_to_type():
     assert error_of("train") == "model.path: required and not set; type model.path=/models/Llama-3.1-8B-Instruct."
     assert error_of("train", "model.path=/m").startswith("data.path: required and not set; type data.path=")
     assert error_of("build", *BUILD[:3]).startswith(
-        "reward_temperature: required and not set; type reward_temperature=0.01"
+        "reward_temperature: required and not set; type reward_temperature=auto reward_accuracy=0.75"
     )
+
+
+def test_auto_is_a_temperature_of_a_build_alone():
+    assert load_config("build", [*BUILD[:3], "reward_temperature=auto"]).reward_temperature == "auto"
+    assert error_of("build", *BUILD, "reward_temperature=atuo").startswith(
+        "reward_temperature=atuo: must be a number or auto"
+    )
+    assert error_of("build", *BUILD, "reward_temperature=null").startswith("reward_temperature=null: must be a number")
+    line = error_of("train", *PATHS, "data.reward_temperature=auto")
+    assert line.startswith("data.reward_temperature=auto: auto is worked out by `fuserl build`; null takes")
 
 
 def test_missing_files(tmp_path):

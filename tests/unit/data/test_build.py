@@ -136,13 +136,12 @@ def test_a_prompt_that_is_too_long_stops_with_file_and_line(build_dataset, make_
     assert listing(tmp_path) == ["in.jsonl"]
 
 
-def test_the_temperature_is_required_and_the_message_says_what_it_does(build_dataset, make_record, tmp_path):
+def test_the_temperature_is_required(build_dataset, make_record, tmp_path):
     records = [make_record(source=s, reward=r) for s, r in zip("abcd", (0.18, 0.165, 0.172, 0.151), strict=True)]
     with pytest.raises(UserError) as error:
         build_dataset(records, reward_temperature=float("nan"))
     message = str(error.value)
-    assert "reward_temperature=0.1" in message and "\n" not in message
-    assert "(of 4) on this data would be 2.83 at 0.01, 3.98 at 0.1, 4.00 at 1" in message
+    assert "reward_temperature=auto with reward_accuracy=A" in message and "\n" not in message
     with pytest.raises(UserError, match="reward_temperature=-1"):
         build_dataset(records, reward_temperature=-1.0)
     assert listing(tmp_path) == ["in.jsonl"]
@@ -263,7 +262,7 @@ def test_refusing_what_is_not_a_fused_data_set(build_dataset, make_record, tmp_p
     groups.write_bytes(changed)
     refused("its content is not what the manifest describes")
     groups.write_bytes(whole)
-    manifest.write_text(text.replace('"format_version": 2', '"format_version": 99'))
+    manifest.write_text(text.replace('"format_version": 3', '"format_version": 99'))
     refused("format version 99, this program reads 1")
     manifest.write_text(text.replace('"max_length"', '"max_size"'))
     refused("fields missing or unknown")

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_manifest import as_format_1
+from test_manifest import as_format
 
 from fuserl_megatron.cli import main
 from fuserl_megatron.config.schema import UserError
@@ -141,7 +141,7 @@ def test_another_rendering_is_refused_unless_it_is_meant(
 
 
 def test_format_1_is_compared_by_its_hashes(chatml, copy, tokenizers_dir):
-    (chatml.path / "manifest.json").write_text(json.dumps(as_format_1(chatml.path)))
+    (chatml.path / "manifest.json").write_text(json.dumps(as_format(1, chatml.path)))
     assert compare(str(chatml.path), "model.path", tokenizers_dir["chatml"]) == []
     with pytest.raises(UserError, match="is another one: vocabulary, merges or special tokens differ"):
         compare(str(chatml.path), "model.path", tokenizers_dir["llama3"])

@@ -1,12 +1,13 @@
 """manifest.json: covered by its own hash; whatever stands in it is refused in one line or harmless; format 1 opens."""
 
+import hashlib
 import json
 
 import pytest
 
 from fuserl_megatron.config.schema import ObjectiveConfig, UserError
 from fuserl_megatron.data.dataset import FusedDataset, Manifest
-from fuserl_megatron.data.manifest import NEW_IN_2, OWN_HASH
+from fuserl_megatron.data.manifest import FORMAT_VERSION, NEW_IN, OWN_HASH
 from fuserl_megatron.data.pairs import prepare
 
 VALUES = [None, True, -1, 0, 3, 10**20, 1.5, float("nan"), float("inf"), "", "x", [], {}]
@@ -19,12 +20,15 @@ def records():
     return [dict(prompt=f"w{p}", source=s, response=f"w{p} w{n}", reward=n) for p, s, n in cases]
 
 
-def as_format_1(directory):
+def as_format(version, directory):
     """The same data set as an earlier version wrote it."""
-    values = json.loads((directory / "manifest.json").read_text())
-    for name in (OWN_HASH, *NEW_IN_2):
-        del values[name]
-    return values | {"format_version": 1}
+    values = json.loads((directory / "manifest.json").read_text()) | {"format_version": version}
+    del values[OWN_HASH]
+    for later in range(version + 1, FORMAT_VERSION + 1):
+        for name in set(NEW_IN[later]) - {OWN_HASH}:
+            del values[name]
+    own = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return values if version == 1 else values | {OWN_HASH: own}
 
 
 def opened(directory, values):
@@ -41,7 +45,7 @@ def opened(directory, values):
 
 
 def test_every_edit_of_every_field_is_refused(build_dataset, records):
-    """286 and more: fields times 13 values. Format 2 covers itself: nothing changed opens."""
+    """286 and more: fields times 13 values. The file covers itself: nothing changed opens."""
     directory = build_dataset(records).path
     whole = json.loads((directory / "manifest.json").read_text())
     assert opened(directory, whole) == "harmless"
@@ -56,13 +60,22 @@ def test_every_edit_of_every_field_is_refused(build_dataset, records):
 def test_format_1_opens_and_its_wrong_types_are_one_line(build_dataset, records):
     """It has no hash: whatever has the right type must at least do no harm."""
     directory = build_dataset(records).path
-    old = as_format_1(directory)
+    old = as_format(1, directory)
     assert opened(directory, old) == "harmless"
     assert Manifest.read(directory).chat_template is Manifest.read(directory).identity is None
     outcomes = {(name, str(v)): opened(directory, old | {name: v}) for name in old for v in VALUES}
     assert list(outcomes.values()).count("refused") > 200
     for name in ("sources", "tokens", "num_prompts", "score_aggregation", "hash", "num_bytes"):
         assert all(how == "refused" for (field, _), how in outcomes.items() if field == name), name
+
+
+def test_format_2_opens_without_the_field_that_came_after_it(build_dataset, records):
+    directory = build_dataset(records).path
+    old = as_format(2, directory)
+    assert "temperature_rule" not in old and opened(directory, old) == "harmless"
+    assert Manifest.read(directory).temperature_rule is None and Manifest.read(directory).identity
+    assert opened(directory, old | {"temperature_rule": None}) == "refused"
+    assert opened(directory, old | {"reward_temperature": 7.0}) == "refused"
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"format_version": ' + "9" * 5000 + "}", "\udcff", "3", "null"])
