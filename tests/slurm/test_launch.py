@@ -103,7 +103,7 @@ def test_what_sbatch_refuses_is_one_line_and_nothing_stays(cluster, words, case,
     error = capfd.readouterr().err
     assert error.startswith("fuserl: error: ") and said in error and error.count("\n") == 1
     deadline = time.monotonic() + 600
-    while cluster.run("squeue", "--noheader") and time.monotonic() < deadline:  # one that had begun takes a moment to end
+    while cluster.run("squeue", "--noheader") and time.monotonic() < deadline:  # one that began takes a moment
         time.sleep(0.1)
     assert cluster.run("squeue", "--noheader") == ""
 
