@@ -44,7 +44,7 @@ MESSAGES = [
     [],
 ]
 OTHERS = [[], {}, [1], {"a": 1}, [[[[]]]], {"text": "x"}]
-KEYS = ["prompt", "source", "response", "reward", "meta", "tools", "source_mean_logps"]
+KEYS = ["prompt", "source", "response", "reward", "meta", "tools", "source_mean_logps", "other"]
 KEYS += ["x\ud800", "\x1b[31m", "Reward", ""]
 RAW = [b"[" * 9000, b'{"a":' * 900, b"7" * 5000, b"\xff", b"{}", b""]
 SAFE = ("Cc", "Cs")
@@ -62,6 +62,7 @@ def record(rng: random.Random) -> dict:
         "source": rng.choice("abc"),
         "response": rng.choice(["yes", "no", f"answer {rng.randrange(99)}"]),
         "reward": rng.random(),
+        "other": rng.random(),
     }
     for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):
         key = rng.choice(KEYS)
@@ -126,6 +127,16 @@ def check(code: int, said: str, complaint: str, folder: Path) -> None:
         raise Wrong(f"counts do not add up: {kept} kept, {c}")
 
 
+def temperature(rng: random.Random, folder: Path) -> list[str]:
+    """A number, or auto with one of the three ways to an accuracy; the labelled pairs may be as odd as the records."""
+    pairs = [{"chosen_reward": rng.random() + 0.3, "rejected_reward": rng.random()} for _ in range(9)]
+    if rng.random() < 0.7:
+        rng.choice(pairs)[rng.choice(["chosen_reward", "rejected_reward", *KEYS])] = value(rng)
+    (folder / "in.pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    ways = [f"calibration={folder}/in.pairs.jsonl", "second_reward=other", "reward_accuracy=0.8"]
+    return rng.choice([["reward_temperature=0.1"], ["reward_temperature=auto", rng.choice(ways)]])
+
+
 def run(seed: int, seconds: float, cases: int | None = None) -> Report:
     """Build until the time or the cases are over."""
     report = Report("records", seed)
@@ -139,7 +150,7 @@ def run(seed: int, seconds: float, cases: int | None = None) -> Report:
                 os.rename(folder / "fused", folder / "in.old")
             file = write(rng, folder)
             words = [f"inputs=[{file}]", f"output={folder}/fused", f"tokenizer={folder}/tokenizer"]
-            words += ["reward_temperature=0.1", f"on_bad_record={rng.choice(['stop', 'skip', 'skip'])}"]
+            words += [*temperature(rng, folder), f"on_bad_record={rng.choice(['stop', 'skip', 'skip'])}"]
             words += [f"max_length={rng.choice([16, 2048])}"]
 
             def case(words: list[str] = words) -> None:

@@ -136,10 +136,15 @@ def test_it_works_as_typed(typed, line):
     typed(line)
 
 
-def test_a_build_without_a_temperature_says_what_a_few_would_mean(place, monkeypatch, capsys):
-    """The line that docs/data_format.md promises, from the command line."""
+def test_a_build_without_a_temperature_shows_what_the_rule_gives(place, monkeypatch, capsys):
+    """The table of docs/data_format.md, as it is there: one prompt with the four scores of that page."""
     monkeypatch.chdir(place)
-    assert main(["build", "inputs=[scored.jsonl]", "output=none", "tokenizer=models/target"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("fuserl: error: reward_temperature is required") and said.count("\n") == 1
-    assert "the effective number of sources (of 2) on this data would be" in said and not (place / "none").exists()
+    scores = zip("abcd", (0.18, 0.165, 0.172, 0.151), strict=True)
+    rows = [json.dumps({"prompt": "p", "source": s, "response": s, "reward": r}) + "\n" for s, r in scores]
+    (place / "four.jsonl").write_text("".join(rows))
+    assert main(["build", "inputs=[four.jsonl]", "output=none", "tokenizer=models/target"]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("fuserl: error: reward_temperature is required") and err.count("\n") == 1
+    page = (ROOT / "docs" / "data_format.md").read_text()
+    assert out.count("\n") == 5 and all(f"    {line}\n" in page for line in out.splitlines())
+    assert not (place / "none").exists()
