@@ -90,7 +90,7 @@ def typed(place, monkeypatch, capsys):
         monkeypatch.delenv(name, raising=False)
     started = []
     monkeypatch.setattr("fuserl_megatron.commands._becomes_rank", lambda config, ranks: False)
-    monkeypatch.setattr(local, "run_ranks", lambda command, ranks: started.append(ranks) or 0)
+    monkeypatch.setattr(local, "run_ranks", lambda command, ranks, **_: started.append(ranks) or 0)
 
     def run(line):
         words, redirected, file = shlex.split(line)[1:], None, None
