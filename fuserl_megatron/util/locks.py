@@ -51,7 +51,7 @@ def only_writer(file: Path, destination: str | Path, advice: str) -> Iterator[No
             with contextlib.suppress(OSError):  # those that could be made
                 folder.rmdir()
         why = "a file is in the way" if isinstance(error, FileExistsError | NotADirectoryError) else error.strerror
-        raise UserError(f"{destination}: cannot be written ({why}); {advice}") from None
+        raise UserError(f"{destination}: cannot be created ({why}); {advice}") from None
     try:
         yield
     finally:

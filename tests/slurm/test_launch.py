@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -80,12 +81,14 @@ def test_the_chain_completes_and_is_what_the_dry_run_showed(cluster, words, tmp_
 
 
 def test_a_failing_stage_cancels_what_waits_for_it(cluster, words, case, tmp_path, capfd):
-    words += ["stages=[fusesft,fusepo,export]", "fusesft.data.path=/nowhere", f"fusepo.data.path={case['data']}"]
+    broken = Path(shutil.copytree(case["data"], tmp_path / "broken"))
+    (broken / "groups.arrow").unlink()  # one that is not there at all would be refused before
+    words += ["stages=[fusesft,fusepo,export]", f"fusesft.data.path={broken}", f"fusepo.data.path={case['data']}"]
     assert main(["launch", *words]) == 0
     folder = tmp_path / "run" / "launch"
     jobs = json.loads((folder / "jobs.json").read_text())
     assert [cluster.wait(job) for job in jobs.values()] == ["FAILED", "CANCELLED", "CANCELLED"]
-    assert "fuserl: error: /nowhere" in (folder / "fusesft.log").read_text()
+    assert f"fuserl: error: {broken}" in (folder / "fusesft.log").read_text()
     assert not list(folder.glob("*.done")) and not (tmp_path / "run" / "fusepo").exists()
 
 

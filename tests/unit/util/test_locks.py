@@ -82,7 +82,7 @@ def test_a_place_that_cannot_be_written_is_one_line_with_advice(tmp_path, monkey
     for folder in ("file", "file/x", "made/file"):
         if folder.startswith("made"):  # the file system turns read-only after the folder was made
             monkeypatch.setattr(locks, "_acquire", lambda file, *_: (_ for _ in ()).throw(OSError(30, "Read-only")))
-        with pytest.raises(UserError, match=r"^runs/x: cannot be written \((a file is in the way|Read-only)\); choose"):
+        with pytest.raises(UserError, match=r"^runs/x: cannot be created \((a file is in the way|Read-only)\); choose"):
             with only_writer(tmp_path / folder / ".lock", "runs/x", "choose another run.results_dir"):
                 raise AssertionError("nothing can be written there")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
