@@ -39,7 +39,7 @@ def steps(run):
 
 
 def test_local_executor_runs_the_chain_and_stops_at_a_failure(words, tmp_path, capfd):
-    assert main(["launch", *words, "fusesft.data.path=/nowhere"]) == 1
+    assert main(["launch", *words, f"fusesft.data.path={tmp_path}/run/build_sft/nowhere"]) == 1
     assert "fusesft did not come to its end" in capfd.readouterr().err
     assert (tmp_path / "run" / "launch" / "build_sft.done").is_file()
     assert main(["launch", *words]) == 0
@@ -94,7 +94,8 @@ def test_usr1_saves_and_queues_the_job_again(cluster, words, tmp_path):
 
 
 def test_a_failing_stage_cancels_what_waits_for_it(cluster, words, tmp_path):
-    jobs = submitted([*words, "build_sft.inputs=[/nowhere.jsonl]"], tmp_path)
+    (tmp_path / "bad.jsonl").write_text("no record\n")
+    jobs = submitted([*words, f"build_sft.inputs=[{tmp_path / 'bad.jsonl'}]"], tmp_path)
     assert [cluster.wait(job) for job in jobs.values()] == ["FAILED", "CANCELLED"]
 
 
