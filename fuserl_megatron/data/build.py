@@ -29,7 +29,6 @@ from fuserl_megatron.data.dataset import (
     FusedDataset,
     Manifest,
 )
-from fuserl_megatron.data.files import file_sha256, sync
 from fuserl_megatron.data.identity import identity_of
 from fuserl_megatron.data.inputs import expand_inputs
 from fuserl_megatron.data.messages import BadRecord, as_dicts
@@ -41,6 +40,7 @@ from fuserl_megatron.data.temperature import TemperatureMissing, known_accuracy,
 from fuserl_megatron.data.templates import BadPrompt
 from fuserl_megatron.data.tokenize import ChatTokenizer
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
+from fuserl_megatron.util.files import file_sha256, sync
 from fuserl_megatron.util.whole_directory import create_partial, discard, publish
 
 TEXT_COUNTS = (

@@ -16,7 +16,6 @@ from typing import Any, TextIO
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.words import first_line
-from fuserl_megatron.data.files import file_sha256
 from fuserl_megatron.data.inputs import (
     FIELDS,
     IGNORED_FIELDS,
@@ -34,6 +33,7 @@ from fuserl_megatron.data.messages import (
     shown,
     text_field,
 )
+from fuserl_megatron.util.files import file_sha256
 
 
 class Rejects:

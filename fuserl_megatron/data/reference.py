@@ -19,7 +19,7 @@ import torch
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.dataset import Manifest
-from fuserl_megatron.data.files import file_sha256, write_file
+from fuserl_megatron.util.files import file_sha256, write_file
 from fuserl_megatron.util.json_files import read_json
 
 DATA_FILE, KEY_FILE = "reference_logps.f32", "reference.json"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fuserl_megatron.config.schema import BuildConfig, UserError
 from fuserl_megatron.data.dataset import FusedDataset
-from fuserl_megatron.data.files import file_sha256
 from fuserl_megatron.data.inputs import rows
 from fuserl_megatron.data.records import LoadedRecords, decode, number_field
 from fuserl_megatron.data.rewards import reward_table
@@ -28,6 +27,7 @@ from fuserl_megatron.objectives.temperature import (
     within_prompt_deviation,
 )
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
+from fuserl_megatron.util.files import file_sha256
 
 EXAMPLE_ACCURACIES = (0.65, 0.75, 0.9)
 PAIR_FIELDS = ("chosen_reward", "rejected_reward")

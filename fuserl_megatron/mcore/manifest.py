@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.files import file_sha256, sync_path
 from fuserl_megatron.mcore.dist_format import AGAIN, CONFIG, INDEX, is_number
+from fuserl_megatron.util.files import file_sha256, sync_path
 from fuserl_megatron.util.json_files import BadFile, is_plain_name, parse_json, read_bytes
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"

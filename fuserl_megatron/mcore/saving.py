@@ -27,7 +27,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from fuserl_megatron.data.files import sync_path, write_file
 from fuserl_megatron.mcore.dist_format import (
     COMMON,
     CONFIG,
@@ -39,6 +38,7 @@ from fuserl_megatron.mcore.dist_format import (
 )
 from fuserl_megatron.mcore.manifest import PROGRESS, describe, write_manifest
 from fuserl_megatron.mcore.parallel import Layout, any_rank, from_all_ranks, from_main_rank
+from fuserl_megatron.util.files import sync_path, write_file
 
 
 class Saving:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
-from fuserl_megatron.data.files import write_file
 from fuserl_megatron.train.trackers import Trackers
+from fuserl_megatron.util.files import write_file
 from fuserl_megatron.util.text import printable
 
 SHOWN = {

@@ -10,7 +10,6 @@ from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import Config, UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.data.dataset import FusedDataset
-from fuserl_megatron.data.files import write_file
 from fuserl_megatron.data.manifest import MANIFEST_FILE, RUN_COPY
 from fuserl_megatron.mcore import checkpoint, parallel, weights
 from fuserl_megatron.mcore.dist_format import iteration_directory
@@ -39,6 +38,7 @@ from fuserl_megatron.train.stopping import Stopped, Stopping, resume_command
 from fuserl_megatron.train.summary import describe_end, describe_start, versions
 from fuserl_megatron.train.validation import History, is_due, validate
 from fuserl_megatron.train.watchdog import Watchdog
+from fuserl_megatron.util.files import write_file
 
 
 def train(config: Config) -> int:

@@ -23,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fuserl_megatron.config.words import seconds_of
-from fuserl_megatron.data.files import write_file
+from fuserl_megatron.util.files import write_file
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Held from the first moment of a command on."""

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.files import sync_path
 from fuserl_megatron.util.locks import only_writer
 
 SLACK_BYTES = 2**20  # headers, index, directory entries
@@ -99,7 +100,7 @@ def publish(partial: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.replaced-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         for file in [*partial.rglob("*"), partial]:
-            _sync(file)
+            sync_path(file)
         try:
             if target.exists():
                 os.rename(target, aside)
@@ -107,7 +108,7 @@ def publish(partial: Path, target: Path) -> None:
         finally:
             if aside.exists() and not target.exists():
                 os.rename(aside, target)
-        _sync(target.parent)
+        sync_path(target.parent)
     except OSError as error:
         raise cannot_write(target, error) from error
     try:
@@ -167,11 +168,3 @@ def size(num_bytes: int) -> str:
 def cannot_write(target: Path, error: OSError, what: str = "written") -> UserError:
     """One line for what the file system refused."""
     return UserError(f"{target}: cannot be {what} ({error.strerror or error}); choose another destination")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -123,7 +123,7 @@ def test_the_title_is_the_run_s_name_or_says_what_it_is():
 
 
 def test_the_base_is_named_as_the_hub_names_it(tmp_path):
-    cache = "/root/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/abc"
+    cache = "/home/me/.cache/huggingface/hub/models--meta-llama--Llama-3.1-8B/snapshots/abc"
     assert base_model(cache) == base_model("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
     (tmp_path / "sft" / "hf").mkdir(parents=True)
     assert base_model(str(tmp_path / "sft" / "hf")) == "sft-hf" and base_model(None) is None

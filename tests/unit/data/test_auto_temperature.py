@@ -10,9 +10,9 @@ import pytest
 from fuserl_megatron.cli import main
 from fuserl_megatron.config.schema import Config, ObjectiveConfig, UserError
 from fuserl_megatron.data.dataset import FusedDataset
-from fuserl_megatron.data.files import file_sha256
 from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.train.resume import run_identity
+from fuserl_megatron.util.files import file_sha256
 
 SCORES = {"w1": (0.18, 0.165, 0.172, 0.151), "w2": (0.2, 0.24), "w9": (0.5,)}
 DEVIATION = math.sqrt((0.000454 / 3 + 0.0008) / 2)  # variances of the first two prompts; the third has none

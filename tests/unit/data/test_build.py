@@ -16,9 +16,9 @@ from fuserl_megatron.config.schema import BuildConfig, ObjectiveConfig, UserErro
 from fuserl_megatron.data import build as build_module
 from fuserl_megatron.data.build import build
 from fuserl_megatron.data.dataset import FusedDataset, Manifest
-from fuserl_megatron.data.files import file_sha256
 from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.data.summary import print_summary
+from fuserl_megatron.util.files import file_sha256
 
 
 def listing(directory):
