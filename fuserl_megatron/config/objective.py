@@ -1,25 +1,30 @@
 """Which settings of `objective` belong together: options per stage and loss, and the defaults of those left null.
 
-What each loss reads stands in objectives/loss_table.py, which is plain data (no torch); nothing is repeated here.
+What each loss reads stands in its `LossSpec` (objectives/); nothing is repeated here. The table of losses is imported
+inside the functions, for it brings torch.
 """
 
+from __future__ import annotations
+
 import dataclasses
+from typing import TYPE_CHECKING, Any
 
 from fuserl_megatron.config.schema import Config, ObjectiveConfig
-from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit, checked_options, needs_reference
 from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.util.text import show
+from fuserl_megatron.util.text import nearest, show
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fuserl_megatron.objectives.batch_loss import BatchLoss
+    from fuserl_megatron.objectives.spec import LossSpec
 
 OF_STAGE = {
     "fusesft": ("selection", "top_m", "nll_reduction"),
-    "fusepo": (
-        "loss",
-        *dict.fromkeys(option for spec in LOSSES.values() for option in spec.options),
-        "target_source",
-        "reference",
-        "reference_mode",
-        "min_reward_gap",
-        "max_reward_gap",
+    "fusepo": tuple(
+        field.name
+        for field in dataclasses.fields(ObjectiveConfig)
+        if field.name not in ("stage", "selection", "top_m", "nll_reduction")
     ),
 }
 DEFAULT_TOP_M = 4
@@ -42,10 +47,36 @@ def check_objective(objective: ObjectiveConfig) -> None:
         _check_loss(objective)
 
 
-def loss_options(objective: ObjectiveConfig) -> dict[str, object]:
+def spec_of(objective: ObjectiveConfig) -> LossSpec:
+    """The loss that objective.loss names.
+
+    Raises:
+        UserError: there is no such loss, with the nearest name.
+    """
+    from fuserl_megatron.objectives import LOSSES
+
+    name = objective.loss
+    if name is None:
+        raise UserError("objective.loss=null: objective.stage=fusepo needs a loss; objective.loss=ln_dpo would work.")
+    if name not in LOSSES:
+        raise UserError(f"objective.loss={show(name)}: not one of {', '.join(LOSSES)}.{nearest(name, LOSSES)}")
+    return LOSSES[name]
+
+
+def loss_options(objective: ObjectiveConfig) -> dict[str, Any]:
     """The options of the loss that are set, by name."""
-    names = LOSSES[PreferenceLoss(objective.loss)].options
+    names = spec_of(objective).options
     return {name: getattr(objective, name) for name in names if getattr(objective, name) is not None}
+
+
+def open_loss(objective: ObjectiveConfig, sources: Sequence[str]) -> BatchLoss:
+    """The loss of a run over these sources, its options resolved once: what the engine calls."""
+    from fuserl_megatron.objectives import batch_loss
+
+    if objective.stage == "fusesft":
+        return batch_loss.sft_loss(objective.nll_reduction or "token_mean", sources)
+    spec = spec_of(objective)
+    return batch_loss.preference_loss(spec, spec.complete(loss_options(objective)), sources)
 
 
 def with_defaults(objective: ObjectiveConfig) -> ObjectiveConfig:
@@ -56,12 +87,12 @@ def with_defaults(objective: ObjectiveConfig) -> ObjectiveConfig:
     """
     if objective.stage == "fusesft":
         selection = objective.selection or "per_source"
-        chosen = dict(selection=selection, nll_reduction=objective.nll_reduction or "token_mean")
+        chosen: dict[str, Any] = dict(selection=selection, nll_reduction=objective.nll_reduction or "token_mean")
         if selection == "top_m":
             chosen["top_m"] = objective.top_m or DEFAULT_TOP_M
         return dataclasses.replace(objective, **chosen)
     check_objective(objective)
-    options = checked_options(objective.loss, loss_options(objective))
+    options = spec_of(objective).complete(loss_options(objective))
     if uses_reference(objective):
         options["reference_mode"] = objective.reference_mode or "cache"
     return dataclasses.replace(objective, **options)
@@ -76,36 +107,39 @@ def uses_reference(objective: ObjectiveConfig) -> bool:
     """Whether reference log-probabilities are read at all."""
     if objective.stage == "fusesft":
         return False
-    loss = PreferenceLoss(objective.loss)
-    return needs_reference(loss, {**LOSSES[loss].options, **loss_options(objective)})
+    spec = spec_of(objective)
+    return spec.uses_reference({**spec.defaults, **loss_options(objective)})
 
 
 def _check_loss(objective: ObjectiveConfig) -> None:
-    if objective.loss is None:
-        raise UserError("objective.loss=null: objective.stage=fusepo needs a loss; objective.loss=ln_dpo would work.")
-    loss = PreferenceLoss(objective.loss)
+    from fuserl_megatron.objectives import LOSSES
+    from fuserl_megatron.objectives.spec import Unit
+
+    spec = spec_of(objective)
     for name in OF_STAGE["fusepo"]:
-        users = [other.value for other, spec in LOSSES.items() if name in spec.options]
-        if users and loss.value not in users:
-            _refuse_given(objective, name, f"loss {loss.value} does not use it ({', '.join(users)} would)")
-    for name, default in LOSSES[loss].options.items():
+        users = [other.name for other in LOSSES.values() if name in other.options]
+        if users and name not in spec.options:
+            _refuse_given(objective, name, f"loss {spec.name} does not use it ({', '.join(users)} would)")
+    for name, default in spec.defaults.items():
         if default is None and getattr(objective, name) is None:
-            _refuse_missing(loss, name)
+            _refuse_missing(spec, name)
     try:
-        checked_options(loss, loss_options(objective))
+        spec.complete(loss_options(objective))
     except ValueError as error:
         raise UserError(f"objective: {error}") from None
-    if loss is PreferenceLoss.WRPO and objective.target_source is None:
-        _refuse_missing(loss, "target_source")
-    if loss is not PreferenceLoss.WRPO:
-        _refuse_given(objective, "target_source", f"loss {loss.value} does not use it (wrpo would)")
+    if spec.unit is Unit.TRIPLES and objective.target_source is None:
+        _refuse_missing(spec, "target_source")
+    if spec.unit is not Unit.TRIPLES:
+        users = [other.name for other in LOSSES.values() if other.unit is Unit.TRIPLES]
+        _refuse_given(objective, "target_source", f"loss {spec.name} does not use it ({', '.join(users)} would)")
     if not uses_reference(objective):
-        why = "rloo without objective.kl_coef" if loss is PreferenceLoss.RLOO else f"loss {loss.value}"
+        depends = spec.reads_reference is not None
+        why = f"{spec.name} without objective.kl_coef" if depends else f"loss {spec.name}"
         for name in ("reference", "reference_mode"):
             _refuse_given(objective, name, f"{why} reads no reference")
-    if LOSSES[loss].unit is Unit.ALL_RESPONSES:
+    if spec.unit is Unit.ALL_RESPONSES:
         for name in ("min_reward_gap", "max_reward_gap"):
-            _refuse_given(objective, name, f"loss {loss.value} takes every response and makes no pairs")
+            _refuse_given(objective, name, f"loss {spec.name} takes every response and makes no pairs")
     low, high = objective.min_reward_gap, objective.max_reward_gap
     if low is not None and high is not None and low > high:
         rule = f"no pair is above it and below max_reward_gap={high}"
@@ -118,7 +152,7 @@ def _refuse_given(objective: ObjectiveConfig, name: str, rule: str) -> None:
         raise UserError(f"objective.{name}={show(value)}: {rule}; objective.{name}=null would work.")
 
 
-def _refuse_missing(loss: PreferenceLoss, name: str) -> None:
+def _refuse_missing(spec: LossSpec, name: str) -> None:
     raise UserError(
-        f"objective.{name}=null: objective.loss={loss.value} needs it; objective.{name}={EXAMPLES[name]} would work."
+        f"objective.{name}=null: objective.loss={spec.name} needs it; objective.{name}={EXAMPLES[name]} would work."
     )

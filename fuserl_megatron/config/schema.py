@@ -13,11 +13,6 @@ from fuserl_megatron.config.run_sections import ExpManagerConfig as ExpManagerCo
 from fuserl_megatron.config.run_sections import RunConfig as RunConfig
 from fuserl_megatron.config.run_sections import TrainerConfig as TrainerConfig
 
-# fmt: off
-Loss = Literal["dpo", "ln_dpo", "cdpo", "robust", "hinge", "ipo", "simpo", "cpo", "orpo", "kto", "rloo", "wrpo",
-               "mappo", "infifpo"]
-# fmt: on
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -102,8 +97,9 @@ class ObjectiveConfig:
     """FuseSFT with selection=top_m: responses per prompt (4 when null)."""
     nll_reduction: Literal["token_mean", "token_sum", "weighted_token_mean"] | None = None
     """FuseSFT: mean over a response's tokens (default), their sum, or one weighted mean over the batch's tokens."""
-    loss: Loss | None = None
-    """FusePO: the loss. Of the options below each takes some (null: its default), and the others are refused."""
+    loss: str | None = None
+    """FusePO: the loss, by its name in docs/math.md. Of the options below each takes some (null: its default), and the
+    others are refused."""
     beta: float | None = None
     """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo)."""
     label_smoothing: float | None = None
