@@ -107,6 +107,7 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
     from hydra.errors import HydraException
 
     keys, parser, checked = all_keys(schema), OverridesParser.create(), []
+    own = tuple(f"{name}." for name in open_keys(schema))
     groups = {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
     groups = {Config: groups - LAUNCH_GROUPS, LaunchConfig: groups & LAUNCH_GROUPS}.get(schema, set())
     for text in overrides:
@@ -120,7 +121,7 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
             raise UserError(
                 f"'{text}': one run takes one value; a list is written {key}=[...], text with commas in quotes."
             )
-        if key not in keys and key not in groups and key.partition(".")[0] not in open_keys(schema):
+        if key not in keys and key not in groups and not key.startswith(own):
             raise UserError(f"{key}: no such key.{about_key(key, [*keys, *groups])}")
         if parsed.type is OverrideType.DEL:
             raise UserError(

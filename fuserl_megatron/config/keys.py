@@ -23,8 +23,12 @@ def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
 
 
 def open_keys(schema: type) -> set[str]:
-    """Keys of the schema's top level that hold names of the user's own (`chat_template_kwargs.enable_thinking`)."""
-    return {field.name for field in dataclasses.fields(schema) if typing.get_origin(field.type) is dict}
+    """Keys that hold names of the user's own (`chat_template_kwargs.enable_thinking`), with their full path."""
+    found = {field.name for field in dataclasses.fields(schema) if typing.get_origin(field.type) is dict}
+    for field in dataclasses.fields(schema):
+        if dataclasses.is_dataclass(field.type):
+            found |= {f"{field.name}.{key}" for key in open_keys(field.type)}
+    return found
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from fuserl_megatron.config.schema import Config, ObjectiveConfig
 from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.named import is_named, load_named
 from fuserl_megatron.util.text import nearest, show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fuserl_megatron.objectives.batch_loss import BatchLoss
+    from fuserl_megatron.objectives.batch_loss import BatchLoss, Metric
     from fuserl_megatron.objectives.spec import LossSpec
 
 OF_STAGE = {
@@ -28,6 +29,8 @@ OF_STAGE = {
     ),
 }
 DEFAULT_TOP_M = 4
+TAKEN = ("step", "epoch", "loss", "grad_norm", "lr")
+"""Names in a line of metrics.jsonl that are none of the loss."""
 EXAMPLES = {"label_smoothing": 0.1, "target_source": "llama-3.1-8b-instruct"}
 
 
@@ -48,16 +51,22 @@ def check_objective(objective: ObjectiveConfig) -> None:
 
 
 def spec_of(objective: ObjectiveConfig) -> LossSpec:
-    """The loss that objective.loss names.
+    """The loss that objective.loss names, the package's or a user's own.
 
     Raises:
-        UserError: there is no such loss, with the nearest name.
+        UserError: there is no such loss, with the nearest name, or it cannot be imported.
     """
-    from fuserl_megatron.objectives import LOSSES
+    from fuserl_megatron.objectives import LOSSES, LossSpec
 
     name = objective.loss
     if name is None:
         raise UserError("objective.loss=null: objective.stage=fusepo needs a loss; objective.loss=ln_dpo would work.")
+    if is_named(name):
+        found = load_named(name, "objective.loss")
+        if not isinstance(found, LossSpec):
+            what = f"is a {type(found).__name__}, not a fuserl_megatron.objectives.LossSpec (docs/extending.md)"
+            raise UserError(f"objective.loss={name}: {what}.")
+        return found
     if name not in LOSSES:
         raise UserError(f"objective.loss={show(name)}: not one of {', '.join(LOSSES)}.{nearest(name, LOSSES)}")
     return LOSSES[name]
@@ -65,18 +74,33 @@ def spec_of(objective: ObjectiveConfig) -> LossSpec:
 
 def loss_options(objective: ObjectiveConfig) -> dict[str, Any]:
     """The options of the loss that are set, by name."""
-    names = spec_of(objective).options
-    return {name: getattr(objective, name) for name in names if getattr(objective, name) is not None}
+    given = {name: getattr(objective, name, None) for name in spec_of(objective).options}
+    return {name: value for name, value in given.items() if value is not None} | objective.loss_kwargs
 
 
-def open_loss(objective: ObjectiveConfig, sources: Sequence[str]) -> BatchLoss:
-    """The loss of a run over these sources, its options resolved once: what the engine calls."""
+def open_loss(config: Config, sources: Sequence[str]) -> BatchLoss:
+    """The loss of a run over these sources, its options resolved once, with the user's metrics: the engine calls it.
+
+    Raises:
+        UserError: the loss or a metric is not there, or a metric has the name of another.
+    """
     from fuserl_megatron.objectives import batch_loss
 
+    objective = config.objective
     if objective.stage == "fusesft":
-        return batch_loss.sft_loss(objective.nll_reduction or "token_mean", sources)
-    spec = spec_of(objective)
-    return batch_loss.preference_loss(spec, spec.complete(loss_options(objective)), sources)
+        loss = batch_loss.sft_loss(objective.nll_reduction or "token_mean", sources)
+    else:
+        spec = spec_of(objective)
+        loss = batch_loss.preference_loss(spec, spec.complete(loss_options(objective)), sources)
+    metrics: dict[str, Metric] = {}
+    for name in config.exp_manager.metrics:
+        short = name.rpartition(":")[2].rpartition(".")[2]
+        if short in (*TAKEN, *loss.metric_names, *metrics):
+            raise UserError(f"exp_manager.metrics={name}: there is a metric {short} already; rename yours.")
+        metrics[short] = load_named(name, "exp_manager.metrics")
+        if not callable(metrics[short]):
+            raise UserError(f"exp_manager.metrics={name}: is no function (docs/extending.md).")
+    return batch_loss.with_metrics(loss, metrics) if metrics else loss
 
 
 def with_defaults(objective: ObjectiveConfig) -> ObjectiveConfig:
@@ -93,9 +117,11 @@ def with_defaults(objective: ObjectiveConfig) -> ObjectiveConfig:
         return dataclasses.replace(objective, **chosen)
     check_objective(objective)
     options = spec_of(objective).complete(loss_options(objective))
+    fields = {name: value for name, value in options.items() if name in OF_STAGE["fusepo"]}
+    fields["loss_kwargs"] = {name: value for name, value in options.items() if name not in fields}
     if uses_reference(objective):
-        options["reference_mode"] = objective.reference_mode or "cache"
-    return dataclasses.replace(objective, **options)
+        fields["reference_mode"] = objective.reference_mode or "cache"
+    return dataclasses.replace(objective, **fields)
 
 
 def with_loss_defaults(config: Config) -> Config:
@@ -120,8 +146,11 @@ def _check_loss(objective: ObjectiveConfig) -> None:
         users = [other.name for other in LOSSES.values() if name in other.options]
         if users and name not in spec.options:
             _refuse_given(objective, name, f"loss {spec.name} does not use it ({', '.join(users)} would)")
+    for name in objective.loss_kwargs:
+        if name in OF_STAGE["fusepo"]:
+            raise UserError(f"objective.loss_kwargs.{name}: is a setting of its own; write objective.{name}=...")
     for name, default in spec.defaults.items():
-        if default is None and getattr(objective, name) is None:
+        if default is None and loss_options(objective).get(name) is None:
             _refuse_missing(spec, name)
     try:
         spec.complete(loss_options(objective))
@@ -133,8 +162,7 @@ def _check_loss(objective: ObjectiveConfig) -> None:
         users = [other.name for other in LOSSES.values() if other.unit is Unit.TRIPLES]
         _refuse_given(objective, "target_source", f"loss {spec.name} does not use it ({', '.join(users)} would)")
     if not uses_reference(objective):
-        depends = spec.reads_reference is not None
-        why = f"{spec.name} without objective.kl_coef" if depends else f"loss {spec.name}"
+        why = f"{spec.name} without objective.kl_coef" if "kl_coef" in spec.options else f"loss {spec.name}"
         for name in ("reference", "reference_mode"):
             _refuse_given(objective, name, f"{why} reads no reference")
     if spec.unit is Unit.ALL_RESPONSES:
@@ -148,11 +176,10 @@ def _check_loss(objective: ObjectiveConfig) -> None:
 
 
 def _refuse_given(objective: ObjectiveConfig, name: str, rule: str) -> None:
-    if (value := getattr(objective, name)) is not None:
+    if (value := getattr(objective, name)) is not None and value != {}:
         raise UserError(f"objective.{name}={show(value)}: {rule}; objective.{name}=null would work.")
 
 
 def _refuse_missing(spec: LossSpec, name: str) -> None:
-    raise UserError(
-        f"objective.{name}=null: objective.loss={spec.name} needs it; objective.{name}={EXAMPLES[name]} would work."
-    )
+    key = f"objective.{name}" if name in OF_STAGE["fusepo"] else f"objective.loss_kwargs.{name}"
+    raise UserError(f"{key}=null: objective.loss={spec.name} needs it; {key}={EXAMPLES.get(name, 0.1)} would work.")

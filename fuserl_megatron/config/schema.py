@@ -98,8 +98,8 @@ class ObjectiveConfig:
     nll_reduction: Literal["token_mean", "token_sum", "weighted_token_mean"] | None = None
     """FuseSFT: mean over a response's tokens (default), their sum, or one weighted mean over the batch's tokens."""
     loss: str | None = None
-    """FusePO: the loss, by its name in docs/math.md. Of the options below each takes some (null: its default), and the
-    others are refused."""
+    """FusePO: the loss, by its name in docs/math.md, or package.module:object for one of your own. Of the options
+    below each takes some (null: its default), and the others are refused."""
     beta: float | None = None
     """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo)."""
     label_smoothing: float | None = None
@@ -124,6 +124,8 @@ class ObjectiveConfig:
     """wrpo (required): the source that is the target itself; its own samples give the pair."""
     fusion: Literal["max_margin", "mean", "confidence"] | None = None
     """infifpo: how the sources' log-probabilities become one reference."""
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Options of a loss of your own that are none of the above (docs/extending.md)."""
     reference: str | None = None
     """FusePO: Hugging Face directory or hub name of the reference model; null takes model.path (the FuseSFT result)."""
     reference_mode: Literal["cache", "resident", "swap"] | None = None
@@ -211,6 +213,8 @@ class BuildConfig:
 
     inputs: tuple[str, ...] = ()
     """JSONL or parquet files of scored responses, globs, or hub data set names."""
+    reader: str | None = None
+    """package.module:function that reads the inputs' records, for files of another form (docs/extending.md)."""
     output: str = "???"
     """Directory to write."""
     tokenizer: str = "???"

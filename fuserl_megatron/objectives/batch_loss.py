@@ -94,6 +94,21 @@ def preference_loss(spec: LossSpec, options: Mapping[str, Any], sources: Sequenc
     return BatchLoss(_with_sources(names, sources), function)
 
 
+Metric = Callable[[Tensor, Any], tuple[Tensor, Tensor | None]]
+"""A user's own metric: (log pi [N], batch) -> (values, mask of those that count, None for all), both [I]."""
+
+
+def with_metrics(loss: BatchLoss, metrics: Mapping[str, Metric]) -> BatchLoss:
+    """The loss with more metrics: the mean of each one's values over the global batch."""
+
+    def function(logps_N: Tensor, batch: Batch, values: StepValues) -> LossAndMetrics:
+        total, found = loss.function(logps_N, batch, values)
+        own = {name: reduce.sum_count(*metric(logps_N.detach(), batch)) for name, metric in metrics.items()}
+        return total, found | own
+
+    return BatchLoss((*loss.metric_names, *metrics), function)
+
+
 def _with_sources(names: Sequence[str], sources: Sequence[str]) -> tuple[str, ...]:
     return (*names, *(f"{n}/{s}" for n in PER_SOURCE if n in (*names, "weight_share") for s in sources))
 

@@ -5,10 +5,11 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.named import load_named
 from fuserl_megatron.util.paths import did_you_mean
 from fuserl_megatron.util.text import first_line
 
@@ -22,8 +23,22 @@ Place = tuple[str, int]
 """Where a record was read: file (or hub name) and line or row, counted from 1."""
 
 
-def expand_inputs(inputs: Sequence[str]) -> list[str]:
-    """Files in the order given (a glob's matches sorted) and hub names; each once.
+Reader = Callable[[str], Iterable[tuple[int, dict[str, Any]]]]
+"""A user's own: a file's name -> (line, row or whatever says where it is, from 1; the record), one by one."""
+
+
+def reader_of(name: str | None) -> Reader | None:
+    """The reader that the setting `reader` names; None for the package's own. UserError where there is none."""
+    if name is None:
+        return None
+    if not callable(reader := load_named(name, "reader")):
+        raise UserError(f"reader={name}: is no function (docs/extending.md)")
+    return reader
+
+
+def expand_inputs(inputs: Sequence[str], own_reader: bool = False) -> list[str]:
+    """Files in the order given (a glob's matches sorted) and hub names; each once. A reader of one's own takes files
+    of any suffix, and no hub names.
 
     Raises:
         UserError: nothing given, a glob without a match, a directory, a file of another kind, no such file.
@@ -40,7 +55,7 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
             matches = sorted(glob.glob(item, recursive=True))
             if not matches:
                 raise UserError(f"inputs: no file matches {item!r} (looked from {os.getcwd()})")
-        elif HUB_NAME.match(item) and not item.endswith((*SUFFIXES, ".json", ".csv", ".txt", ".gz")):
+        elif not own_reader and HUB_NAME.match(item) and not item.endswith((*SUFFIXES, ".json", ".csv", ".txt", ".gz")):
             names.append(item)
             continue
         else:
@@ -48,17 +63,21 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
         for match in matches:
             if not os.path.isfile(match):  # one that waits for a writer, or whose target is gone
                 raise UserError(f"inputs: {match} is no regular file: name one, or take it out of the glob")
-            if not match.endswith(SUFFIXES):
+            if not own_reader and not match.endswith(SUFFIXES):
                 raise UserError(
-                    f"inputs: {match} is not {', '.join(SUFFIXES)}: convert it to one record per line (JSONL)"
+                    f"inputs: {match} is not {', '.join(SUFFIXES)}: convert it to one record per line (JSONL), or "
+                    "name a reader of your own (docs/extending.md)"
                 )
         names.extend(matches)
     return list(dict.fromkeys(names))
 
 
-def rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
-    """Raw lines of a JSONL file (blank ones left out), rows of a parquet file or of a hub data set."""
-    if not os.path.exists(name):
+def rows(name: str, reader: Reader | None = None) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
+    """Raw lines of a JSONL file (blank ones left out), rows of a parquet file or of a hub data set, or what a reader
+    of the user's own finds."""
+    if reader is not None:
+        yield from _own_rows(name, reader)
+    elif not os.path.exists(name):
         yield from _hub_rows(name)
     elif name.endswith(".parquet"):
         yield from _parquet_rows(name)
@@ -70,6 +89,20 @@ def rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
                         yield (name, number), line
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise UserError(f"{name}: not a complete gzip file ({error}): copy or compress it again") from None
+
+
+def _own_rows(name: str, reader: Reader) -> Iterator[tuple[Place, dict[str, Any]]]:
+    number = 0
+    try:
+        for number, record in reader(name):
+            if not isinstance(number, int) or not isinstance(record, dict):
+                raise TypeError("it must yield (number, record), a whole number and a dict")
+            yield (name, number), record
+    except (UserError, GeneratorExit):
+        raise
+    except Exception as error:  # whatever the user's function raises
+        where = f"{name}, after {number}" if number else name
+        raise UserError(f"{where}: the reader fails with {type(error).__name__}: {first_line(error)}") from error
 
 
 def _parquet_rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:

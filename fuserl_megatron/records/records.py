@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any, TextIO
 
-from fuserl_megatron.records.inputs import FIELDS, IGNORED_FIELDS, OPTIONAL_FIELDS, Place, expand_inputs, rows
+from fuserl_megatron.records.inputs import FIELDS, IGNORED_FIELDS, OPTIONAL_FIELDS, Place, Reader, expand_inputs, rows
 from fuserl_megatron.records.messages import (
     MORE_FIELDS,
     BadRecord,
@@ -89,6 +89,7 @@ def load_groups(
     sources: Sequence[str] = (),
     watch: Callable[[Iterator], Iterable] = iter,
     second_reward: str | None = None,
+    reader: Reader | None = None,
 ) -> LoadedRecords:
     """Read, check and group all records. Everything is held in memory (about the size of the text).
 
@@ -98,6 +99,7 @@ def load_groups(
         sources: keep only these sources, in this order of ids; empty keeps all, ids by first appearance.
         watch: wrapped around the rows of each input (a progress bar).
         second_reward: a further field that every record must have, a number like the reward.
+        reader: what reads the inputs instead, for files of another form.
 
     Raises:
         UserError: an input that cannot be read, a bad record under `stop`, a source that never appears, nothing left.
@@ -109,9 +111,9 @@ def load_groups(
     groups: dict[tuple[Messages, str], RecordGroup] = {}
     loaded = LoadedRecords([], [], [], Counter(), Counter())
     seen: set[str] = set()
-    for name in expand_inputs(inputs):
+    for name in expand_inputs(inputs, reader is not None):
         num_before = loaded.counts["records"]
-        for place, raw in watch(rows(name)):
+        for place, raw in watch(rows(name, reader)):
             loaded.counts["records"] += 1
             try:
                 record = raw if isinstance(raw, dict) else decode(place, raw)

@@ -94,7 +94,7 @@ def make_engine(
     config: Config, layout: Layout, shape: ModelShape, source_names: Sequence[str], dtype: torch.dtype | None = None
 ) -> Engine:
     """The model, its weights yet to be loaded, without an optimizer; in dtype, or where None in trainer.precision's."""
-    precision, loss = config.trainer.precision, open_loss(config.objective, source_names)
+    precision, loss = config.trainer.precision, open_loss(config, source_names)
     return Engine(
         target=build_model(shape, config.model, layout, dtype or parameter_dtype(precision), precision),
         layout=layout,

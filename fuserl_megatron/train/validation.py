@@ -41,7 +41,7 @@ def validate(
         NonFiniteError: a loss that is not finite.
     """
     held_out = feed.prepared.dataset
-    loss = open_loss(config.objective, held_out.sources)
+    loss = open_loss(config, held_out.sources)
     engine = replace(
         engine, loss=loss, metric_names=loss.metric_names, source_names=held_out.sources, place=held_out.place
     )

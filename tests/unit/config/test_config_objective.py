@@ -27,7 +27,16 @@ def error_of(config):
 
 def test_the_schema_s_options_are_the_table_s():
     options = {option for spec in LOSSES.values() for option in spec.options}
-    rest = {"stage", "loss", "target_source", "reference", "reference_mode", "min_reward_gap", "max_reward_gap"}
+    rest = {
+        "stage",
+        "loss",
+        "loss_kwargs",
+        "target_source",
+        "reference",
+        "reference_mode",
+        "min_reward_gap",
+        "max_reward_gap",
+    }
     names = {field.name for field in dataclasses.fields(ObjectiveConfig)}
     assert names == {*rest, *options, *OF_STAGE["fusesft"]} == {"stage", *OF_STAGE["fusesft"], *OF_STAGE["fusepo"]}
 
