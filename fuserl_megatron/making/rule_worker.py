@@ -66,11 +66,11 @@ def main() -> None:
         answer(found)
 
 
-def _call(function: Callable, request: dict[str, Any], arguments: dict[str, Any], me: int) -> dict[str, Any]:
+def _call(function: Callable, record: dict[str, Any], arguments: dict[str, Any], me: int) -> dict[str, Any]:
     """One answer. `restart` in it says that this process is spoilt for the next row."""
     random.seed(0)
     try:
-        found = _checked(function(request["prompt"], request["response"], request["record"], **arguments))
+        found = _checked(function(record["prompt"], record["response"], record, **arguments))
         spoilt = False
     except MemoryError:
         found, spoilt = {"error": "out of memory: the rule took more than its limit"}, True

@@ -19,6 +19,7 @@ from typing import Any
 
 from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.score_sections import RuleReward
+from fuserl_megatron.making.samples import Sample
 
 START_S = 120.0
 """Seconds that the import of a rule's module may take."""
@@ -48,9 +49,9 @@ class _Worker:
         self.hello: dict[str, Any] | None = None
         self.deadline = time.monotonic() + START_S
 
-    def give(self, task: int, request: dict[str, Any], time_limit: float) -> None:
-        """Begin with a row."""
-        self.task, self.outbox = task, json.dumps(request).encode() + b"\n"
+    def give(self, task: int, record: dict[str, Any], time_limit: float) -> None:
+        """Begin with a record."""
+        self.task, self.outbox = task, json.dumps(record, default=str).encode() + b"\n"
         self.deadline = time.monotonic() + time_limit
         self.write()
 
@@ -144,16 +145,16 @@ class RulePool:
             lines.append(f"reward {self.name}: a process that the rule starts and detaches may outlive it")
         return lines
 
-    def outcomes(self, rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, Outcome]]:
-        """Score rows, each {"prompt", "response", "record"} under a position; outcomes come as they are ready."""
-        waiting, more = iter(rows), True
+    def outcomes(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[tuple[int, Outcome]]:
+        """Score samples, each under a position; outcomes come as they are ready."""
+        waiting, more = iter(samples), True
         while True:
             for worker in self._workers:
                 if more and worker.hello and worker.task is None:
-                    task, request = next(waiting, (None, None))
+                    task, sample = next(waiting, (None, None))
                     more = task is not None
                     if more:
-                        worker.give(task, request, self.reward.time_limit)
+                        worker.give(task, sample.record, self.reward.time_limit)
                         self._listen(worker)
             busy = [worker for worker in self._workers if worker.task is not None]
             if more and len(self._workers) < self._num_workers():
