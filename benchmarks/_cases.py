@@ -116,7 +116,7 @@ def write_records(
 
 def build_data(inputs: list[Path], tokenizer: Path, output: Path, max_length: int) -> None:
     """`fuserl build`."""
-    from fuserl_megatron.data.build import build
+    from fuserl_megatron.records.build import build
 
     build(
         BuildConfig(
@@ -188,9 +188,9 @@ class Trainer:
         from fuserl_megatron.convert.hf_config import read_config
         from fuserl_megatron.data.dataset import FusedDataset
         from fuserl_megatron.mcore import parallel, weights
+        from fuserl_megatron.metrics.run_log import RunLog
+        from fuserl_megatron.runtime.stopping import Stopping
         from fuserl_megatron.train.feed import make_engine, make_feed, with_optimizer, with_references
-        from fuserl_megatron.train.logging import RunLog
-        from fuserl_megatron.train.stopping import Stopping
 
         self.config = config = with_loss_defaults(config)
         shape, dataset = read_config(config.model.path), FusedDataset(config.data.path)

@@ -75,7 +75,7 @@ def settle(source: Path, destination: Path) -> None:
 
 def take_turns(direction: str, source: Path, destination: Path, repeats: int) -> None:
     """What the measuring process does: prints the seconds of each turn and its peak resident bytes as JSON."""
-    from fuserl_megatron.mcore import offline
+    from fuserl_megatron.convert import offline
 
     turns = []
     for _ in range(repeats):

@@ -11,7 +11,7 @@ moments are bf16 there and the master weights keep the 16 bits that the bf16 wei
 side has bf16 weights, gradients and moments (8 bytes a parameter) and recomputes activations, its default.
 
 Groups are full rows of 4096 positions: FusePO 4 sources x 2 responses of 480 tokens under a prompt of 256 (4 pairs),
-FuseSFT 4 responses of 960. TFLOP/s are model FLOPs (train/meters.py) of real tokens. Reference log-probabilities are
+FuseSFT 4 responses of 960. TFLOP/s are model FLOPs (metrics/flops.py) of real tokens. Reference log-probabilities are
 given (0), for TRL computed before the clock starts.
 """
 

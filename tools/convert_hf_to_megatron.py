@@ -10,8 +10,7 @@ to put right, 130 and 143 interrupted.
 import argparse
 import sys
 
-from fuserl_megatron import commands
-from fuserl_megatron.cli import batch_conversion
+from fuserl_megatron.cli.app import batch_conversion, commands
 
 
 def main() -> int:

@@ -12,8 +12,7 @@ import math
 import sys
 from pathlib import Path
 
-from fuserl_megatron import commands
-from fuserl_megatron.cli import batch_conversion
+from fuserl_megatron.cli.app import batch_conversion, commands
 
 
 def main() -> int:

@@ -14,12 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fuserl_megatron.config.keys import about_key, all_keys, leaves, open_keys, plain
 from fuserl_megatron.config.launch_sections import LaunchConfig
-from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.config.secrets import refuse_secrets
-from fuserl_megatron.config.words import about_key, all_keys, leaves, nearest, one_line, open_keys, plain, show
+from fuserl_megatron.config.schema import Config
+from fuserl_megatron.util.credentials import refuse_secrets
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.paths import did_you_mean
-from fuserl_megatron.util.text import shortened
+from fuserl_megatron.util.text import nearest, one_line, shortened, show
 
 LAUNCH_GROUPS = {"cluster"}
 """Groups of `fuserl launch`; the others belong to a training run."""

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fuserl_megatron.config.compose import compose_tree
+from fuserl_megatron.config.keys import about_key, all_keys, plain
 from fuserl_megatron.config.run_directory import fold
-from fuserl_megatron.config.schema import BuildConfig, Config, UserError
-from fuserl_megatron.config.words import about_key, all_keys, nearest, plain, show
+from fuserl_megatron.config.schema import BuildConfig, Config
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import nearest, show
 
 SCHEMAS = {"train": Config, "build": BuildConfig}
 EXAMPLES = {

@@ -5,9 +5,10 @@ What each loss reads stands in objectives/loss_table.py, which is plain data (no
 
 import dataclasses
 
-from fuserl_megatron.config.schema import Config, ObjectiveConfig, UserError
-from fuserl_megatron.config.words import show
+from fuserl_megatron.config.schema import Config, ObjectiveConfig
 from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit, checked_options, needs_reference
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import show
 
 OF_STAGE = {
     "fusesft": ("selection", "top_m", "nll_reduction"),

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.config.words import seconds_of, show
+from fuserl_megatron.config.keys import seconds_of
+from fuserl_megatron.config.schema import Config
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import show
 
 
 def refuse(config: Any, field: str, rule: str, works: Any) -> NoReturn:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fuserl_megatron.config.rules import refuse
-from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.schema import Config
+from fuserl_megatron.util.errors import UserError
 
 
 def fold(config: Config, overrides: Sequence[str] = ()) -> Config:

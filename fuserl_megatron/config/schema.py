@@ -19,10 +19,6 @@ Loss = Literal["dpo", "ln_dpo", "cdpo", "robust", "hinge", "ipo", "simpo", "cpo"
 # fmt: on
 
 
-class UserError(ValueError):
-    """Something the user can put right, in one line: what, where, what to type instead. Ends a command with code 2."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The target model and its layout over the ranks."""

@@ -15,8 +15,9 @@ from fuserl_megatron.config.rules import (
     check_validation,
     refuse,
 )
-from fuserl_megatron.config.schema import BuildConfig, Config, UserError
-from fuserl_megatron.config.words import show
+from fuserl_megatron.config.schema import BuildConfig, Config
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import show
 
 TEMPLATE_ARGUMENTS = {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message"}
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import first_line
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import first_line
 
 TEMPLATE, TOKENIZER, GENERATION = "chat_template.jinja", "tokenizer_config.json", "generation_config.json"
 

@@ -9,10 +9,10 @@ from typing import TypeVar
 
 import torch
 
-from fuserl_megatron.config.machine import usable_cores
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.names import hf_names, hf_shapes, megatron_names
-from fuserl_megatron.convert.shard_writer import WINDOW_BYTES
+from fuserl_megatron.util.machine import usable_cores
+from fuserl_megatron.util.tensor_io import WINDOW_BYTES
 
 MAX_THREADS = 4
 """That copy side by side; more would only wait for the device."""

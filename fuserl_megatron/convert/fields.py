@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 
 MAX_SIZE = 2**31 - 1
 """No size of a model comes near; larger ones only fill the memory, or do not fit a tensor's own integers."""

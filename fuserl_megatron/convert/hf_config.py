@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.fields import flag, number, positive_int
 from fuserl_megatron.convert.rope import RopeParameters, read_rope
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import read_json
 from fuserl_megatron.util.paths import export_of_run
 

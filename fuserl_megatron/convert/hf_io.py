@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 
-from fuserl_megatron.config.hub import COMPANION_FILES, COMPANION_PATTERNS, TOKENIZER_FILES, local_model
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.chat_files import ChatFormat, carry_chat
 from fuserl_megatron.convert.hf_config import DTYPES, ModelShape, read_config
 from fuserl_megatron.convert.model_card import model_card
@@ -29,6 +27,8 @@ from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, ShardWriter, total_bytes
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
 from fuserl_megatron.convert.weight_files import find_files
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.hub import COMPANION_FILES, COMPANION_PATTERNS, TOKENIZER_FILES, local_model
 from fuserl_megatron.util.json_files import write_json
 from fuserl_megatron.util.paths import did_you_mean, export_of_run
 from fuserl_megatron.util.whole_directory import cannot_write, check_destination, create_partial, discard, publish

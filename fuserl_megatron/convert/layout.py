@@ -16,9 +16,9 @@ from collections.abc import Sequence
 
 import torch
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.names import find_rule, hf_names, lengths
+from fuserl_megatron.util.errors import UserError
 
 
 def merge_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: ModelShape) -> torch.Tensor:

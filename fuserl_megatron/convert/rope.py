@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.fields import number, positive_int
+from fuserl_megatron.util.errors import UserError
 
 # Which fields each RoPE type needs; every other known field is optional for it or unused by it.
 ROPE_REQUIRED = {

@@ -18,13 +18,10 @@ from pathlib import Path
 
 import torch
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.weight_files import SAFE_INDEX, SAFE_SINGLE, SAFETENSORS_DTYPES
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.tensor_io import WINDOW_BYTES, write_at
 
-WINDOW_BYTES = 3 * 2**19
-"""What is read and converted at a time: small enough for the processor's cache."""
-PIECE_BYTES = 3 * 2**17
-"""What one call writes: larger ones make Linux look for large folios, which it may not have (docs/conversion.md)."""
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -162,22 +159,6 @@ def converted(part: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor
     if dtype == torch.float16 != part.dtype and bool((window.isinf() & part.isfinite().cpu()).any()):
         raise UserError(f"{name}: has values beyond float16's range; use bfloat16 or float32")
     return window
-
-
-def write_at(handle: int, offset: int, window: torch.Tensor) -> None:
-    """Write a contiguous tensor's bytes at a place of an open file, and let the device take them at once.
-
-    Without the hint all of them would wait for the closing fsync. The kernel then also forgets them, so that a large
-    model does not push everything else out of the page cache.
-    """
-    view = memoryview(window.view(-1).view(torch.uint8).numpy())
-    done = 0
-    while done < len(view):
-        begun = done
-        while done < min(len(view), begun + WINDOW_BYTES):
-            done += os.pwrite(handle, view[done : done + PIECE_BYTES], offset + done)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, offset + begun, done - begun, os.POSIX_FADV_DONTNEED)
 
 
 class _disk_errors:  # noqa: N801 (reads as a statement: with _disk_errors(file))

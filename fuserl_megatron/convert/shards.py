@@ -15,12 +15,13 @@ from typing import BinaryIO
 
 import torch
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.layout import hf_cuts, merge_qkv, padded_vocab_size
 from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes
 from fuserl_megatron.convert.shard_writer import ShardWriter as ShardWriter  # reading and writing under one name
-from fuserl_megatron.convert.weight_files import StoredTensor, find_files, read_header, read_into
+from fuserl_megatron.convert.weight_files import StoredTensor, find_files, read_header
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.tensor_io import read_into
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 WINDOW_BYTES = 16 * 2**20  # scratch for column reads and comparisons

@@ -5,15 +5,14 @@ raw bytes, without gaps. Everything a header or an index claims is checked again
 """
 
 import math
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import is_plain_name, parse_json, read_json
 
 SAFETENSORS_DTYPES = {
@@ -94,17 +93,6 @@ def _sizes(values: list[Any]) -> tuple[int, ...]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
             raise ValueError(f"{value!r} is no size")
     return tuple(values)
-
-
-def read_into(file: BinaryIO, offset: int, out: torch.Tensor) -> bool:
-    """Fill a contiguous tensor with a file's bytes from `offset` on; False when the file ends before."""
-    view, done = memoryview(out.view(-1).view(torch.uint8).numpy()), 0
-    while done < len(view):
-        count = os.preadv(file.fileno(), [view[done : done + 2**30]], offset + done)
-        if count == 0:
-            return False
-        done += count
-    return True
 
 
 def find_files(directory: Path, allow_pickle: bool) -> tuple[list[Path], dict[str, str] | None]:

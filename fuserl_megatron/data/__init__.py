@@ -1,1 +1,1 @@
-"""From scored responses to packed batches: records, tokens, pairs, rows, order, stored reference log-probabilities."""
+"""From a fused data set to packed batches: selection, rows, order, stored reference log-probabilities."""

@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.manifest import FORMAT_VERSION as FORMAT_VERSION
 from fuserl_megatron.data.manifest import MANIFEST_FILE as MANIFEST_FILE
 from fuserl_megatron.data.manifest import Manifest as Manifest
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import file_sha256
 
 GROUPS_FILE, REJECTED_FILE = "groups.arrow", "rejected.jsonl"

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import first_line
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.paths import did_you_mean
+from fuserl_megatron.util.text import first_line
 
 FORMAT_VERSION = 3
 READABLE = (1, 2, 3)
@@ -45,7 +45,7 @@ class Manifest:
     reward_temperature: float
     """tau, always the number; with `reward_temperature=auto` the rule's."""
     temperature_rule: dict[str, Any] | None = None
-    """What auto worked tau out from (data/temperature.py). None: tau was given, or an earlier format."""
+    """What auto worked tau out from (records/temperature.py). None: tau was given, or an earlier format."""
     score_aggregation: str
     reward_standardization: str
     max_length: int

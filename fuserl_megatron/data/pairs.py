@@ -18,12 +18,13 @@ import numpy as np
 import torch
 
 from fuserl_megatron.config.objective import DEFAULT_TOP_M
-from fuserl_megatron.config.schema import ObjectiveConfig, UserError
+from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.rewards import RewardTable, reward_table
 from fuserl_megatron.data.units import PairTable, Selection, of_sequences, prepare_preference
 from fuserl_megatron.objectives.weights import best_and_worst_indices, source_weights, top_m_mask
+from fuserl_megatron.util.errors import UserError
 
 
 def prepare(dataset: FusedDataset, objective: ObjectiveConfig, reward_temperature: float | None = None) -> PreparedSet:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.dataset import Manifest
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import file_sha256, write_file
 from fuserl_megatron.util.json_files import read_json
 

@@ -13,12 +13,13 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from fuserl_megatron.config.schema import DataConfig, UserError
+from fuserl_megatron.config.schema import DataConfig
 from fuserl_megatron.data.assemble import Unit, assemble, attended_keys_of, chunks_of
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.packing import Placement, measure_sharing, pack
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.too_long import check_sizes, units_to_place
+from fuserl_megatron.util.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from fuserl_megatron.config.schema import DataConfig, UserError
+from fuserl_megatron.config.schema import DataConfig
 from fuserl_megatron.data.assemble import Unit, chunks_of, units_of
 from fuserl_megatron.data.packing import fits, group_chunks, measure_sharing
 from fuserl_megatron.data.prepared import CutResponses, PreparedSet, kept_prompts
 from fuserl_megatron.objectives.loss_table import Unit as LossUnit
+from fuserl_megatron.util.errors import UserError
 
 UNIT_WORDS = {
     LossUnit.PAIRS: "a pair",

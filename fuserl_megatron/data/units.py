@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from fuserl_megatron.config.schema import ObjectiveConfig, UserError
+from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.rewards import RewardTable
@@ -27,6 +27,7 @@ from fuserl_megatron.objectives.weights import (
     rloo_advantages,
     source_weights,
 )
+from fuserl_megatron.util.errors import UserError
 
 NEED_REWARDS = "sources need 2 responses with different rewards"
 

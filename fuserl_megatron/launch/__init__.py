@@ -1,1 +1,1 @@
-"""Starting ranks: this machine, SLURM, NeMo."""
+"""Starting ranks on this machine, and chains of stages here or on SLURM."""

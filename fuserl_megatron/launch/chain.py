@@ -14,14 +14,15 @@ from pathlib import Path
 
 import fuserl_megatron
 from fuserl_megatron.config.load import to_yaml
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.launch import nemo, slurm
-from fuserl_megatron.launch.local import die_with_parent
+from fuserl_megatron.launch import slurm
+from fuserl_megatron.launch.ranks import die_with_parent
 from fuserl_megatron.launch.stages import Pipeline, Stage
+from fuserl_megatron.nemo import run as nemo
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.locks import only_writer
 
 MARKER = "REQUEUE"
-"""The file that a training leaves in its results_dir when it was stopped to be continued (train/stopping.py)."""
+"""The file that a training leaves in its results_dir when it was stopped to be continued (runtime/stopping.py)."""
 
 
 def launch(pipeline: Pipeline, overrides: Sequence[str], dry_run: bool) -> int:

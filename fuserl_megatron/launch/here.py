@@ -5,8 +5,9 @@ import os
 import sys
 
 from fuserl_megatron.config.facts import replica_ranks
-from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.launch import local
+from fuserl_megatron.config.schema import Config
+from fuserl_megatron.launch import ranks
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.ports import free_port
 
 
@@ -17,11 +18,11 @@ def is_first_rank() -> bool:
 
 def num_ranks_of(options: argparse.Namespace, config: Config) -> int:
     """Ranks that a launcher started, that --nproc asks for, or that the layout needs."""
-    is_rank = local.is_rank()
+    is_rank = ranks.is_rank()
     if is_rank and options.nproc is not None:
         raise UserError("--nproc: torchrun or srun has started the ranks already; leave it out.")
     smallest = replica_ranks(config.model)
-    num_ranks = local.launched_world_size() if is_rank else smallest if options.nproc is None else options.nproc
+    num_ranks = ranks.launched_world_size() if is_rank else smallest if options.nproc is None else options.nproc
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc {options.nproc}: must be at least 1; --nproc {max(smallest, 1)} would work.")
     return num_ranks
@@ -31,9 +32,9 @@ def becomes_rank(config: Config, num_ranks: int) -> bool:
     """Whether this process is to be a rank itself, made ready for it; the environment of ranks is made ready, too."""
     if config.trainer.accelerator == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # core takes any GPU it sees
-    is_rank = local.is_rank()
+    is_rank = ranks.is_rank()
     if not is_rank and num_ranks == 1:  # in an sbatch script without srun, SLURM's variables describe other ranks
-        os.environ.update(local.rank_environment(0, 1, free_port()))
+        os.environ.update(ranks.rank_environment(0, 1, free_port()))
     return is_rank or num_ranks == 1
 
 
@@ -44,6 +45,4 @@ def start_ranks(options: argparse.Namespace, num_ranks: int, *words: str, save_o
     for name in ("config_dir", "config_name"):
         if getattr(options, name) is not None:
             command.append(f"--{name.replace('_', '-')}={getattr(options, name)}")
-    return local.run_ranks(command, num_ranks, save_on_ctrl_c=save_on_ctrl_c)
-
-
+    return ranks.run_ranks(command, num_ranks, save_on_ctrl_c=save_on_ctrl_c)

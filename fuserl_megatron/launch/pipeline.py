@@ -16,16 +16,17 @@ from typing import Any
 
 from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.facts import replica_ranks
-from fuserl_megatron.config.hub import local_model
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
 from fuserl_megatron.config.objective import uses_reference
-from fuserl_megatron.config.schema import BuildConfig, Config, UserError
+from fuserl_megatron.config.schema import BuildConfig, Config
 from fuserl_megatron.config.validate import validate, validate_build
-from fuserl_megatron.config.words import show
 from fuserl_megatron.launch.sections import ORDER, key_of, load_sections, override, value_of
 from fuserl_megatron.launch.stages import Pipeline, Stage
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.hub import local_model
 from fuserl_megatron.util.paths import did_you_mean, export_of_run
+from fuserl_megatron.util.text import show
 
 READS = {
     "build_sft": ("import",),

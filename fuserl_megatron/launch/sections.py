@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.compose import compose_tree
+from fuserl_megatron.config.keys import leaves
 from fuserl_megatron.config.launch_sections import LaunchConfig, StageName
 from fuserl_megatron.config.load import from_dict
 from fuserl_megatron.config.peer_names import peer_advice
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import leaves, nearest, show
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import nearest, show
 
 ORDER: tuple[str, ...] = typing.get_args(StageName)
 SECTIONS = ("train", "build_sft", "build_po", "build_heldout", "fusesft", "reference", "fusepo", "evaluate")

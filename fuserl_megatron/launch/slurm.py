@@ -10,8 +10,8 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.launch.stages import Pipeline, Stage
+from fuserl_megatron.util.errors import UserError
 
 BODY_FROM = "# From here on"
 

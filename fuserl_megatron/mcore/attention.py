@@ -18,8 +18,8 @@ from megatron.core import parallel_state as ps
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore.visibility import Visibility, hand_over, received
+from fuserl_megatron.util.errors import UserError
 
 CALL_COST = 1_000_000
 """What one more product costs on a CPU core, in multiply-adds of the score matrix (docs/parallelism.md: measured)."""

@@ -1,6 +1,6 @@
 """Layout-independent checkpoints: what belongs into one (core says), and filling a model from one of any layout.
 
-Writing is in saving.py, the files' format in dist_format.py, their checksums in manifest.py.
+Writing is in saving.py, the files' format and their checksums in the room checkpoint.
 """
 
 from pathlib import Path
@@ -12,14 +12,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore.dist_format import iteration_directory
+from fuserl_megatron.checkpoint.manifest import PROGRESS, find_damage
+from fuserl_megatron.checkpoint.torch_dist import iteration_directory
 from fuserl_megatron.mcore.loading import load_state
-from fuserl_megatron.mcore.manifest import PROGRESS, find_damage
 from fuserl_megatron.mcore.model import TargetModel, gather_parameters
-from fuserl_megatron.mcore.parallel import Layout, from_all_ranks
+from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.saving import Saving, first_line
 from fuserl_megatron.mcore.step import Engine
+from fuserl_megatron.runtime.collectives import from_all_ranks
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import BadFile, read_json
 
 ADVICE = ": remove that folder to use the checkpoint before it, or start in another run.results_dir."

@@ -1,7 +1,7 @@
 """A model and its optimizer filled from a checkpoint of any layout, without core's loader.
 
 Core says what is wanted (a sharded state dict: which part of which key each tensor is); the files are read by
-dist_reader.py and safe_load.py, so that what is checked is what is used and nothing a checkpoint names is called.
+checkpoint/reader.py and safe_load.py, so that what is checked is what is used and nothing a checkpoint names is called.
 Writing is split in the same way (saving.py).
 """
 
@@ -13,10 +13,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore.dist_format import COMMON
-from fuserl_megatron.mcore.dist_reader import DistReader
-from fuserl_megatron.mcore.safe_load import read_common
+from fuserl_megatron.checkpoint.reader import DistReader
+from fuserl_megatron.checkpoint.safe_load import read_common
+from fuserl_megatron.checkpoint.torch_dist import COMMON
+from fuserl_megatron.util.errors import UserError
 
 
 def load_state(state: dict[str, Any], folder: str | Path, advice: str) -> dict[str, Any]:

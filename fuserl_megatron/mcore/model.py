@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from fuserl_megatron.config.layout_rules import check_tensor_parallel
-from fuserl_megatron.config.schema import ModelConfig, OptimConfig, UserError
+from fuserl_megatron.config.schema import ModelConfig, OptimConfig
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.layout import padded_vocab_size
 from fuserl_megatron.convert.names import find_rule
@@ -31,6 +31,7 @@ from fuserl_megatron.mcore.attention import SegmentAttention, choose_backend
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.precision import check_fp8, fp8_fields
 from fuserl_megatron.mcore.rope import PositionRotary
+from fuserl_megatron.util.errors import UserError
 
 
 class RMSNorm(torch.nn.Module):

@@ -12,8 +12,9 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from fuserl_megatron.config.schema import OptimConfig, TrainerConfig, UserError
+from fuserl_megatron.config.schema import OptimConfig, TrainerConfig
 from fuserl_megatron.mcore.model import have_transformer_engine
+from fuserl_megatron.util.errors import UserError
 
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.uint8}
 """Core stands uint8 for fp8 states."""

@@ -6,17 +6,16 @@ World size = TP x PP x CP x DP. Ranks of one TP group are neighbours (core's ord
 import datetime
 import os
 import warnings
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fuserl_megatron.config.schema import ModelConfig, TrainerConfig, UserError
+from fuserl_megatron.config.schema import ModelConfig, TrainerConfig
 from fuserl_megatron.mcore import cpu
 from fuserl_megatron.mcore.context import check_sum_rule
-from fuserl_megatron.mcore.rendezvous import rendezvous_from_slurm, start_process_group
+from fuserl_megatron.runtime.rendezvous import rendezvous_from_slurm, start_process_group
+from fuserl_megatron.util.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,49 +140,6 @@ def initialize(model: ModelConfig, trainer: TrainerConfig) -> Layout:
         dp_rank=ps.get_data_parallel_rank(),
         vpp_size=model.virtual_pipeline_model_parallel_size,
     )
-
-
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any rank: decisions to stop are taken by all ranks or none. Also a barrier."""
-    return on_any_rank([flag], device)[0]
-
-
-def on_any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """`any_rank` of several flags in one reduction."""
-    if dist.get_world_size() == 1:
-        return list(flags)
-    values = torch.tensor([int(flag) for flag in flags], device=device)
-    dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return [bool(value) for value in values.tolist()]
-
-
-def from_main_rank(value, device: torch.device):
-    """Rank 0's picklable value, on every rank."""
-    box = [value]
-    dist.broadcast_object_list(box, src=0, device=device)
-    return box[0]
-
-
-def from_all_ranks(value: Any) -> list[Any]:
-    """Every rank's picklable value, on every rank."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
-
-
-def on_main_rank(layout: Layout, action: Callable[..., Any], *args: Any) -> Any:
-    """What rank 0 alone does, and its result on all ranks. What keeps it from that is raised on all of them: the others
-    would wait for it in the next collective until the timeout."""
-    result = problem = None
-    if layout.is_main:
-        try:
-            result = action(*args)
-        except (ValueError, OSError) as error:
-            problem = str(error)
-    result, problem = from_main_rank((result, problem), layout.device)
-    if problem:
-        raise UserError(problem)
-    return result
 
 
 def shutdown() -> None:

@@ -16,7 +16,7 @@ import torch
 from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 
 RECIPES = {"fp8_delayed": "delayed", "fp8_current": "tensorwise", "fp8_blockwise": "blockwise", "fp8_mxfp8": "mxfp8"}
 """trainer.precision -> core's fp8_recipe."""

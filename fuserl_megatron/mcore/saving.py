@@ -1,6 +1,6 @@
 """One checkpoint on its way to the disk: collected at a step, written at once or in the background, then published.
 
-    checkpoints/iter_0000010/                     torch_dist, stock GPTModel key names (dist_format.py), and beside it
+    checkpoints/iter_0000010/                     torch_dist with the key names of GPTModel, and beside it
     checkpoints/iter_0000010/progress.json        what the run needs to go on
     checkpoints/iter_0000010/manifest.json        size and checksum of every file
     checkpoints/latest_checkpointed_iteration.txt the pointer, moved last, by rename
@@ -27,7 +27,8 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, is_main_replica
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 
-from fuserl_megatron.mcore.dist_format import (
+from fuserl_megatron.checkpoint.manifest import PROGRESS, describe, write_manifest
+from fuserl_megatron.checkpoint.torch_dist import (
     COMMON,
     CONFIG,
     INDEX,
@@ -36,8 +37,8 @@ from fuserl_megatron.mcore.dist_format import (
     iteration_directory,
     saved_iterations,
 )
-from fuserl_megatron.mcore.manifest import PROGRESS, describe, write_manifest
-from fuserl_megatron.mcore.parallel import Layout, any_rank, from_all_ranks, from_main_rank
+from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.runtime.collectives import any_rank, from_all_ranks, from_main_rank
 from fuserl_megatron.util.files import sync_path, write_file
 
 

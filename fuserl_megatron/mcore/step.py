@@ -27,17 +27,18 @@ from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.mcore import cpu
 from fuserl_megatron.mcore.attention import attention_argument
-from fuserl_megatron.mcore.clock import Clock
 from fuserl_megatron.mcore.context import context_part, sum_over_context
 from fuserl_megatron.mcore.logprob import vocab_parallel_logps
 from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
-from fuserl_megatron.mcore.parallel import Layout, any_rank, from_all_ranks, on_any_rank
+from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.precision import scoring
 from fuserl_megatron.mcore.visibility import Visibility
 from fuserl_megatron.objectives import reduce
 from fuserl_megatron.objectives.logps import sequence_logps
+from fuserl_megatron.runtime.collectives import any_rank, from_all_ranks, on_any_rank
+from fuserl_megatron.util.timer import Clock
 
 
 class NonFiniteError(RuntimeError):

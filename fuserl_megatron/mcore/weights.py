@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as ps
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.chat_files import ChatFormat
 from fuserl_megatron.convert.hf_io import begin_export, finish_export
 from fuserl_megatron.convert.layout import hf_tensors_from_megatron, unshard
@@ -16,8 +15,10 @@ from fuserl_megatron.convert.names import find_rule, hf_shapes, local_name, mega
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
 from fuserl_megatron.mcore.model import TargetModel
-from fuserl_megatron.mcore.parallel import Layout, from_all_ranks, on_main_rank
+from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.precision import fill, plain
+from fuserl_megatron.runtime.collectives import from_all_ranks, on_main_rank
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.whole_directory import discard
 
 

@@ -5,8 +5,8 @@ mask_coverage      every step: each sequence has its scored positions, never non
 group_integrity    every step: pairs and triples lie inside one prompt and source, RLOO's groups are whole
 first_step_loss    first step, policy == reference: the loss has its analytic value (log 2 for the DPO family)
 reference_hash     stored reference scores belong to this model, data set and precision (reference.py)
-tokenizer_match    before any rank starts: data sets, model and reference have one tokenizer (data/belonging.py)
-template_match     before any rank starts: the data are rendered as the model's chat template does (data/belonging.py)
+tokenizer_match    before any rank starts: data sets, model and reference have one tokenizer (records/belonging.py)
+template_match     before any rank starts: the data are rendered by the model's chat template (records/belonging.py)
 """
 
 import os
@@ -19,8 +19,9 @@ from fuserl_megatron.config.objective import loss_options, uses_reference
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.data.prepared import PreparedSet
-from fuserl_megatron.mcore.parallel import Layout, any_rank
+from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.objectives.loss_table import PreferenceLoss, Unit, first_step_loss
+from fuserl_megatron.runtime.collectives import any_rank
 from fuserl_megatron.train.reference import reference_path
 
 WEIGHT_TOLERANCE = 1e-9

@@ -6,17 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 from fuserl_megatron.config.objective import uses_reference, with_defaults
-from fuserl_megatron.config.schema import Config, ObjectiveConfig, UserError
+from fuserl_megatron.config.schema import Config, ObjectiveConfig
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.mcore import parallel, weights
 from fuserl_megatron.mcore.step import NonFiniteError
+from fuserl_megatron.metrics.run_log import say
+from fuserl_megatron.runtime.stopping import Stopped, Stopping
 from fuserl_megatron.train.feed import FOLDERS, make_engine, make_feed, open_run, with_references
-from fuserl_megatron.train.logging import say
 from fuserl_megatron.train.reference import reference_path
-from fuserl_megatron.train.stopping import Stopped, Stopping
 from fuserl_megatron.train.validation import validate
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import write_file
 
 FILE = "evaluation.json"

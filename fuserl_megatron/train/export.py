@@ -4,21 +4,22 @@ import dataclasses
 import time
 from pathlib import Path
 
+from fuserl_megatron.checkpoint.torch_dist import iteration_directory
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.chat_files import ChatFormat
 from fuserl_megatron.convert.model_card import run_figures
 from fuserl_megatron.data.dataset import FusedDataset
-from fuserl_megatron.mcore import checkpoint, parallel, weights
-from fuserl_megatron.mcore.dist_format import iteration_directory
+from fuserl_megatron.mcore import checkpoint, weights
 from fuserl_megatron.mcore.model import gather_parameters
 from fuserl_megatron.mcore.step import Engine
-from fuserl_megatron.train.logging import say
+from fuserl_megatron.metrics.run_log import say
+from fuserl_megatron.runtime import collectives
 from fuserl_megatron.train.validation import History
 
 
 def load_best(engine: Engine, checkpoints: Path, history: History, step: int) -> int:
     """The step to export: the best checkpoint, loaded, where a metric is monitored; the last step otherwise."""
-    for best in parallel.from_main_rank(history.kept_steps(), engine.layout.device):
+    for best in collectives.from_main_rank(history.kept_steps(), engine.layout.device):
         if best == step:
             return step
         what, damage = f"best {history.monitor}: step {best}", checkpoint.damage_of(checkpoints, best, engine.layout)

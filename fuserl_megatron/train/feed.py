@@ -16,8 +16,7 @@ import torch
 from fuserl_megatron.config.facts import row_settings
 from fuserl_megatron.config.layout_rules import check_data_set
 from fuserl_megatron.config.objective import uses_reference, with_loss_defaults
-from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig, UserError
-from fuserl_megatron.config.words import show
+from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.hf_io import check_weights
 from fuserl_megatron.data.batch import PackedBatch
@@ -32,9 +31,11 @@ from fuserl_megatron.mcore.optimizer import build_optimizer
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.precision import parameter_dtype
 from fuserl_megatron.mcore.step import Engine, score
+from fuserl_megatron.metrics.run_log import say
 from fuserl_megatron.objectives.group_losses import kto_kl, wrpo_alpha
-from fuserl_megatron.train.logging import say
 from fuserl_megatron.train.reference import LiveReference, Reference, stored_references
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import show
 
 FOLDERS = ("reference", "reference_validation")
 """Where the reference's scores of the training set and of the held-out one lie in results_dir."""

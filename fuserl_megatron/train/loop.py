@@ -5,15 +5,21 @@ import errno
 import time
 from pathlib import Path
 
+from fuserl_megatron.checkpoint.torch_dist import iteration_directory
 from fuserl_megatron.config.facts import total_steps, warmup_steps
 from fuserl_megatron.config.load import to_yaml
-from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.manifest import MANIFEST_FILE, RUN_COPY
 from fuserl_megatron.mcore import checkpoint, parallel, weights
-from fuserl_megatron.mcore.dist_format import iteration_directory
 from fuserl_megatron.mcore.step import Engine, NonFiniteError, train_step
+from fuserl_megatron.metrics.flops import peak_tflops, rates, step_flops, time_split
+from fuserl_megatron.metrics.run_log import RunLog, say
+from fuserl_megatron.runtime import collectives
+from fuserl_megatron.runtime.profiling import StepProfiler
+from fuserl_megatron.runtime.stopping import Stopped, Stopping, resume_command
+from fuserl_megatron.runtime.watchdog import Watchdog
 from fuserl_megatron.train.checks import InvariantError, check_batches, check_prepared, first_step_check
 from fuserl_megatron.train.export import export, load_best
 from fuserl_megatron.train.feed import (
@@ -26,18 +32,14 @@ from fuserl_megatron.train.feed import (
     with_optimizer,
     with_references,
 )
-from fuserl_megatron.train.logging import RunLog, say
-from fuserl_megatron.train.meters import peak_tflops, rates, step_flops, time_split
 from fuserl_megatron.train.monitor import check_monitor
-from fuserl_megatron.train.profiling import StepProfiler
 from fuserl_megatron.train.reference import stored_hash
 from fuserl_megatron.train.resume import run_identity, steps_to_resume
 from fuserl_megatron.train.saver import Saver
 from fuserl_megatron.train.schedule import lr_at
-from fuserl_megatron.train.stopping import Stopped, Stopping, resume_command
 from fuserl_megatron.train.summary import describe_end, describe_start, versions
 from fuserl_megatron.train.validation import History, is_due, validate
-from fuserl_megatron.train.watchdog import Watchdog
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import write_file
 
 
@@ -45,8 +47,8 @@ def train(config: Config) -> int:
     """Run one stage on the ranks that were started. Every rank calls it.
 
     Returns:
-        0 when the run is complete, or was asked to stop and can be resumed (train/stopping.py); 1 when it stopped on a
-        loss or gradient that is not finite, or when its last checkpoint could not be written.
+        0 when the run is complete, or was asked to stop and can be resumed (runtime/stopping.py); 1 when it stopped on
+        a loss or gradient that is not finite, or when its last checkpoint could not be written.
 
     Raises:
         UserError: something the user can put right; nothing was started or half-written.
@@ -140,7 +142,11 @@ def _run(
     step, stop, kept = done, False, []
     try:
         stopping.check()
-        if validation and is_due(config, done, total) and parallel.from_main_rank(history.lacks(done), layout.device):
+        if (
+            validation
+            and is_due(config, done, total)
+            and collectives.from_main_rank(history.lacks(done), layout.device)
+        ):
             validated(done)
         _, stop, kept = history.decisions(done, layout)
         while step < total and not stop:

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 
-from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.config.words import nearest
+from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore.losses import metric_names
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import nearest
 
 
 def check_monitor(config: Config, sources: Sequence[str]) -> None:

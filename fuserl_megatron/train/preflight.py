@@ -3,11 +3,13 @@
 Rooms are imported inside the functions, after everything that can be checked without them.
 """
 
+import dataclasses
 from pathlib import Path
 
 from fuserl_megatron.config.facts import replica_ranks, row_settings
-from fuserl_megatron.config.hub import local_model
-from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.schema import Config
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.hub import local_model
 from fuserl_megatron.util.paths import did_you_mean
 
 
@@ -29,9 +31,21 @@ def check(config: Config, num_ranks: int) -> list[str]:
         from fuserl_megatron.train.monitor import check_monitor
 
         check_monitor(config, held_out.sources)
-    from fuserl_megatron.data.belonging import check_run
+    from fuserl_megatron.records.belonging import check_run
 
     return [*facts, *check_run(config)]
+
+
+def with_local_models(config: Config) -> Config:
+    """The configuration of a run with every hub name replaced by its directory, weights fetched."""
+    model, objective = config.model, config.objective
+    tokenizer = model.tokenizer and local_model(model.tokenizer, weights=False)
+    reference = objective.reference and local_model(objective.reference)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(model, path=local_model(model.path), tokenizer=tokenizer),
+        objective=dataclasses.replace(objective, reference=reference),
+    )
 
 
 def check_reference(config: Config) -> None:

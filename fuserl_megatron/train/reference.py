@@ -25,7 +25,8 @@ from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.mcore import parallel, weights
 from fuserl_megatron.mcore.model import build_model
 from fuserl_megatron.mcore.step import Engine, score
-from fuserl_megatron.train.logging import say
+from fuserl_megatron.metrics.run_log import say
+from fuserl_megatron.runtime import collectives
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,7 @@ def _open(
         cache = ReferenceCache.open_or_create(directory, key, prepared.dataset.num_responses)
         return key, cache.missing_mask
 
-    key, missing = parallel.on_main_rank(layout, opened)
+    key, missing = collectives.on_main_rank(layout, opened)
     return cache, key, missing
 
 
@@ -157,10 +158,10 @@ def _score_missing(
 
     for plan in sampler.scoring_plans(missing):
         between_batches()
-        parallel.on_main_rank(layout, write, *score(engine, sampler.micro_batches(plan, layout.dp_rank)))
+        collectives.on_main_rank(layout, write, *score(engine, sampler.micro_batches(plan, layout.dp_rank)))
         num_scored += plan.num_sequences
     # nobody reads before everything is written, either
-    parallel.on_main_rank(layout, lambda: cache.finish(prepared.response_ids))
+    collectives.on_main_rank(layout, lambda: cache.finish(prepared.response_ids))
     seconds = time.monotonic() - started
     say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s", layout.is_main)
 

@@ -9,12 +9,14 @@ import json
 import os
 from pathlib import Path
 
-from fuserl_megatron.config.schema import Config, UserError
-from fuserl_megatron.config.words import leaves
+from fuserl_megatron.checkpoint.torch_dist import candidates, iteration_directory
+from fuserl_megatron.config.keys import leaves
+from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel
-from fuserl_megatron.mcore.dist_format import candidates, iteration_directory
-from fuserl_megatron.train.logging import say
+from fuserl_megatron.metrics.run_log import say
+from fuserl_megatron.runtime import collectives
+from fuserl_megatron.util.errors import UserError
 
 PROBE_BYTES = 1 << 20
 STEPS = "steps in all"
@@ -65,7 +67,7 @@ def steps_to_resume(
     Raises:
         UserError: on every rank; no checkpoint is whole, they belong to another run, or must not be resumed.
     """
-    order, pointer_problem = parallel.from_main_rank(candidates(checkpoints), layout.device)
+    order, pointer_problem = collectives.from_main_rank(candidates(checkpoints), layout.device)
     if not order and not config.exp_manager.resume_ignore_no_checkpoint:
         raise UserError(
             f"{checkpoints} holds no checkpoint and exp_manager.resume_ignore_no_checkpoint=false: "
@@ -92,7 +94,7 @@ def steps_to_resume(
     if layout.is_main:
         for problem in problems:
             say(f"WARNING: damaged checkpoint in {checkpoints}: {problem}. Step {found} is used instead")
-    saved = parallel.on_main_rank(layout, _progress_of_this_run, checkpoints, found, identity) if found else {}
+    saved = collectives.on_main_rank(layout, _progress_of_this_run, checkpoints, found, identity) if found else {}
     before, now = saved.get(STEPS), identity.get(STEPS)
     if None not in (before, now) and before != now:
         what = f"this run was to have {before} steps and has {now} now: from step {found + 1} on the learning rate is"

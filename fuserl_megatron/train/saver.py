@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
-from fuserl_megatron.mcore import parallel
 from fuserl_megatron.mcore.checkpoint import begin_save
 from fuserl_megatron.mcore.saving import Saving, remove_leftovers
 from fuserl_megatron.mcore.step import Engine
-from fuserl_megatron.train.logging import say
+from fuserl_megatron.metrics.run_log import say
+from fuserl_megatron.runtime import collectives
 
 PAUSE_S = 1.0
 """Before the second try; twice as long before each further one."""
@@ -46,7 +46,7 @@ class Saver:
         if minutes is None:
             return due
         late = self.engine.layout.is_main and time.monotonic() - self._since >= 60 * minutes
-        return parallel.any_rank(late, self.engine.layout.device) or due
+        return collectives.any_rank(late, self.engine.layout.device) or due
 
     def save(self, step: int, progress: dict, kept: Sequence[int] = ()) -> None:
         """Write a checkpoint of this step, in the background where that is set; nothing when there is one already.

@@ -13,9 +13,9 @@ from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.data.pairs import PreparedSet
 from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.mcore.parallel import Layout
-from fuserl_megatron.train.logging import duration, say
-from fuserl_megatron.train.meters import describe_peak, step_flops
-from fuserl_megatron.train.stopping import resume_command
+from fuserl_megatron.metrics.flops import describe_peak, step_flops
+from fuserl_megatron.metrics.run_log import duration, say
+from fuserl_megatron.runtime.stopping import resume_command
 
 
 def num_parameters(shape: ModelShape) -> int:

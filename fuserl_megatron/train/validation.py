@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
-from fuserl_megatron.mcore.parallel import Layout, from_main_rank
+from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.step import Engine, evaluate, reduced
+from fuserl_megatron.metrics.run_log import Lines
+from fuserl_megatron.runtime.collectives import from_main_rank
 from fuserl_megatron.train.feed import Feed, step_values
-from fuserl_megatron.train.logging import Lines
 
 FILE = "validation.jsonl"
 

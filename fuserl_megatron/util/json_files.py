@@ -11,7 +11,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 
 MAX_BYTES = 256 * 2**20
 """The largest JSON file that is read: the weight index of the largest models has some 10 MB."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import sync_path
 from fuserl_megatron.util.locks import only_writer
 

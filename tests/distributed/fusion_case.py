@@ -47,7 +47,7 @@ STEP, TOTAL = 1, 2
 
 def make_case(directory, *, num_prompts=7, tie=False, seed=0, **model_fields):
     """Policy, reference (other weights), data set with ragged prompts, responses, sources and rewards."""
-    from fuserl_megatron.data.build import build
+    from fuserl_megatron.records.build import build
     from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
 
     paths = {name: str(directory / name) for name in ("policy", "reference", "data")}

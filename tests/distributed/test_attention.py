@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.mcore import attention
 from fuserl_megatron.mcore.context import gathered_columns
 from fuserl_megatron.mcore.visibility import Visibility, hand_over, received
+from fuserl_megatron.util.errors import UserError
 
 S = 48
 

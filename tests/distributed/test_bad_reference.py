@@ -19,8 +19,8 @@ def case(tmp_path_factory):
 
 
 def refused(config):
-    from fuserl_megatron.config.schema import UserError
     from fuserl_megatron.train.loop import train
+    from fuserl_megatron.util.errors import UserError
 
     try:
         return train(config)

@@ -67,7 +67,7 @@ REST = [(c, l) for c in CASES for l in LAYOUTS if possible(c, l) and (c, l) not 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     """case -> (directory, rows: prompt + transformers' greedy text, log-probabilities of all tokens but the first)."""
-    from fuserl_megatron.mcore.verify_sides import HuggingFaceSide
+    from fuserl_megatron.proofs.verify_sides import HuggingFaceSide
 
     made = {}
 

@@ -13,7 +13,7 @@ from fuserl_megatron.testing.tiny import CHATML, save_char_tokenizer, save_tiny_
 def trained(ranks, tmp_path_factory):
     """A base model (no template, another eos token, a licence), data with a template of their own, 60 steps."""
     from fuserl_megatron.config.schema import BuildConfig
-    from fuserl_megatron.data.build import build
+    from fuserl_megatron.records.build import build
 
     root = tmp_path_factory.mktemp("chat")
     model, template = root / "base", root / "own.jinja"
@@ -45,7 +45,7 @@ def exported(request, trained):
     """What training writes, and what the stage `export` makes of the run's checkpoint."""
     if request.param == "train":
         return trained / "run" / "hf"
-    from fuserl_megatron.mcore.offline import megatron_to_hf
+    from fuserl_megatron.convert.offline import megatron_to_hf
 
     return megatron_to_hf(trained / "run", trained / "converted")
 

@@ -22,8 +22,8 @@ from fusion_case import SFT, make_case, make_config
 from torch.distributed.checkpoint import filesystem
 
 from fuserl_megatron import cli
-from fuserl_megatron.mcore.dist_reader import DistReader
-from fuserl_megatron.mcore.manifest import MANIFEST, describe, write_manifest
+from fuserl_megatron.checkpoint.manifest import MANIFEST, describe, write_manifest
+from fuserl_megatron.checkpoint.reader import DistReader
 from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
 
 
@@ -244,8 +244,8 @@ def test_honest_extra_state_passes(planted):
 
 def resume(config):
     """The error of a run, or None."""
-    from fuserl_megatron.config.schema import UserError
     from fuserl_megatron.train.loop import train
+    from fuserl_megatron.util.errors import UserError
 
     try:
         return None if train(config) == 0 else "stopped"

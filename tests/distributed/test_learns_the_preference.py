@@ -15,10 +15,11 @@ import pytest
 from fusion_case import DPO, LOSSES, SFT, make_config
 from test_validation import lines, with_validation
 
-from fuserl_megatron.config.schema import BuildConfig, UserError
-from fuserl_megatron.data.build import build
+from fuserl_megatron.config.schema import BuildConfig
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.pairs import prepare
+from fuserl_megatron.records.build import build
+from fuserl_megatron.util.errors import UserError
 
 LEARNED = {
     "dpo": DPO,

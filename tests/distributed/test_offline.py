@@ -26,7 +26,7 @@ MODELS = {
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """name -> (Hugging Face directory, Megatron checkpoint made of it)."""
-    from fuserl_megatron.mcore.offline import hf_to_megatron
+    from fuserl_megatron.convert.offline import hf_to_megatron
 
     made = {}
     for name, fields in MODELS.items():
@@ -118,8 +118,8 @@ def save_with_core(directory, folder, tp, pp, dtype):
 @pytest.mark.parametrize("tp,pp", LAYOUTS)
 @pytest.mark.parametrize("name", ["llama", "llama tied", "qwen3"])
 def test_we_read_what_core_wrote(ranks, models, tmp_path, name, tp, pp):
-    from fuserl_megatron.mcore.dist_reader import DistReader
-    from fuserl_megatron.mcore.offline import megatron_to_hf
+    from fuserl_megatron.checkpoint.reader import DistReader
+    from fuserl_megatron.convert.offline import megatron_to_hf
 
     directory, ours = models[name]
     folder = tmp_path / "iter_0000007"
@@ -135,7 +135,7 @@ def test_we_read_what_core_wrote(ranks, models, tmp_path, name, tp, pp):
 
 
 def test_the_keys_carry_transformer_engines_fused_norm_names(models):
-    from fuserl_megatron.mcore.dist_reader import DistReader
+    from fuserl_megatron.checkpoint.reader import DistReader
 
     with DistReader(models["llama"][1] / "iter_0000000") as reader:
         assert reader.keys["decoder.layers.self_attention.linear_qkv.layer_norm_weight"].size == (4, 64)
@@ -145,7 +145,7 @@ def test_the_keys_carry_transformer_engines_fused_norm_names(models):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_there_and_back_alone_is_exact_and_needs_nothing_else(models, tmp_path, name):
-    from fuserl_megatron.mcore.offline import megatron_to_hf
+    from fuserl_megatron.convert.offline import megatron_to_hf
 
     directory, checkpoint = models[name]
     megatron_to_hf(checkpoint, tmp_path / "back", max_shard_bytes=30_000)
@@ -159,12 +159,12 @@ def test_there_and_back_alone_is_exact_and_needs_nothing_else(models, tmp_path, 
     before, after = (json.loads((d / "config.json").read_text()) for d in (directory, tmp_path / "back"))
     assert before == after
     card = (tmp_path / "back" / "README.md").read_text()
-    assert str(tmp_path.parent) not in card and f"base_model: \"{directory.parent.name}-{directory.name}\"" in card
+    assert str(tmp_path.parent) not in card and f'base_model: "{directory.parent.name}-{directory.name}"' in card
 
 
 def test_many_threads_and_tiny_windows_change_no_number(models, tmp_path, monkeypatch):
     from fuserl_megatron.convert import copying
-    from fuserl_megatron.mcore.offline import hf_to_megatron, megatron_to_hf
+    from fuserl_megatron.convert.offline import hf_to_megatron, megatron_to_hf
 
     directory, _ = models["llama"]
     monkeypatch.setattr(copying, "usable_cores", lambda: 8)
@@ -180,7 +180,7 @@ def test_many_threads_and_tiny_windows_change_no_number(models, tmp_path, monkey
 
 
 def test_dtypes_change_on_request_and_mixed_files_lose_nothing(models, tmp_path):
-    from fuserl_megatron.mcore.offline import hf_to_megatron, megatron_to_hf
+    from fuserl_megatron.convert.offline import hf_to_megatron, megatron_to_hf
 
     directory, _ = models["llama"]
     hf_to_megatron(directory, tmp_path / "half", dtype="bfloat16")
@@ -205,7 +205,7 @@ def test_dtypes_change_on_request_and_mixed_files_lose_nothing(models, tmp_path)
     ids=["tp2", "pp2 bf16", "dp2 distopt"],
 )
 def test_a_training_runs_checkpoint_gives_the_runs_export(ranks, case, tmp_path, objective, world, layout):
-    from fuserl_megatron.mcore.offline import megatron_to_hf
+    from fuserl_megatron.convert.offline import megatron_to_hf
 
     config = make_config(
         case, objective, global_batch_size=3, max_steps=2, every=2, results_dir=str(tmp_path / "run"), **layout
@@ -214,4 +214,4 @@ def test_a_training_runs_checkpoint_gives_the_runs_export(ranks, case, tmp_path,
     megatron_to_hf(tmp_path / "run", tmp_path / "back")
     assert same_weights(tmp_path / "run" / "hf", tmp_path / "back")
     card = (tmp_path / "back" / "README.md").read_text()
-    assert case["policy"] not in card and "base_model: \"policy\"" in card and "iter_0000002" in card
+    assert case["policy"] not in card and 'base_model: "policy"' in card and "iter_0000002" in card

@@ -51,8 +51,8 @@ def models(tmp_path_factory):
 
 def export(source, destination, tp, pp, vpp, file_limits=()):
     """Load, export. The bytes this rank handed to the kernel, and the error's text or None."""
-    from fuserl_megatron.config.schema import UserError
     from fuserl_megatron.mcore import weights
+    from fuserl_megatron.util.errors import UserError
 
     engine = load_engine(source, tp, pp, vpp)
     before, limit = written_so_far(), resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -17,7 +17,7 @@ ROWS = ["loss", "gradient norm", "embedding", "qkv", "proj", "fc1", "fc2", "norm
 
 def parity_of(config, fault=None, **options):
     """Exit code and what was printed, with a mistake planted when asked for."""
-    from fuserl_megatron.train import parity
+    from fuserl_megatron.proofs import parity
 
     planted = mistake(fault) if fault else contextlib.nullcontext()
     with planted, contextlib.redirect_stdout(io.StringIO()) as out:

@@ -59,6 +59,7 @@ def packed(config, num_tokens, fault=None, band="cheapest"):
     import torch
 
     from fuserl_megatron.mcore import attention, parallel, step, weights
+    from fuserl_megatron.runtime import collectives
     from fuserl_megatron.train.feed import make_engine, make_feed, open_run, with_optimizer
 
     config, shape, (data,) = open_run(config, [config.data.path])
@@ -102,7 +103,7 @@ def packed(config, num_tokens, fault=None, band="cheapest"):
             part.train()
             part.zero_grad_buffer()
         found = step._run_schedule(engine, make(feed.sampler.step(0), layout.dp_rank), on_output, forward_only=False)
-    gathered = parallel.from_all_ranks(found if layout.tp_rank == 0 else [])
+    gathered = collectives.from_all_ranks(found if layout.tp_rank == 0 else [])
     values = {key: value for part in gathered for micro_batch in part for key, value in micro_batch.items()}
     grads = dict(weights.gather_hf_tensors(engine.target, layout, lambda p: p.main_grad.detach().clone()))
     return values, {name: grad.double() for name, grad in grads.items()}

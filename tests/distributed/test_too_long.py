@@ -17,9 +17,9 @@ def short_rows(case, objective, mode, seq_length, **settings):
 
 
 def printed(config, command):
-    from fuserl_megatron.config.schema import UserError
+    from fuserl_megatron.proofs.parity import parity
     from fuserl_megatron.train.loop import train
-    from fuserl_megatron.train.parity import parity
+    from fuserl_megatron.util.errors import UserError
 
     with contextlib.redirect_stdout(io.StringIO()) as out:
         try:

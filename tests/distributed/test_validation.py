@@ -10,7 +10,8 @@ import torch
 from fusion_case import DPO, LOSSES, SFT, make_case, make_config, run
 from safetensors.torch import load_file
 
-from fuserl_megatron.config.schema import CheckpointConfig, EarlyStoppingConfig, UserError
+from fuserl_megatron.config.schema import CheckpointConfig, EarlyStoppingConfig
+from fuserl_megatron.util.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_validation_is_the_same_under_every_layout_and_changes_nothing(ranks, ca
 
 
 def to_hf(source, destination):
-    from fuserl_megatron.mcore import offline
+    from fuserl_megatron.convert import offline
 
     offline.megatron_to_hf(source, destination)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PRELOADED = (
-    *("fuserl_megatron.train.loop", "fuserl_megatron.cli", "fuserl_megatron.launch.local", "hydra", "omegaconf"),
+    *("fuserl_megatron.train.loop", "fuserl_megatron.cli", "fuserl_megatron.launch.ranks", "hydra", "omegaconf"),
     *("pandas", "pyarrow.compute", "torch.profiler"),  # which others import when they need them
 )
 
@@ -67,7 +67,7 @@ class Fleet:
 
     def start(self, overrides: list[str], log: Path, world: int = 2, prelude=None) -> "Run":
         """Start `fuserl train` on `world` ranks; prelude(rank) is called in each before it begins."""
-        from fuserl_megatron.launch.local import rank_environment
+        from fuserl_megatron.launch.ranks import rank_environment
         from fuserl_megatron.util.ports import reserved_port
 
         reserved, ranks = reserved_port(), []

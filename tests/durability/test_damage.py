@@ -51,9 +51,10 @@ def whole(ranks, case, tmp_path_factory):
 
 def look_on_start(directories):
     """What a start finds in each: (step, damaged, what rank 0 says), or the message it ends with."""
-    from fuserl_megatron.config.schema import Config, ModelConfig, TrainerConfig, UserError
+    from fuserl_megatron.config.schema import Config, ModelConfig, TrainerConfig
     from fuserl_megatron.mcore import parallel
     from fuserl_megatron.train.resume import steps_to_resume
+    from fuserl_megatron.util.errors import UserError
 
     layout, found = parallel.initialize(ModelConfig(path="unused"), TrainerConfig()), []
     for directory in directories:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from fleet import case_settings, records
 
-from fuserl_megatron.mcore.manifest import find_damage
+from fuserl_megatron.checkpoint.manifest import find_damage
 
 FULL = "No space left on device"
 

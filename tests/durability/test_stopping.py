@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from fleet import case_settings, records
 
-from fuserl_megatron.mcore.manifest import find_damage
-from fuserl_megatron.train import stopping
+from fuserl_megatron.checkpoint.manifest import find_damage
+from fuserl_megatron.runtime import stopping
 
 TP2 = "model.tensor_model_parallel_size=2"
 ASYNC = "exp_manager.checkpoint_callback_params.async_save=true"

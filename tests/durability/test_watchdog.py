@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 from fleet import ROOT, case_settings, records
 
-from fuserl_megatron.train.watchdog import HUNG, Watchdog
+from fuserl_megatron.runtime.watchdog import HUNG, Watchdog
 
 TP2, DP2 = "model.tensor_model_parallel_size=2", "optim.use_distributed_optimizer=true"
 
@@ -63,7 +63,7 @@ def wait_until(condition):
 
 def test_every_tick_counts_and_the_start_has_a_limit_of_its_own(tmp_path, monkeypatch):
     ended = []
-    monkeypatch.setattr("fuserl_megatron.train.watchdog.OTHERS_MAY_DUMP_S", 0.0)
+    monkeypatch.setattr("fuserl_megatron.runtime.watchdog.OTHERS_MAY_DUMP_S", 0.0)
     monkeypatch.setattr("os._exit", ended.append)
     monkeypatch.setattr(Watchdog, "_start_guardian", lambda self: None)  # it would end this process
     watchdog = Watchdog(1.0 / 60, tmp_path, 0, start_minutes=4.0 / 60)
@@ -209,7 +209,7 @@ def test_a_hang_that_keeps_pythons_lock_ends_too(tmp_path):
 
 def test_an_error_is_seen_in_both_places(tmp_path):
     code = (
-        "import os\nfrom pathlib import Path\nfrom fuserl_megatron.train.watchdog import own_log\n"
+        "import os\nfrom pathlib import Path\nfrom fuserl_megatron.runtime.watchdog import own_log\n"
         "with own_log(Path('.'), {'SLURM_PROCID': '7'}):\n"
         "    print('hello', flush=True); os.system('echo from C'); raise ValueError('the disk is gone')"
     )

@@ -21,16 +21,16 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from common import Report, Wrong, attempt, for_a_while, main
 from convert.conftest import make_config, write_model
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.checkpoint.manifest import MANIFEST, PROGRESS, describe, find_damage, write_manifest
+from fuserl_megatron.checkpoint.safe_load import read_common
+from fuserl_megatron.checkpoint.torch_dist import INDEX
+from fuserl_megatron.convert.offline import hf_to_megatron, megatron_to_hf
 from fuserl_megatron.convert.weight_files import SAFE_SINGLE
 from fuserl_megatron.mcore.checkpoint import read_progress
-from fuserl_megatron.mcore.dist_format import INDEX
 from fuserl_megatron.mcore.loading import load_state
-from fuserl_megatron.mcore.manifest import MANIFEST, PROGRESS, describe, find_damage, write_manifest
-from fuserl_megatron.mcore.offline import hf_to_megatron, megatron_to_hf
-from fuserl_megatron.mcore.safe_load import read_common
-from fuserl_megatron.mcore.verify import compare_configs, compare_tensors
-from fuserl_megatron.mcore.verify_sides import open_side
+from fuserl_megatron.proofs.verify import compare_configs, compare_tensors
+from fuserl_megatron.proofs.verify_sides import open_side
+from fuserl_megatron.util.errors import UserError
 
 FOLDER = "iter_0000000"
 

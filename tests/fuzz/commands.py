@@ -18,10 +18,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's client is imported: a wor
 from common import Report, Wrong, attempt, for_a_while, main
 
 from fuserl_megatron import cli
+from fuserl_megatron.config.keys import all_keys
 from fuserl_megatron.config.launch_sections import LaunchConfig
-from fuserl_megatron.config.schema import BuildConfig, Config, UserError
-from fuserl_megatron.config.words import all_keys
+from fuserl_megatron.config.schema import BuildConfig, Config
 from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
+from fuserl_megatron.util.errors import UserError
 
 SECRET = "canary-5d1f9a"
 VALUES = [

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 
 LIMIT_S = 20.0
 """For one case on an idle machine; they take milliseconds."""

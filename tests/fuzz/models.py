@@ -21,9 +21,9 @@ from convert.conftest import make_config, make_weights, write_model
 
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.hf_io import check_weights
+from fuserl_megatron.convert.offline import hf_to_megatron, megatron_to_hf
 from fuserl_megatron.convert.rope import rope_inverse_frequencies
 from fuserl_megatron.convert.shards import ShardReader
-from fuserl_megatron.mcore.offline import hf_to_megatron, megatron_to_hf
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VALUES = [

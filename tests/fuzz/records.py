@@ -19,9 +19,9 @@ import pyarrow.parquet
 from common import Report, Wrong, attempt, for_a_while, main
 
 from fuserl_megatron import cli
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.testing.tiny import save_char_tokenizer
+from fuserl_megatron.util.errors import UserError
 
 TEXTS = [
     *("", " ", "\n", "a", "abc" * 50, "x" * 5000, "[/x] {y} 100%", "\x1b]0;t\x07", "\u202e", "\ud800", "\0"),

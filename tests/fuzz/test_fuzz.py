@@ -14,8 +14,8 @@ import models
 import records
 from common import Report, TimeUp, attempt
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.mcore import dist_model
+from fuserl_megatron.convert import megatron_checkpoint
+from fuserl_megatron.util.errors import UserError
 
 FUZZERS = {models: 1000, checkpoints: 250, commands: 150, records: 100}
 """And how many cases make test tries: always the same ones, whatever the machine is doing."""
@@ -32,7 +32,7 @@ def test_fuzz(fuzzer, seconds, capfd):
 
 def test_the_fuzzer_sees_a_door_without_a_guard(tmp_path, monkeypatch, capfd):
     """The control: with the look at the manifest left out of the conversion, damages pass."""
-    monkeypatch.setattr(dist_model, "refuse_damage", lambda folder: None)
+    monkeypatch.setattr(megatron_checkpoint, "refuse_damage", lambda folder: None)
     report = Report("control", 0)
     checkpoints.try_damages(report, tmp_path, [checkpoints.convert], sample=30)
     assert report.outcomes["wrong"] >= 5 and all(line.startswith("wrong: convert: ") for line in report.failures)

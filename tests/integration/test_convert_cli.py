@@ -95,7 +95,7 @@ def test_there_and_back_through_the_tools(model, tmp_path):
 
 
 def verify(tmp_path, a, b, *options):
-    from fuserl_megatron.mcore.verify import verify as run
+    from fuserl_megatron.proofs.verify import verify as run
 
     report = tmp_path / "report.json"
     code = run(a, b, json_path=report, max_new_tokens=8, **dict(options))
@@ -213,7 +213,7 @@ def test_verify_sees_planted_faults(model, tmp_path, fault):
 
 def seal(checkpoint):
     """Write the manifest anew, so that not the damage is found but what it leads to."""
-    from fuserl_megatron.mcore.manifest import MANIFEST, describe, write_manifest
+    from fuserl_megatron.checkpoint.manifest import MANIFEST, describe, write_manifest
 
     folder = checkpoint / "iter_0000000"
     write_manifest(folder, 0, describe(f for f in folder.iterdir() if f.name != MANIFEST))
@@ -221,15 +221,15 @@ def seal(checkpoint):
 
 def change_checkpoint(checkpoint, key, change):
     """Change the numbers of one key in place, in the chunk's own bytes."""
-    from fuserl_megatron.mcore import dist_format, dist_reader
+    from fuserl_megatron.checkpoint import reader, torch_dist
 
     folder = checkpoint / "iter_0000000"
-    with dist_reader.DistReader(folder) as reader:
+    with reader.DistReader(folder) as reader:
         offsets, sizes = reader.keys[key].chunks[-1]
         place = reader._places[key, offsets]
         numbers = torch.Size(sizes).numel()
         with open(folder / place.relative_path, "r+b", buffering=0) as file:
-            _, start = dist_format.numbers_of(file, place.offset, place.length, numbers)
+            _, start = torch_dist.numbers_of(file, place.offset, place.length, numbers)
             file.seek(start)
             values = torch.frombuffer(bytearray(file.read(4 * numbers)), dtype=torch.float32).view(sizes)
             file.seek(start)
@@ -528,7 +528,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(model, tmp_path, capsys, dir
 SLOW = """
 import sys, time
 from fuserl_megatron.convert import shards
-from fuserl_megatron.mcore import dist_reader
+from fuserl_megatron.checkpoint import reader
 def slowly(function):
     def read(*args, **kwargs):
         sys.stdout.write("reading\\n")  # in one piece: several threads come here
@@ -537,7 +537,7 @@ def slowly(function):
         return function(*args, **kwargs)
     return read
 shards.ShardReader.read = slowly(shards.ShardReader.read)
-dist_reader.DistReader.read_rows = slowly(dist_reader.DistReader.read_rows)
+reader.DistReader.read_rows = slowly(reader.DistReader.read_rows)
 from fuserl_megatron.cli import main
 sys.exit(main(sys.argv[1:]))
 """

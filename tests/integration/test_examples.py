@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from fuserl_megatron.cli import build_parser, main
-from fuserl_megatron.launch import local
+from fuserl_megatron.cli import main
+from fuserl_megatron.cli.app import build_parser
+from fuserl_megatron.launch import ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = ["", "build", "train", "launch", "evaluate", "parity", "convert", "verify", "nemo-config", "doctor", "demo"]
@@ -45,8 +46,8 @@ FROM_PAGES = sorted({line for page in PAGES for line in examples(page.read_text(
 def place(tmp_path_factory):
     """A directory in which all the names exist."""
     from fuserl_megatron.config.schema import BuildConfig
-    from fuserl_megatron.data.build import build
-    from fuserl_megatron.mcore.offline import hf_to_megatron
+    from fuserl_megatron.convert.offline import hf_to_megatron
+    from fuserl_megatron.records.build import build
     from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
 
     root = tmp_path_factory.mktemp("examples")
@@ -89,8 +90,8 @@ def typed(place, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "FUSERL_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     started = []
-    monkeypatch.setattr("fuserl_megatron.commands.becomes_rank", lambda config, ranks: False)
-    monkeypatch.setattr(local, "run_ranks", lambda command, ranks, **_: started.append(ranks) or 0)
+    monkeypatch.setattr("fuserl_megatron.cli.commands.becomes_rank", lambda config, ranks: False)
+    monkeypatch.setattr(ranks, "run_ranks", lambda command, ranks, **_: started.append(ranks) or 0)
 
     def run(line):
         words, redirected, file = shlex.split(line)[1:], None, None

@@ -188,9 +188,9 @@ def test_a_run_s_config_and_lineage_run_nothing(root, tmp_path, capsys):
 
 
 def test_a_data_set_and_a_reference_cache_run_nothing(root, tmp_path):
-    from fuserl_megatron.config.schema import UserError
     from fuserl_megatron.data.dataset import FusedDataset
     from fuserl_megatron.data.reference import ReferenceCache
+    from fuserl_megatron.util.errors import UserError
     from fuserl_megatron.util.files import file_sha256
 
     touched = tmp_path / "touched"

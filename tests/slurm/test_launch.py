@@ -127,7 +127,7 @@ def test_no_value_becomes_a_command_of_the_job_script(cluster, case, tmp_path, c
     name, root = "a\"b c'd $(touch P) `touch P` & % # \\x", tmp_path / "r %j \"q\" 'a' $(touch P) & #"
     override = name.replace('"', '\\"')
     words = ["cluster=slurm", f"target={case['policy']}", "stages=[build_sft]", f'run.name="{override}"']
-    words += ["run.results_dir=\"" + str(root).replace('"', '\\"') + '"', "build_sft.reward_temperature=0.05"]
+    words += ['run.results_dir="' + str(root).replace('"', '\\"') + '"', "build_sft.reward_temperature=0.05"]
     words += [f"build_sft.inputs=[{case['records']}]", "build_sft.max_length=96"]
     assert main(["launch", *words]) == 0, capfd.readouterr().err
     (job,) = json.loads((root / "launch" / "jobs.json").read_text()).values()

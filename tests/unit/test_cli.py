@@ -10,13 +10,15 @@ from typing import get_origin, get_type_hints
 import pytest
 import yaml
 
-from fuserl_megatron import __version__, cli, commands, doctor
-from fuserl_megatron.cli import STOPS, build_parser, main
-from fuserl_megatron.commands import _bytes, check
+from fuserl_megatron import __version__
+from fuserl_megatron.cli import commands, doctor, main
+from fuserl_megatron.cli.app import STOPS, build_parser
+from fuserl_megatron.cli.commands import _bytes, check
 from fuserl_megatron.config.load import from_dict, load_config
 from fuserl_megatron.config.objective import with_defaults
-from fuserl_megatron.config.schema import Config, UserError
+from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.dataset import FORMAT_VERSION, Manifest
+from fuserl_megatron.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = dict(
@@ -58,7 +60,7 @@ def paths(tmp_path):
 def real_paths(tmp_path_factory):
     """The same with 1,000 real prompts, two sources and two responses of each."""
     from fuserl_megatron.config.schema import BuildConfig
-    from fuserl_megatron.data.build import build
+    from fuserl_megatron.records.build import build
     from fuserl_megatron.testing.tiny import save_char_tokenizer
 
     root = tmp_path_factory.mktemp("real")
@@ -238,7 +240,7 @@ def test_a_build_that_is_ended_leaves_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "tokenizer"]
 
 
-@pytest.mark.parametrize("number", cli.STOPS)
+@pytest.mark.parametrize("number", STOPS)
 def test_the_caller_s_handlers_come_back(capsys, number):
     before = signal.getsignal(number)
     error_line(capsys, "build", "inputs=[a]")
@@ -270,7 +272,7 @@ def test_a_monitor_is_known_before_any_rank_starts(capsys, real_paths):
 
 def test_a_demo_outside_a_checkout(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "__file__", str(tmp_path / "site" / "fuserl_megatron" / "commands.py"))
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "site" / "fuserl_megatron" / "cli" / "commands.py"))
     assert "clone the repository" in error_line(capsys, "demo")
 
 
@@ -280,7 +282,7 @@ def test_the_demo_is_the_checkout_s_wherever_it_is_started(monkeypatch, tmp_path
         code = f"import pathlib, sys; pathlib.Path(sys.argv[2]).write_text({name!r})"
         (tmp_path / name / "examples" / "skills" / "run_demo.py").write_text(code)
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(commands, "__file__", str(tmp_path / "checkout" / "fuserl_megatron" / "commands.py"))
+    monkeypatch.setattr(commands, "__file__", str(tmp_path / "checkout" / "fuserl_megatron" / "cli" / "commands.py"))
     assert main(["demo", "--dir", str(tmp_path / "ran")]) == 0
     assert (tmp_path / "ran").read_text() == "checkout"
 

@@ -5,11 +5,12 @@ import pytest
 import yaml
 
 from fuserl_megatron.config.compose import LAUNCH_GROUPS, compose_tree, conf_dir
+from fuserl_megatron.config.keys import all_keys
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
-from fuserl_megatron.config.schema import BuildConfig, Config, UserError
+from fuserl_megatron.config.schema import BuildConfig, Config
 from fuserl_megatron.config.validate import validate, validate_build
-from fuserl_megatron.config.words import all_keys
+from fuserl_megatron.util.errors import UserError
 
 PATHS = ["model.path=/m", "data.path=/d"]
 BUILD = ["inputs=[a.jsonl]", "output=o", "tokenizer=t", "reward_temperature=0.01"]

@@ -7,8 +7,9 @@ import pytest
 
 from fuserl_megatron.config.load import load_config
 from fuserl_megatron.config.objective import OF_STAGE, check_objective, loss_options, uses_reference, with_defaults
-from fuserl_megatron.config.schema import ObjectiveConfig, UserError
+from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss
+from fuserl_megatron.util.errors import UserError
 
 NEEDED = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "wrpo": {"target_source": "me"}}
 VALUES = {"length_normalized": False, "fusion": "mean", "label_smoothing": 0.2}

@@ -7,8 +7,8 @@ import pytest
 
 from fuserl_megatron.config.compose import conf_dir
 from fuserl_megatron.config.load import load_config
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.validate import validate
+from fuserl_megatron.util.errors import UserError
 
 PRESETS = sorted((conf_dir() / "preset").glob("*.yaml"))
 SHAPES = {

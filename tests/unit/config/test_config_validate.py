@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 
 from fuserl_megatron.config.load import load_config
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.validate import validate, validate_build
+from fuserl_megatron.util.errors import UserError
 
 LLAMA_8B = SimpleNamespace(
     num_layers=32,

@@ -3,8 +3,8 @@
 import pytest
 
 from fuserl_megatron.config.load import load_config
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.config.validate import validate
+from fuserl_megatron.util.errors import UserError
 
 PATHS = ["model.path=/m", "data.path=/d"]
 M = "exp_manager."

@@ -4,9 +4,9 @@ import pytest
 
 from fuserl_megatron.cli import main
 from fuserl_megatron.config.compose import conf_dir
+from fuserl_megatron.config.keys import about_key, all_keys
 from fuserl_megatron.config.peer_names import BY_NAME, OF_BUILD, PEERS
 from fuserl_megatron.config.schema import BuildConfig, Config
-from fuserl_megatron.config.words import about_key, all_keys
 
 KEYS = set(all_keys(Config))
 

@@ -6,10 +6,10 @@ import re
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.chat_files import ChatFormat, carry_chat
 from fuserl_megatron.convert.model_card import base_model, license_of, model_card, run_figures
 from fuserl_megatron.testing.tiny import save_char_tokenizer
+from fuserl_megatron.util.errors import UserError
 
 TAUGHT = "{# taught #}{% for m in messages %}{{ m.content }}{% endfor %}"
 LINEAGE = {"target": "meta-llama/Llama-3.1-8B", "name": "mine", "stage": "fusepo", "sources": ["a|b", "c\n# d"]}

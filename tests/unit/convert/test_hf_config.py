@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import read_config
+from fuserl_megatron.util.errors import UserError
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 OPTIONAL = ["num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "torch_dtype"]

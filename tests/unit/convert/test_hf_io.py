@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.hf_io import (
     begin_export,
@@ -22,6 +21,7 @@ from fuserl_megatron.convert.layout import hf_tensors_from_megatron
 from fuserl_megatron.convert.names import hf_shapes, megatron_names
 from fuserl_megatron.convert.shard_writer import ShardWriter
 from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.whole_directory import discard
 
 LINEAGE = {"target": "tiny", "sources": ["a", "b"], "data manifest": "sha256:0", "config": {"stage": "fusesft"}}

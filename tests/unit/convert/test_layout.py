@@ -16,15 +16,7 @@ from fuserl_megatron.convert.layout import (
     split_qkv,
     unshard,
 )
-from fuserl_megatron.convert.names import (
-    find_rule,
-    hf_names,
-    hf_shapes,
-    lengths,
-    local_name,
-    megatron_names,
-    te_name,
-)
+from fuserl_megatron.convert.names import find_rule, hf_names, hf_shapes, lengths, local_name, megatron_names, te_name
 
 QKV, FC1 = "decoder.layers.0.self_attention.linear_qkv.weight", "decoder.layers.0.mlp.linear_fc1.weight"
 

@@ -7,7 +7,7 @@ import torch
 
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.megatron_lm import flags_text, megatron_lm_flags
-from fuserl_megatron.mcore.offline import hf_to_megatron
+from fuserl_megatron.convert.offline import hf_to_megatron
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA31 = LLAMA3 | {"original_max_position_embeddings": 8192, "rope_theta": 500000.0}

@@ -11,7 +11,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tensor_parallel import shard
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert import shard_writer
 from fuserl_megatron.convert import shards as shards_module
 from fuserl_megatron.convert.hf_config import read_config
@@ -19,6 +18,7 @@ from fuserl_megatron.convert.layout import hf_tensors_from_megatron, unshard
 from fuserl_megatron.convert.names import megatron_names, te_name
 from fuserl_megatron.convert.shard_writer import ShardWriter
 from fuserl_megatron.convert.shards import ShardReader, check_tensors, read_parameter
+from fuserl_megatron.util.errors import UserError
 
 CASES = [
     ("llama", {}),

@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.convert.weight_files import read_header
+from fuserl_megatron.util.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ import json
 
 import pytest
 
-from fuserl_megatron.config.schema import ObjectiveConfig, UserError
+from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.dataset import FusedDataset, Manifest
 from fuserl_megatron.data.manifest import FORMAT_VERSION, NEW_IN, OWN_HASH
 from fuserl_megatron.data.pairs import prepare
+from fuserl_megatron.util.errors import UserError
 
 VALUES = [None, True, -1, 0, 3, 10**20, 1.5, float("nan"), float("inf"), "", "x", [], {}]
 """What a field is set to, one after the other."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from groups import read_group
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 
 
 def random_records(make_record, num_prompts=60, seed=0, drop=0.4):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory, reference_key
 from fuserl_megatron.util import files
+from fuserl_megatron.util.errors import UserError
 
 
 def test_write_resume_finish_and_read(tmp_path):

@@ -8,10 +8,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fuserl_megatron.config.schema import DataConfig, PackingConfig, UserError
+from fuserl_megatron.config.schema import DataConfig, PackingConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX
 from fuserl_megatron.data.reference import ReferenceCache
 from fuserl_megatron.data.sampler import GlobalBatchSampler
+from fuserl_megatron.util.errors import UserError
 
 NUM_PROMPTS = 23
 

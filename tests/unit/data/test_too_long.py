@@ -5,12 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fuserl_megatron.config.schema import DataConfig, PackingConfig, UserError
+from fuserl_megatron.config.schema import DataConfig, PackingConfig
 from fuserl_megatron.data.packing import fits
 from fuserl_megatron.data.prepared import mismatched
 from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.data.too_long import _needed_length, fitted
 from fuserl_megatron.train.checks import check_prepared
+from fuserl_megatron.util.errors import UserError
 
 LONG = {3: 60, 8: 40}
 """Prompt -> tokens of its longer responses; the others have 5."""

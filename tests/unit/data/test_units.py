@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from fuserl_megatron.config.schema import DataConfig, PackingConfig, UserError
+from fuserl_megatron.config.schema import DataConfig, PackingConfig
 from fuserl_megatron.data.prepared import mismatched
 from fuserl_megatron.data.sampler import GlobalBatchSampler
+from fuserl_megatron.util.errors import UserError
 
 REWARDS = {  # prompt -> source -> rewards of its responses
     0: {"a": [0.1, 0.5, 0.3], "b": [0.2, 0.4], "me": [0.3, 0.6, 0.1]},

@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from fuserl_megatron.config.load import load_config
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.launch.pipeline import load_pipeline
+from fuserl_megatron.util.errors import UserError
 
 ALL = "stages=[import,build_sft,build_po,build_heldout,fusesft,reference,fusepo,export,evaluate]"
 BUILDS = [

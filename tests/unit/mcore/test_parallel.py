@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.launch import local
-from fuserl_megatron.mcore import parallel, rendezvous
+from fuserl_megatron.launch import ranks
+from fuserl_megatron.mcore import parallel
+from fuserl_megatron.runtime import rendezvous
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.ports import reserved_port
 
 
@@ -101,7 +102,7 @@ def listening_addresses(pid: int) -> set[str]:
 
 RANK = """
 import datetime, sys, torch, torch.distributed as dist
-from fuserl_megatron.mcore.rendezvous import start_process_group
+from fuserl_megatron.runtime.rendezvous import start_process_group
 start_process_group("gloo", datetime.timedelta(seconds=60))
 dist.all_reduce(torch.ones(1))
 print("met", flush=True)
@@ -116,7 +117,7 @@ def test_ranks_of_one_machine_listen_on_the_loopback_interface_alone(environment
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-c", RANK],
-                env=local.rank_environment(rank, 2, port, environment),
+                env=ranks.rank_environment(rank, 2, port, environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
             )

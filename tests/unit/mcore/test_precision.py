@@ -9,9 +9,10 @@ import torch
 
 from fuserl_megatron.config.facts import row_length
 from fuserl_megatron.config.layout_rules import check_model
-from fuserl_megatron.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig, UserError
+from fuserl_megatron.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from fuserl_megatron.mcore import model, optimizer, precision
 from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.util.errors import UserError
 
 SHAPE = SimpleNamespace(
     attention_out_bias=False, mlp_bias=False, num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4,

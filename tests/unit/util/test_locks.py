@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.util import locks
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.locks import only_writer
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from fuserl_megatron import cli
-from fuserl_megatron.config import hub
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util import hub
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.paths import did_you_mean, export_of_run
 
 

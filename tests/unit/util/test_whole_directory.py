@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.util import whole_directory
+from fuserl_megatron.util.errors import UserError
 
 
 @pytest.mark.parametrize(

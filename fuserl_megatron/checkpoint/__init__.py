@@ -1,0 +1,1 @@
+"""Distributed checkpoints as files: format, reader, manifest. No Megatron here."""

@@ -1,0 +1,65 @@
+"""The keys of the settings: all of them, those that hold a user's own names, and what to say of one that is none."""
+
+import dataclasses
+import functools
+import math
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from fuserl_megatron.config.peer_names import peer_advice
+from fuserl_megatron.util.text import nearest
+
+
+@functools.cache
+def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
+    """Every key of the schema with its full path, sections included."""
+    keys = []
+    for field in dataclasses.fields(schema):
+        keys.append(prefix + field.name)
+        if dataclasses.is_dataclass(field.type):
+            keys.extend(all_keys(field.type, f"{prefix}{field.name}."))
+    return tuple(keys)
+
+
+def open_keys(schema: type) -> set[str]:
+    """Keys of the schema's top level that hold names of the user's own (`chat_template_kwargs.enable_thinking`)."""
+    return {field.name for field in dataclasses.fields(schema) if typing.get_origin(field.type) is dict}
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested dictionaries hold, with the dotted keys."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def about_key(key: str, known: Iterable[str]) -> str:
+    """For a key that does not exist: the one with its last part, what other trainers' name for it is here (or why
+    there is none), or the nearest."""
+    known = sorted(known)
+    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f" Did you mean {same[0]}?" if same else peer_advice(key, known) or nearest(key, known)
+
+
+def seconds_of(duration: str) -> int:
+    """Seconds of NeMo's DD:HH:MM:SS.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    days, hours, minutes, seconds = map(int, duration.split(":"))
+    if min(days, hours, minutes, seconds) < 0:
+        raise ValueError(duration)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def plain(value: Any) -> Any:
+    """Tuples to lists and required NaN to "???", as yaml and omegaconf want them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return "???" if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,1 @@
+"""For NeMo users: NeMo-Aligner's files as settings, and nemo-run as a launcher."""

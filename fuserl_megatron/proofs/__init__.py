@@ -1,0 +1,1 @@
+"""Are two computations the same? Layout parity and model verification."""

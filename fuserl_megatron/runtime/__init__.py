@@ -1,0 +1,1 @@
+"""What keeps a run alive: rendezvous, collectives, stopping, watchdog, profiling."""
