@@ -1,7 +1,6 @@
 """Part files of rows: append-only JSONL whose lines begin with their key, read back by that alone."""
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,13 +16,16 @@ KEY_END = len(PREFIX) + 32
 
 
 def key_of(*what: Any) -> bytes:
-    """The 16 bytes that name a row: a hash of everything that makes it this one (values that JSON can hold)."""
-    return hashlib.sha256(json.dumps(what, separators=(",", ":")).encode()).digest()[:16]
+    """The 16 bytes that name a row: a hash of everything that makes it this one (texts, whole numbers, tuples)."""
+    return hashlib.sha256(ascii(what).encode()).digest()[:16]
 
 
 def key_array(keys: Iterable[bytes]) -> np.ndarray:
     """Keys as one array [rows] of 16 bytes each, in their order."""
-    return np.frombuffer(b"".join(keys), "S16")
+    joined = bytearray()
+    for key in keys:
+        joined += key
+    return np.frombuffer(bytes(joined), "S16")
 
 
 @dataclass

@@ -22,14 +22,14 @@ Place = tuple[str, int]
 """Where a record was read: file (or hub name) and line or row, counted from 1."""
 
 
-def expand_inputs(inputs: Sequence[str]) -> list[str]:
-    """Files in the order given (a glob's matches sorted) and hub names; each once.
+def expand_inputs(inputs: Sequence[str], key: str = "inputs") -> list[str]:
+    """Files in the order given (a glob's matches sorted) and hub names; each once. `key` is the setting that names them.
 
     Raises:
         UserError: nothing given, a glob without a match, a directory, a file of another kind, no such file.
     """
     if not inputs:
-        raise UserError("inputs is empty: name at least one .jsonl, .jsonl.gz or .parquet file, glob or hub data set")
+        raise UserError(f"{key} is empty: name at least one .jsonl, .jsonl.gz or .parquet file, glob or hub data set")
     names: list[str] = []
     for item in inputs:
         if os.path.isdir(item):
@@ -39,29 +39,34 @@ def expand_inputs(inputs: Sequence[str]) -> list[str]:
         elif glob.has_magic(item):
             matches = sorted(glob.glob(item, recursive=True))
             if not matches:
-                raise UserError(f"inputs: no file matches {item!r} (looked from {os.getcwd()})")
+                raise UserError(f"{key}: no file matches {item!r} (looked from {os.getcwd()})")
         elif HUB_NAME.match(item) and not item.endswith((*SUFFIXES, ".json", ".csv", ".txt", ".gz")):
             names.append(item)
             continue
         else:
-            raise UserError(f"inputs: {item} does not exist{did_you_mean(item)}")
+            raise UserError(f"{key}: {item} does not exist{did_you_mean(item)}")
         for match in matches:
             if not os.path.isfile(match):  # one that waits for a writer, or whose target is gone
-                raise UserError(f"inputs: {match} is no regular file: name one, or take it out of the glob")
+                raise UserError(f"{key}: {match} is no regular file: name one, or take it out of the glob")
             if not match.endswith(SUFFIXES):
                 raise UserError(
-                    f"inputs: {match} is not {', '.join(SUFFIXES)}: convert it to one record per line (JSONL)"
+                    f"{key}: {match} is not {', '.join(SUFFIXES)}: convert it to one record per line (JSONL)"
                 )
         names.extend(matches)
     return list(dict.fromkeys(names))
 
 
-def rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
-    """Raw lines of a JSONL file (blank ones left out), rows of a parquet file or of a hub data set."""
+def rows(
+    name: str, needed: Sequence[str] = FIELDS, unread: Sequence[str] = IGNORED_FIELDS
+) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
+    """Raw lines of a JSONL file (blank ones left out), rows of a parquet file or of a hub data set.
+
+    Of a table the columns `needed` must be there, and those in `unread` are left out where that saves time.
+    """
     if not os.path.exists(name):
-        yield from _hub_rows(name)
+        yield from _hub_rows(name, needed)
     elif name.endswith(".parquet"):
-        yield from _parquet_rows(name)
+        yield from _parquet_rows(name, needed, unread)
     else:
         try:
             with gzip.open(name, "rb") if name.endswith(".gz") else open(name, "rb") as file:
@@ -72,23 +77,25 @@ def rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
             raise UserError(f"{name}: not a complete gzip file ({error}): copy or compress it again") from None
 
 
-def _parquet_rows(name: str) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
+def _parquet_rows(
+    name: str, needed: Sequence[str], unread: Sequence[str]
+) -> Iterator[tuple[Place, bytes | dict[str, Any]]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(name)
         schema = file.schema_arrow
-        _check_columns(name, schema.names)
+        _check_columns(name, schema.names, needed)
         # no field is a time, and Python's times do not hold all that Arrow's may
         times = [c.name for c in schema if pyarrow.types.is_temporal(c.type) and c.name not in FIELDS]
-        unread = dict.fromkeys(times)
-        columns = [c for c in schema.names if c not in (*IGNORED_FIELDS, *times)]
+        empty = dict.fromkeys(times)
+        columns = [c for c in schema.names if c not in (*unread, *times)]
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
             for row in _python_rows(batch):
                 number += 1
-                yield (name, number), row | unread if isinstance(row, dict) else row
+                yield (name, number), row | empty if isinstance(row, dict) else row
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{name}: not a readable parquet file ({first_line(error)})") from None
 
@@ -106,7 +113,7 @@ def _python_rows(batch: Any) -> list[bytes | dict[str, Any]]:
         return [row for i in range(batch.num_rows) for row in _python_rows(batch.slice(i, 1))]
 
 
-def _hub_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
+def _hub_rows(name: str, needed: Sequence[str]) -> Iterator[tuple[Place, dict[str, Any]]]:
     import datasets
 
     hub_name, _, split = name.partition(":")
@@ -114,16 +121,16 @@ def _hub_rows(name: str) -> Iterator[tuple[Place, dict[str, Any]]]:
         table = datasets.load_dataset(hub_name, split=split or "train")
     except Exception as error:  # the hub client raises a dozen unrelated classes; all mean that there is no data
         what = f"no file of that name here, and the hub gave no data set ({first_line(error)})"
-        raise UserError(f"inputs: {name}: {what}; without a network connection give a local file") from None
-    _check_columns(name, table.column_names)
+        raise UserError(f"{name}: {what}; without a network connection give a local file") from None
+    _check_columns(name, table.column_names, needed)
     for number, row in enumerate(table, 1):
         yield (name, number), row
 
 
-def _check_columns(name: str, columns: Sequence[str]) -> None:
+def _check_columns(name: str, columns: Sequence[str], needed: Sequence[str]) -> None:
     for twice in sorted({c for c in columns if columns.count(c) > 1}):
         raise UserError(f"{name}: column {twice!r} is there twice: rename or drop one")
-    for field in FIELDS:
+    for field in needed:
         if field not in columns:
             have = ", ".join(columns)
-            raise UserError(f"{name}: column {field!r} is missing (columns: {have}): needs {', '.join(FIELDS)}")
+            raise UserError(f"{name}: column {field!r} is missing (columns: {have}): needs {', '.join(needed)}")
