@@ -4,6 +4,7 @@ import argparse
 
 from fuserl_megatron import __version__
 from fuserl_megatron.cli import commands
+from fuserl_megatron.cli.score import add_score
 
 OVERRIDES = """
 Settings are hydra overrides, key=value: any key of fuserl_megatron/config/schema.py, and the groups of conf/
@@ -43,6 +44,7 @@ A mistake in the settings or files ends with one line; FUSERL_DEBUG=1 in the env
 {OVERRIDES}""",
     )
     _add_config_options(build, "build")
+    add_score(jobs, _command, _add_config_options)
 
     train = _command(
         jobs,

@@ -1,7 +1,7 @@
 """Settings of `fuserl score`: what is scored, by which rewards, how their values become one. See `schema.py`.
 
-A reward is a section reward.NAME, from conf/reward/NAME.yaml or written out; its key `kind` says which of the classes
-of KINDS below it is.
+A reward is a file of the group reward/ (conf/reward/, or reward/ in the user's own directory) or written out on the
+command line; its key `kind` says which of the classes in KINDS it is. `score_load.py` composes and checks them.
 """
 
 from dataclasses import dataclass, field
@@ -83,6 +83,7 @@ class RuleReward:
 
 
 KINDS = {"model": ModelReward, "endpoint": EndpointReward, "rule": RuleReward}
+Reward = ModelReward | EndpointReward | RuleReward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,9 +131,7 @@ class ScoreConfig:
     output: str = "???"
     """Directory to write; `fuserl build inputs=[output]` reads it."""
     rewards: tuple[str, ...] = ()
-    """Names of the rewards: files of conf/reward, or sections reward.NAME of your own."""
-    reward: dict[str, Any] = field(default_factory=dict)
-    """The rewards' settings by name, such as reward.armorm.batch_tokens=32768."""
+    """Names in the group reward/. `rewards.NAME.KEY=VALUE` changes a setting of one, or writes out one of your own."""
     combine: CombineConfig = field(default_factory=CombineConfig)
     """How their values become one."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)

@@ -28,8 +28,9 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import leaves, show
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.config.keys import leaves
+from fuserl_megatron.util.text import show
 from fuserl_megatron.making.parts import PREFIX, num_parts, part_file, scan
 from fuserl_megatron.util.files import file_sha256, sync_path, write_file
 from fuserl_megatron.util.json_files import read_json

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import first_line
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import first_line
 from fuserl_megatron.making.conversation import Conversation
-from fuserl_megatron.making.reward_model import refuse_missing, refuse_not_finite
+from fuserl_megatron.making.reward_model import quiet, refuse_missing, refuse_not_finite
 from fuserl_megatron.util.json_files import read_json
 
 # fmt: off
@@ -99,7 +99,8 @@ def load_armorm(
 
     values = read_json(Path(directory, "config.json"))
     try:
-        body, info = LlamaModel.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+        with quiet():
+            body, info = LlamaModel.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:
         raise UserError(f"{where}.model={directory}: cannot be loaded as a Llama model ({first_line(error)})") from None
     refuse_missing(where, directory, info["missing_keys"])

@@ -4,10 +4,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import first_line
-from fuserl_megatron.data.messages import Messages
-from fuserl_megatron.data.templates import BadPrompt, ChatTemplate
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import first_line
+from fuserl_megatron.records.messages import Messages
+from fuserl_megatron.records.templates import BadPrompt, ChatTemplate
 
 DATE = datetime(2024, 7, 26)
 """What a template that asks for the date is told: a reward must not depend on the day."""

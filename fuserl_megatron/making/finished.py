@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.making.accounting import DONE, ORDER, PLAN
 from fuserl_megatron.making.parts import part_file
 from fuserl_megatron.util.json_files import read_json

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.score_sections import CombineConfig, PolicyConfig, ScoreConfig
-from fuserl_megatron.config.words import nearest, show
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.config.keys import leaves
+from fuserl_megatron.config.score_sections import CombineConfig, PolicyConfig, Reward, ScoreConfig
 from fuserl_megatron.making.finished import finished_rows
-from fuserl_megatron.making.rewards import Reward, judges
+from fuserl_megatron.making.rewards import judges
 from fuserl_megatron.making.samples import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, SampleTable, samples
 from fuserl_megatron.util.files import sync
 
@@ -144,16 +144,9 @@ def weights_of(combine: CombineConfig, values: Values) -> dict[str, float]:
     """The weight of every reward and part that counts.
 
     Raises:
-        UserError: a name that is no reward, a value that is no number.
+        UserError: none does.
     """
-    known = {**values.rewards, **values.parts}
-    weights = {name: 1.0 for name in values.rewards}
-    for name, weight in combine.weights.items():
-        if name not in known:
-            raise UserError(f"combine.weights.{name}: no such reward; there are {', '.join(known)}.{nearest(name, known)}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not np.isfinite(weight):
-            raise UserError(f"combine.weights.{name}={show(weight)}: must be a number.")
-        weights[name] = float(weight)
+    weights = {name: 1.0 for name in values.rewards} | {name: float(w) for name, w in leaves(combine.weights)}
     weights = {name: weight for name, weight in weights.items() if weight}
     if not weights:
         raise UserError("combine.weights: all are 0; give one reward a weight.")

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 
 PREFIX = b'{"key":"'
 KEY_END = len(PREFIX) + 32

@@ -17,10 +17,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.config.score_sections import EndpointReward
-from fuserl_megatron.config.words import first_line, nearest
-from fuserl_megatron.data.messages import Messages, as_dicts
+from fuserl_megatron.util.text import first_line, nearest
+from fuserl_megatron.records.messages import Messages, as_dicts
 from fuserl_megatron.making.conversation import Unscorable
 from fuserl_megatron.making.samples import Sample
 
@@ -45,7 +45,7 @@ class Endpoint:
     """The servers of one reward. A context manager."""
 
     def __init__(self, name: str, reward: EndpointReward):
-        self.name, self.reward, self.where = name, reward, f"reward.{name}"
+        self.name, self.reward, self.where = name, reward, f"rewards.{name}"
         self._key = _key(self.where, reward.api_key_env)
         self._urls = [_base(self.where, url) for url in reward.url]
         self._turn, self._closing = 0, threading.Event()

@@ -6,7 +6,9 @@ early: no error, other rewards. Here a batch is padded on the right by us, and t
 of the last true token. B rows of a batch, S tokens, H hidden size.
 """
 
+import contextlib
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuserl_megatron.config.hub import local_model
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.hub import local_model
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.config.score_sections import ModelReward
-from fuserl_megatron.config.words import first_line
-from fuserl_megatron.data.messages import Messages
+from fuserl_megatron.util.text import first_line
+from fuserl_megatron.records.messages import Messages
 from fuserl_megatron.making.conversation import Conversation, Unscorable
 from fuserl_megatron.making.samples import Sample
 from fuserl_megatron.util.paths import did_you_mean
@@ -38,7 +40,7 @@ class RewardModel:
         Raises:
             UserError: no such model, no reward model, more than one label, weights that are missing or not finite.
         """
-        self.name, self.reward, self.where = name, reward, f"reward.{name}"
+        self.name, self.reward, self.where = name, reward, f"rewards.{name}"
         self.directory = local_model(reward.model)
         self.device = _device(self.where, reward.device)
         dtype = reward.dtype if reward.dtype != "auto" else ("float32" if self.device == "cpu" else "bfloat16")
@@ -209,9 +211,10 @@ def load_classifier(
     if config.num_labels != 1:
         raise UserError(f"{where}: {directory} has {config.num_labels} labels; a reward model has one")
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            directory, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
+        with quiet():
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                directory, config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
     except Exception as error:
         raise UserError(f"{where}.model={directory}: cannot be loaded ({first_line(error)})") from None
     refuse_missing(where, directory, info["missing_keys"])
@@ -220,6 +223,18 @@ def load_classifier(
         return getattr(model, model.base_model_prefix), LinearHead(layer)
     model.pools_itself = True
     return model, WholeModel()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """transformers prints a table of missing and surplus weights; what matters of it we say in one line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def refuse_missing(where: str, directory: str, missing: Iterable[str]) -> None:

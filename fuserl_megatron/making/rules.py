@@ -17,7 +17,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fuserl_megatron.config.schema import UserError
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.machine import usable_cores
 from fuserl_megatron.config.score_sections import RuleReward
 from fuserl_megatron.making.samples import Sample
 
@@ -127,10 +128,8 @@ class RulePool:
         self._selector.close()
 
     def settings(self) -> dict[str, Any]:
-        """What changes a value: the code and its arguments, and the limits."""
-        limits = {"time_limit": self.reward.time_limit, "memory_gib": self.reward.memory_gib}
-        code = {"function": self.reward.function, "code_sha256": self.about["sha256"]}
-        return {**code, "arguments": self.reward.arguments, **limits, "output_mib": self.reward.output_mib}
+        """What changes a value besides the settings: the code."""
+        return {"code_sha256": self.about["sha256"]}
 
     def notes(self) -> dict[str, Any]:
         """Where the code lies, and what the kernel allowed."""
@@ -227,7 +226,7 @@ class RulePool:
     def _greeted(self, worker: _Worker, hello: dict[str, Any]) -> None:
         if "sha256" not in hello:
             why = hello.get("error") or f"its process ended ({_how(worker.end())})"
-            what = f"reward.{self.name}.function={self.reward.function}: cannot be imported ({why})"
+            what = f"rewards.{self.name}.function={self.reward.function}: cannot be imported ({why})"
             raise UserError(f"{what}; it is written package.module:function, looked for here and among what is installed")
         worker.hello = hello
 
@@ -242,8 +241,7 @@ class RulePool:
         return worker.hello
 
     def _num_workers(self) -> int:
-        given = self.reward.workers
-        return len(os.sched_getaffinity(0)) if given == "auto" else given
+        return usable_cores() if self.reward.workers == "auto" else self.reward.workers
 
 
 def _how(code: int) -> str:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.inputs import Place, expand_inputs, rows
-from fuserl_megatron.data.messages import BadRecord, Messages, canonical_prompt, canonical_tools, encodable, shown
-from fuserl_megatron.data.messages import text_field
-from fuserl_megatron.data.records import decode
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.records.inputs import Place, expand_inputs, rows
+from fuserl_megatron.records.messages import BadRecord, Messages, canonical_prompt, canonical_tools, encodable, shown
+from fuserl_megatron.records.messages import text_field
+from fuserl_megatron.records.records import decode
 from fuserl_megatron.making.finished import account_directories, finished_lines, read_done
 from fuserl_megatron.making.parts import key_array, key_of
 
@@ -80,11 +80,11 @@ def read_rows(names: Sequence[str]) -> Iterator[Sample]:
         if os.path.isdir(name):
             for directory in account_directories(name):
                 for place, line in finished_lines(directory):
-                    yield _sample(place, line)
+                    yield as_sample(place, line)
         else:
-            for file in expand_inputs([name]):
-                for place, raw in rows(file, NEEDED):
-                    yield _sample(place, raw)
+            for file in expand_inputs([name], "samples"):
+                for place, raw in rows(file, NEEDED, unread=()):
+                    yield as_sample(place, raw)
 
 
 def check_inputs(names: Sequence[str]) -> None:
@@ -98,7 +98,7 @@ def check_inputs(names: Sequence[str]) -> None:
             for directory in account_directories(name):
                 read_done(directory)
         else:
-            expand_inputs([name])
+            expand_inputs([name], "samples")
 
 
 def samples(names: Sequence[str], table: SampleTable) -> Iterator[Sample]:
@@ -162,8 +162,8 @@ def scan_samples(
 def heldout_marks(names: Sequence[str], ngram: int) -> set[bytes]:
     """Hashes of all runs of `ngram` words in the prompts of the files, and of whole prompts."""
     found: set[bytes] = set()
-    for name in expand_inputs(names):
-        for place, raw in rows(name, ("prompt",)):
+    for name in expand_inputs(names, "heldout"):
+        for place, raw in rows(name, ("prompt",), unread=()):
             record = raw if isinstance(raw, dict) else decode(place, raw)
             found |= marks(canonical_prompt(place, record.get("prompt")), ngram)
     return found
@@ -177,7 +177,12 @@ def marks(messages: Messages, ngram: int) -> set[bytes]:
     return {hashlib.sha256(" ".join(run).encode()).digest()[:8] for run in runs if run}
 
 
-def _sample(place: Place, raw: bytes | dict[str, Any]) -> Sample:
+def as_sample(place: Place, raw: bytes | dict[str, Any]) -> Sample:
+    """One row as a sample.
+
+    Raises:
+        BadRecord: a field is missing or of the wrong type.
+    """
     record = raw if isinstance(raw, dict) else decode(place, raw)
     for name in NEEDED:
         if record.get(name) is None:

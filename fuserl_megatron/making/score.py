@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.score_sections import ScoreConfig
-from fuserl_megatron.data.progress import watched
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.config.keys import leaves
+from fuserl_megatron.config.score_sections import Reward, ScoreConfig
+from fuserl_megatron.util.progress import watched
 from fuserl_megatron.making.accounting import DONE, PLAN, Account, Plan, now
 from fuserl_megatron.making.join import RECORDS, combined, needed, read_values, truncated_policy, write_records
-from fuserl_megatron.making.rewards import Reward, asked, open_reward, typed_rewards
+from fuserl_megatron.making.rewards import asked, open_reward
 from fuserl_megatron.making.samples import (
     Sample,
     SampleTable,
@@ -64,13 +65,12 @@ class Prepared:
         return {name: Path(self.config.output, REWARDS, name) for name in self.rewards}
 
 
-def prepare(config: ScoreConfig, progress: bool = True) -> Prepared:
+def prepare(config: ScoreConfig, rewards: Mapping[str, Reward], progress: bool = True) -> Prepared:
     """Read the answers once and say which are scored. Writes nothing.
 
     Raises:
         UserError: anything in the settings or the inputs that the user can put right.
     """
-    rewards = typed_rewards(config)
     check_inputs(config.samples)
     heldout = heldout_marks(config.heldout, config.heldout_ngram) if config.heldout else set()
     phrases = config.policy.refusal_phrases
@@ -79,7 +79,7 @@ def prepare(config: ScoreConfig, progress: bool = True) -> Prepared:
     return Prepared(config, rewards, table, keep, dropped)
 
 
-def score(config: ScoreConfig, progress: bool = True, say: Say = print) -> dict[str, Any]:
+def score(config: ScoreConfig, rewards: Mapping[str, Reward], progress: bool = True, say: Say = print) -> dict[str, Any]:
     """Score what has no value yet, join, report; returns the report, as written to report.json.
 
     Raises:
@@ -88,7 +88,7 @@ def score(config: ScoreConfig, progress: bool = True, say: Say = print) -> dict[
     output = Path(config.output)
     _check_output(output)
     with only_writer(output / ".lock", config.output, "choose another output"):
-        prepared = prepare(config, progress)
+        prepared = prepare(config, rewards, progress)
         for name in config.rescore:
             shutil.rmtree(output / REWARDS / name, ignore_errors=True)
         plans = {name: score_one(prepared, name, progress, say) for name in prepared.rewards}
@@ -167,7 +167,7 @@ def _fill(prepared: Prepared, name: str, account: Account, scorer: Any, progress
             account.sync()
             synced = time.monotonic()
     if first and not account.have.any():
-        raise UserError(f"reward.{name}: no answer has a value: {first[0][1]['error']}")
+        raise UserError(f"rewards.{name}: no answer has a value: {first[0][1]['error']}")
     for held in first:
         account.append(*held)
     facts = {"seconds": round(time.monotonic() - started, 3), "scored": written + len(first)}
@@ -178,7 +178,7 @@ def _refuse_all_alike(name: str, reward: Reward, held: list[tuple[int, dict[str,
     words = {re.sub(r"\d+", "N", outcome.get("error", "")) for _, outcome in held}
     if len(words) == 1 and words != {""} and reward.kind != "model":  # a model refuses single answers only
         why = held[0][1]["error"]
-        raise UserError(f"reward.{name}: the first {len(held)} answers have no value, all for one reason: {why}")
+        raise UserError(f"rewards.{name}: the first {len(held)} answers have no value, all for one reason: {why}")
 
 
 def _wanted(prepared: Prepared, missing: np.ndarray) -> Iterator[tuple[int, Sample]]:
@@ -195,7 +195,7 @@ def _join(prepared: Prepared, plans: dict[str, Any], say: Say) -> dict[str, Any]
 
     config, table, keep = prepared.config, prepared.table, prepared.keep
     output = Path(config.output)
-    values = read_values(prepared.directories, keep, [name for name in config.combine.weights if "." in name])
+    values = read_values(prepared.directories, keep, [name for name, _ in leaves(config.combine.weights) if name not in prepared.rewards])
     truncated = truncated_policy(config.policy, prepared.rewards)
     total, failed = combined(values, table, keep, config.combine, config.policy, truncated)
     if np.isnan(total).all():
@@ -240,9 +240,9 @@ def _check_output(output: Path) -> None:
         raise UserError(f"output={output}: holds files of something else ({foreign[0]}); name another directory")
 
 
-def dry_run(config: ScoreConfig) -> list[str]:
+def dry_run(config: ScoreConfig, rewards: Mapping[str, Reward]) -> list[str]:
     """What a run would do, in lines. Opens no reward and writes nothing."""
-    prepared = prepare(config)
+    prepared = prepare(config, rewards)
     flags = count_flags(prepared.table)
     table = prepared.table
     lines = [f"{len(table.keys):,} answers to {table.num_prompts:,} prompts from {len(table.sources)} sources"]

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.json_files import read_json
 from fuserl_megatron.util.paths import did_you_mean
 from fuserl_megatron.util.text import first_line
 
 FIELDS = ("prompt", "source", "response", "reward")
 OPTIONAL_FIELDS = ("source_mean_logps", "tools")
-IGNORED_FIELDS = ("meta",)
+IGNORED_FIELDS = ("meta", "rewards", "key")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 HUB_NAME = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?$")
 
@@ -33,6 +34,9 @@ def expand_inputs(inputs: Sequence[str], key: str = "inputs") -> list[str]:
     names: list[str] = []
     for item in inputs:
         if os.path.isdir(item):
+            if scored := scored_records(item):
+                names.append(scored)
+                continue
             raise UserError(f"{item} is a directory: give its files, for example '{item.rstrip('/')}/*.jsonl'")
         if os.path.lexists(item):
             matches = [item]
@@ -54,6 +58,27 @@ def expand_inputs(inputs: Sequence[str], key: str = "inputs") -> list[str]:
                 )
         names.extend(matches)
     return list(dict.fromkeys(names))
+
+
+def scored_records(directory: str) -> str | None:
+    """The file of records in a directory that `fuserl score` wrote; None for any other directory.
+
+    Raises:
+        UserError: the run is not finished, the file was changed since, or the answers have no rewards yet.
+    """
+    done, records = os.path.join(directory, "done.json"), os.path.join(directory, "records.jsonl")
+    found = read_json(done) if os.path.isfile(done) else {}
+    if found.get("format") == "fuserl scored responses":
+        size = os.path.getsize(records) if os.path.isfile(records) else None
+        if size != found["bytes"]:
+            what = "is missing" if size is None else f"has {size} bytes, not {found['bytes']}: it was changed since"
+            raise UserError(f"{records} {what}; type the command of `fuserl score` again")
+        return records
+    if os.path.isdir(os.path.join(directory, "rewards")):
+        raise UserError(f"{directory}: its scoring is not finished; type the command of `fuserl score` again: it goes on")
+    if glob.glob(os.path.join(glob.escape(directory), "*", "plan.json")):
+        raise UserError(f"{directory}: answers without rewards; `fuserl score samples={directory} ...` comes first")
+    return None
 
 
 def rows(
