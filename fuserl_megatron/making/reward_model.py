@@ -186,14 +186,15 @@ def load_config(where: str, directory: str) -> Any:
     """
     from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
+    if not Path(directory).is_dir():  # transformers would ask the hub for it, for half a minute
+        raise UserError(f"{where}.model={directory}: no such directory{did_you_mean(directory)}")
     try:
         values, _ = PretrainedConfig.get_config_dict(directory)
         if values.get("model_type") == "llama":  # ArmoRM names code of its own here, which is not run
             return LlamaConfig.from_dict(values)
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
-        near = did_you_mean(directory)
-        raise UserError(f"{where}.model={directory}: no readable model there{near} ({first_line(error)})") from None
+        raise UserError(f"{where}.model={directory}: no readable model there ({first_line(error)})") from None
 
 
 def load_classifier(

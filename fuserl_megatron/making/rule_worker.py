@@ -96,9 +96,11 @@ def _checked(found: Any) -> dict[str, Any]:
 
 def _number(found: Any, what: str) -> float:
     try:
-        value = float(found) if not isinstance(found, str | bytes) else math.nan
+        value = float(found) if not isinstance(found, str | bytes) else None
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{what} a {type(found).__name__}, not a number") from None
+        value = None
+    if value is None:
+        raise ValueError(f"{what} something of type {type(found).__name__}, not a number")
     if not math.isfinite(value):
         raise ValueError(f"{what} {str(found)[:40]}, not a finite number")
     return value
@@ -131,7 +133,7 @@ def _load(name: str) -> tuple[Callable, dict[str, Any]]:
     for part in function_name.split("."):
         function = getattr(function, part)
     if not callable(function):
-        raise TypeError(f"{name} is a {type(function).__name__}, not a function")
+        raise TypeError(f"{name} is of type {type(function).__name__}, no function")
     file = getattr(module, "__file__", None)
     with open(file, "rb") if file else contextlib.nullcontext() as source:
         sha256 = hashlib.file_digest(source, "sha256").hexdigest() if file else None

@@ -126,7 +126,7 @@ def load_groups(
                 prompt = messages, canonical_tools(place, record.get("tools"))
                 second = None
                 if second_reward is not None:
-                    second = number_field(place, record, second_reward, (*FIELDS, second_reward))
+                    second = number_field(place, _with_rewards(record), second_reward, (*FIELDS, second_reward))
                 group = groups.get(prompt)
                 source_id = source_ids.setdefault(source, len(source_ids))
                 key = (source_id, response)
@@ -158,6 +158,12 @@ def load_groups(
         raise UserError(f"no usable record in {', '.join(inputs)} ({num} read): each line needs {', '.join(FIELDS)}")
     loaded.groups, loaded.sources = list(groups.values()), list(source_ids)
     return loaded
+
+
+def _with_rewards(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with each of the single rewards that `fuserl score` kept as a field, such as rewards.length."""
+    single = record.get("rewards")
+    return record | {f"rewards.{name}": value for name, value in single.items()} if isinstance(single, dict) else record
 
 
 def check_record(place: Place, record: dict[str, Any]) -> tuple[Messages, str, str, float]:
