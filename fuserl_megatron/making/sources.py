@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.inputs import rows
-from fuserl_megatron.data.messages import BadRecord, Messages, as_dicts, canonical_prompt, text_field
-from fuserl_megatron.data.records import decode
-from fuserl_megatron.data.thinking import THINKING
 from fuserl_megatron.making.accounting import Plan
 from fuserl_megatron.making.parts import key_of
 from fuserl_megatron.making.prompts import Prompt
+from fuserl_megatron.records.inputs import rows
+from fuserl_megatron.records.messages import BadRecord, Messages, as_dicts, canonical_prompt, text_field
+from fuserl_megatron.records.records import decode
+from fuserl_megatron.records.thinking import THINKING
+from fuserl_megatron.util.errors import UserError
 
 VERSION = 1
 """Part of every plan: a change of what is asked for the same settings makes another plan."""
