@@ -17,6 +17,7 @@ CUT_WARNING = 0.05
 REFUSALS = ("i'm sorry, but", "i am sorry, but", "i cannot", "i can't", "i'm unable", "as an ai", "i won't")
 """How answers that refuse begin, in lower case."""
 BARS = 24
+STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em} td{padding:.2em .8em;text-align:right}"
 
 
 def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -57,32 +58,31 @@ def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return figures
 
 
-def table(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines to print: a row for each source, and a warning for each that was cut often."""
-    head = ("source", "answers", "distinct", "cut", "empty", "refused", "failed", "tokens", "mean", "p95", "tokens/s")
-    rows = [head]
+def cells(sources: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A head, and a row for each source."""
+    rows = [("source", "answers", "distinct", "cut", "empty", "refused", "failed", "tokens", "mean", "p95", "tokens/s")]
     for name, done in sources.items():
         figures = done["figures"]
-        rows.append(
-            (
-                name,
-                f"{figures['answers']:,}",
-                share(figures["distinct"], figures["answers"]),
-                share(figures["cut"], figures["answers"]),
-                share(figures["empty"], figures["answers"]),
-                share(figures["refused"], figures["answers"]),
-                f"{done['failed']:,}",
-                f"{figures.get('tokens', 0):,}",
-                f"{figures.get('tokens_mean', 0):g}",
-                f"{figures.get('tokens_p95', 0):,}",
-                f"{done['tokens_per_second']:,.0f}" if done.get("tokens_per_second") else "-",
-            )
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(r, widths))) for r in rows
+        shares = (share(figures[kind], figures["answers"]) for kind in ("distinct", "cut", "empty", "refused"))
+        pace = f"{done['tokens_per_second']:,.0f}" if done.get("tokens_per_second") else "-"
+        lengths = (f"{figures.get('tokens_mean', 0):g}", f"{figures.get('tokens_p95', 0):,}")
+        counts = (f"{done['failed']:,}", f"{figures.get('tokens', 0):,}")
+        rows.append((name, f"{figures['answers']:,}", *shares, *counts, *lengths, pace))
+    return rows
+
+
+def table(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines to print: the cells in columns, and what a person should look at."""
+    return [*columns(cells(sources)), *warnings(sources)]
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
     ]
-    return lines + warnings(sources)
 
 
 def warnings(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -105,18 +105,15 @@ def warnings(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def write_html(file: Path, sources: Mapping[str, Mapping[str, Any]]) -> None:
     """One page without anything from elsewhere: the table, the lengths of the answers, the faults."""
-    lines = table(sources)
-    notes = lines[len(sources) + 1 :]
-    cells = [line.split() for line in lines[: len(sources) + 1]]
-    rows = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells]
-    body = [f"<h1>Sampling</h1><table>{''.join(rows)}</table>", *(f"<p>{html.escape(note)}</p>" for note in notes)]
+    rows = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells(sources)]
+    notes = [f"<p>{html.escape(note)}</p>" for note in warnings(sources)]
+    body = [f"<h1>Sampling</h1><table>{''.join(rows)}</table>", *notes]
     for name, done in sources.items():
         figures = done["figures"]
         body.append(f"<h2>{html.escape(name)}</h2>{_bars(figures.get('histogram', []), figures.get('tokens_most', 0))}")
         kept = {k: v for k, v in done.items() if k not in ("parts", "figures")}
         body.append(f"<pre>{html.escape(json.dumps(kept, indent=2))}</pre>")
-    style = "body{font:15px sans-serif;margin:2em;max-width:70em}td{padding:.2em .8em;text-align:right}td:first-child{text-align:left}"
-    page = f"<!doctype html><meta charset=utf-8><title>Sampling</title><style>{style}</style>{''.join(body)}\n"
+    page = f"<!doctype html><meta charset=utf-8><title>Sampling</title><style>{STYLE}</style>{''.join(body)}\n"
     write_file(file, [page.encode()])
 
 

@@ -96,7 +96,9 @@ class Source:
     def plan(self, run: SampleConfig, notes: dict[str, Any]) -> Plan:
         """What changes an answer. The prompts and n are no part of it: each answer stands for itself."""
         config = self.config
-        asked = {name: value for name, value in dataclasses.asdict(config.sampling).items() if value not in (None, {})}
+        asked = {
+            name: value for name, value in dataclasses.asdict(config.sampling).items() if value not in (None, (), {})
+        }
         settings = {
             "version": VERSION,
             "source": self.name,
