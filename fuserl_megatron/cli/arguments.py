@@ -32,6 +32,27 @@ A mistake in the settings or files ends with one line; FUSERL_DEBUG=1 in the env
     parser.add_argument("--version", action="version", version=f"fuserl {__version__}")
     jobs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
+    sample = _command(
+        jobs,
+        "sample",
+        commands.sample,
+        "prompts -> responses of several source models, each exactly once",
+        f"""examples:
+  fuserl sample prompts=[prompts.jsonl] output=samples sources=[my_model.yaml] n=4
+  fuserl sample prompts=[prompts.jsonl] output=samples sources=[llama31_70b,qwen25_72b] n=5 --dry-run
+  fuserl sample output=samples --status
+
+A source is a file of conf/source/ or a yaml file of your own: where the model answers (url), or how its server is
+started. sources.NAME.KEY=value changes a setting of one source. The same command goes on where it stopped, whatever
+stopped it; a larger n or more prompts sample what is missing. docs/sampling.md begins at the beginning.
+{OVERRIDES}""",
+    )
+    sample.add_argument(
+        "--dry-run", action="store_true", help="check prompts and servers, print counts, time and price, stop"
+    )
+    sample.add_argument("--status", action="store_true", help="how far the run in output is, from its files, and stop")
+    _add_config_options(sample, "sample")
+
     build = _command(
         jobs,
         "build",

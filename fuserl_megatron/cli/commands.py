@@ -42,6 +42,26 @@ def build(options: argparse.Namespace) -> int:
     return 0
 
 
+def sample(options: argparse.Namespace) -> int:
+    """`fuserl sample`."""
+    from fuserl_megatron.config.sample_load import load_sample
+
+    config, sources = load_sample(options.overrides, options.config_dir, options.config_name)
+    if options.status:
+        from fuserl_megatron.making.sample_plan import status
+
+        return status(config.output)
+    if not sources:
+        raise UserError("sources=[]: needs at least one; type sources=[NAME] of conf/source/, or sources=[my.yaml]")
+    if options.dry_run:
+        from fuserl_megatron.making.sample_plan import dry_run
+
+        return dry_run(config, sources)
+    from fuserl_megatron.making.sample import sample as run
+
+    return run(config, sources)
+
+
 def train(options: argparse.Namespace) -> int:
     """`fuserl train`: check everything once, then be a rank, or start the ranks."""
     from fuserl_megatron.runtime import stopping

@@ -107,7 +107,7 @@ class SampleConfig:
     """Responses of every source to every prompt (`fuserl sample`)."""
 
     prompts: tuple[str, ...] = ()
-    """JSONL or parquet files, globs, or hub data set names: a `prompt` (text or messages) a row, `meta` carried along."""
+    """JSONL or parquet files, globs, or hub data sets; a row is a `prompt` (text or messages), and may have `meta`."""
     output: str = "???"
     """Directory to write: a folder for each source."""
     sources: tuple[str, ...] = ()

@@ -79,9 +79,10 @@ def load_reward(name: str, overrides: Sequence[str] = (), config_dir: str | Path
         raise UserError(f"rewards.{name}.{wrong[0]}: {what}.")
     try:
         with tempfile.TemporaryDirectory() as folder:
-            empty = Path(folder, "empty.yaml")
-            empty.write_text("{}\n")
-            values = compose_tree(KINDS[kind], str((file or empty).resolve()), list(overrides))
+            if file is None:
+                file = Path(folder, f"{name}.yaml")
+                file.write_text("{}\n")
+            values = compose_tree(KINDS[kind], str(file.resolve()), list(overrides))
         reward = from_dict(KINDS[kind], values)
     except UserError as error:
         raise UserError(f"rewards.{name}: {error}") from None

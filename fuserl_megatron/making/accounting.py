@@ -21,20 +21,20 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.config.keys import leaves
-from fuserl_megatron.util.text import show
-from fuserl_megatron.making.parts import PREFIX, num_parts, part_file, scan
+from fuserl_megatron.making.parts import PREFIX, num_parts, part_file, read_places, scan
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import file_sha256, sync_path, write_file
 from fuserl_megatron.util.json_files import read_json
 from fuserl_megatron.util.locks import only_writer
+from fuserl_megatron.util.text import show
 
 PART_BYTES = 64 * 2**20
 """A part takes no further row from this size on."""
@@ -99,6 +99,10 @@ class Account:
     def missing(self) -> np.ndarray:
         """Positions of the expected keys that have no row yet."""
         return np.flatnonzero(~self.have)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """The expected rows that are there, in their order."""
+        return (json.loads(line) for _, line in read_places(self.directory, self._places[self.have]))
 
     def begin(self) -> None:
         """Before the first row: note the plan, take an earlier done.json away, begin failures.jsonl anew."""

@@ -6,6 +6,7 @@ Nothing is queued but what is in flight or waits to be tried again: a million an
 
 import asyncio
 import contextlib
+import dataclasses
 import heapq
 import itertools
 import json
@@ -17,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fuserl_megatron.config.sample_sections import SampleConfig
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.making.accounting import now
 from fuserl_megatron.making.endpoint import Endpoint
 from fuserl_megatron.making.faults import Fault, alike, fault_of_error, fault_of_status
 from fuserl_megatron.making.prompts import Prompt
 from fuserl_megatron.making.sources import BadReply, Source
+from fuserl_megatron.util.errors import UserError
 
 TICK_S = 0.1
 BACK_OFF_S = 0.5
@@ -205,6 +206,7 @@ class Client:
 
     async def _faulted(self, job: Job, endpoint: Endpoint, fault: Fault) -> None:
         """Decide between busy, dead, tried again and given up."""
+        fault = dataclasses.replace(fault, reason=endpoint.without_key(fault.reason))
         self.stats.faults[fault.name] += 1
         if fault.kind == "stop":
             raise UserError(f"{self.source.name}: {endpoint.url}: {fault.reason}; see api_key_env")

@@ -45,6 +45,11 @@ class Endpoint:
         """What is done when it is down, in words."""
         return "waiting for it" if self.server is None else "starting it again"
 
+    def without_key(self, text: str) -> str:
+        """A text of the server's, which may repeat the key it was sent."""
+        key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        return text.replace(key, "(the key)") if key else text
+
     def is_open(self, moment: float) -> bool:
         """Whether it may be asked now."""
         return not self.is_down and moment >= self._paused_until

@@ -1,19 +1,16 @@
 """Reading what an `Account` has finished: every expected row once, in the order in which rows were asked for."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.making.accounting import DONE, ORDER, PLAN
-from fuserl_megatron.making.parts import part_file
+from fuserl_megatron.making.parts import read_places
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import read_json
-
-MOST_OPEN = 200
 
 
 def account_directories(directory: str | Path) -> list[Path]:
@@ -61,18 +58,7 @@ def finished_lines(directory: Path) -> Iterator[tuple[tuple[str, int], bytes]]:
         UserError: as of `read_done`.
     """
     read_done(directory)
-    places = np.load(directory / ORDER, mmap_mode="r")
-    opened: dict[int, int] = {}
-    try:
-        for part, line, start, length in (map(int, place) for place in places):
-            if part not in opened:
-                if len(opened) >= MOST_OPEN:
-                    os.close(opened.pop(next(iter(opened))))
-                opened[part] = os.open(part_file(directory, part), os.O_RDONLY)
-            yield (str(part_file(directory, part)), line), os.pread(opened[part], length, start)
-    finally:
-        for handle in opened.values():
-            os.close(handle)
+    yield from read_places(directory, np.load(directory / ORDER, mmap_mode="r"))
 
 
 def finished_rows(directory: Path) -> Iterator[dict[str, Any]]:

@@ -18,7 +18,7 @@ from fuserl_megatron.config.keys import leaves
 from fuserl_megatron.config.score_sections import CombineConfig, PolicyConfig, Reward, ScoreConfig
 from fuserl_megatron.making.finished import finished_rows
 from fuserl_megatron.making.rewards import judges
-from fuserl_megatron.making.samples import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, SampleTable, samples
+from fuserl_megatron.making.answers import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, AnswerTable, answers
 from fuserl_megatron.util.files import sync
 
 RECORDS = "records.jsonl"
@@ -36,7 +36,7 @@ class Values:
     """Reward -> kind of error -> rows."""
 
 
-def needed(table: SampleTable, config: ScoreConfig, rewards: Mapping[str, Reward]) -> tuple[np.ndarray, dict[str, int]]:
+def needed(table: AnswerTable, config: ScoreConfig, rewards: Mapping[str, Reward]) -> tuple[np.ndarray, dict[str, int]]:
     """[N] which answers become records as far as can be said without a reward, and why the others do not.
 
     Raises:
@@ -102,7 +102,7 @@ def error_kind(text: str) -> str:
 
 
 def combined(
-    values: Values, table: SampleTable, keep: np.ndarray, combine: CombineConfig, policy: PolicyConfig, truncated: str
+    values: Values, table: AnswerTable, keep: np.ndarray, combine: CombineConfig, policy: PolicyConfig, truncated: str
 ) -> tuple[np.ndarray, int]:
     """([N] rewards, NaN where an answer has none, how many lost theirs through a failure).
 
@@ -176,11 +176,11 @@ def group_moments(column: np.ndarray, keep: np.ndarray, groups: np.ndarray) -> t
     return np.where(count > 0, mean, np.nan), np.sqrt(square)
 
 
-def write_records(file: Path, names: Sequence[str], table: SampleTable, total: np.ndarray, values: Values) -> int:
+def write_records(file: Path, names: Sequence[str], table: AnswerTable, total: np.ndarray, values: Values) -> int:
     """Stream the records that have a reward to a file; returns how many."""
     written = 0
     with open(file, "wb") as output:
-        for i, sample in enumerate(samples(names, table)):
+        for i, sample in enumerate(answers(names, table)):
             if sample.key != table.keys[i : i + 1].tobytes():
                 raise UserError(f"{sample.place[0]}:{sample.place[1]}: changed while it was read; type the command again")
             if np.isnan(total[i]):

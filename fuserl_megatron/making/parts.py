@@ -1,8 +1,9 @@
 """Part files of rows: append-only JSONL whose lines begin with their key, read back by that alone."""
 
 import hashlib
+import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fuserl_megatron.util.errors import UserError
 
 PREFIX = b'{"key":"'
 KEY_END = len(PREFIX) + 32
+MOST_OPEN = 200
+"""Files at one time."""
 
 
 def key_of(*what: Any) -> bytes:
@@ -90,6 +93,21 @@ def scan(directory: Path) -> Scan:
     scanned = Scan(np.frombuffer(bytes(found), "S16"), np.frombuffer(places, np.int64).reshape(-1, 4), torn)
     _refuse_duplicates(directory, scanned)
     return scanned
+
+
+def read_places(directory: Path, places: np.ndarray) -> Iterator[tuple[tuple[str, int], bytes]]:
+    """((file, line), line) of the rows at `places` [rows, 4], in their order."""
+    opened: dict[int, int] = {}
+    try:
+        for part, line, start, length in (map(int, place) for place in places):
+            if part not in opened:
+                if len(opened) >= MOST_OPEN:
+                    os.close(opened.pop(next(iter(opened))))
+                opened[part] = os.open(part_file(directory, part), os.O_RDONLY)
+            yield (str(part_file(directory, part)), line), os.pread(opened[part], length, start)
+    finally:
+        for handle in opened.values():
+            os.close(handle)
 
 
 def _refuse_duplicates(directory: Path, scanned: Scan) -> None:

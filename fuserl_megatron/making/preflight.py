@@ -7,13 +7,13 @@ token ruins every answer without an error, and a context that is too small cuts 
 import dataclasses
 from typing import Any
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import nearest
 from fuserl_megatron.making.endpoint import Endpoint
 from fuserl_megatron.making.faults import fault_of_error, fault_of_status
 from fuserl_megatron.making.prompt_proof import Proof, Tokens, load_tokenizer
 from fuserl_megatron.making.prompts import Prompt
 from fuserl_megatron.making.sources import BadReply, Source
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import nearest
 
 PROBE = (("user", "What is 2 + 2?"),)
 PROBE_TOKENS = 16
@@ -161,7 +161,7 @@ class Preflight:
         return None if told is None else len(told["tokens"])
 
     async def _tokenize(self, asked: dict[str, Any]) -> dict[str, Any] | None:
-        """vLLM's /tokenize; None where the server has nothing like it."""
+        """The reply of vLLM's /tokenize; None where the server has nothing like it."""
         try:
             told = await self._post(self.endpoint.root + "/tokenize", asked)
         except UserError:
@@ -179,6 +179,8 @@ class Preflight:
                 if response.status in (401, 403):
                     raise UserError(f"{self.name}: {url}: {self._fault(response, content)}; see api_key_env")
                 return await response.json(content_type=None) if response.status == 200 else None
+        except UserError:
+            raise
         except (aiohttp.ClientError, OSError) as error:
             if must_connect:
                 raise self._unreachable(error) from None

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.sample_sections import SourceConfig
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.words import first_line
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import first_line
 
 NEEDS_BOS = ("gemma",)
 """Families whose models answer nonsense without a begin-of-text token, beginnings of model_type: a tokenizer of theirs

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.inputs import Place, expand_inputs, rows
-from fuserl_megatron.data.messages import BadRecord, Messages, canonical_prompt
-from fuserl_megatron.data.records import decode
 from fuserl_megatron.making.parts import key_of
+from fuserl_megatron.records.inputs import Place, expand_inputs, rows
+from fuserl_megatron.records.messages import BadRecord, Messages, canonical_prompt
+from fuserl_megatron.records.records import decode
+from fuserl_megatron.util.errors import UserError
 
 NUM_LONGEST = 3
 

@@ -22,7 +22,7 @@ from fuserl_megatron.config.score_sections import EndpointReward
 from fuserl_megatron.util.text import first_line, nearest
 from fuserl_megatron.records.messages import Messages, as_dicts
 from fuserl_megatron.making.conversation import Unscorable
-from fuserl_megatron.making.samples import Sample
+from fuserl_megatron.making.answers import Answer
 
 PROBES: tuple[tuple[str, str], ...] = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -81,7 +81,7 @@ class Endpoint:
         """Nothing: what is wrong with a server is refused."""
         return []
 
-    def outcomes(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def outcomes(self, samples: Iterable[tuple[int, Answer]]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Score samples, each under a position; outcomes come as they are ready. Reads at most twice in_flight ahead."""
         waiting = iter(samples)
         with ThreadPoolExecutor(self.reward.in_flight) as pool:
@@ -99,7 +99,7 @@ class Endpoint:
                 for future in running:
                     future.cancel()
 
-    def _outcome(self, sample: Sample) -> dict[str, Any]:
+    def _outcome(self, sample: Answer) -> dict[str, Any]:
         try:
             self._turn += 1
             return {"value": self._value(self._urls[self._turn % len(self._urls)], sample.messages, sample.response)}

@@ -23,7 +23,7 @@ from fuserl_megatron.config.score_sections import ModelReward
 from fuserl_megatron.util.text import first_line
 from fuserl_megatron.records.messages import Messages
 from fuserl_megatron.making.conversation import Conversation, Unscorable
-from fuserl_megatron.making.samples import Sample
+from fuserl_megatron.making.answers import Answer
 from fuserl_megatron.util.paths import did_you_mean
 
 WINDOW = 4096
@@ -82,7 +82,7 @@ class RewardModel:
             return []
         return [f"reward {self.name}: its chat template prints no BOS, which its tokenizer would put before plain text"]
 
-    def outcomes(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    def outcomes(self, samples: Iterable[tuple[int, Answer]]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Score samples, each under a position; outcomes come batch by batch."""
         window: list[tuple[int, list[int]]] = []
         for position, sample in samples:

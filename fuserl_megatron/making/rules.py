@@ -20,7 +20,7 @@ from typing import Any
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.machine import usable_cores
 from fuserl_megatron.config.score_sections import RuleReward
-from fuserl_megatron.making.samples import Sample
+from fuserl_megatron.making.answers import Answer
 
 START_S = 120.0
 """Seconds that the import of a rule's module may take."""
@@ -144,7 +144,7 @@ class RulePool:
             lines.append(f"reward {self.name}: a process that the rule starts and detaches may outlive it")
         return lines
 
-    def outcomes(self, samples: Iterable[tuple[int, Sample]]) -> Iterator[tuple[int, Outcome]]:
+    def outcomes(self, samples: Iterable[tuple[int, Answer]]) -> Iterator[tuple[int, Outcome]]:
         """Score samples, each under a position; outcomes come as they are ready."""
         waiting, more = iter(samples), True
         while True:

@@ -26,14 +26,14 @@ from fuserl_megatron.util.progress import watched
 from fuserl_megatron.making.accounting import DONE, PLAN, Account, Plan, now
 from fuserl_megatron.making.join import RECORDS, combined, needed, read_values, truncated_policy, write_records
 from fuserl_megatron.making.rewards import asked, open_reward
-from fuserl_megatron.making.samples import (
-    Sample,
-    SampleTable,
+from fuserl_megatron.making.answers import (
+    Answer,
+    AnswerTable,
+    answers,
     check_inputs,
     count_flags,
     heldout_marks,
-    samples,
-    scan_samples,
+    scan_answers,
 )
 from fuserl_megatron.util.files import write_file
 from fuserl_megatron.util.json_files import read_json
@@ -54,7 +54,7 @@ class Prepared:
 
     config: ScoreConfig
     rewards: Mapping[str, Reward]
-    table: SampleTable
+    table: AnswerTable
     keep: np.ndarray
     """[N] the answers to score."""
     dropped: dict[str, int]
@@ -74,7 +74,7 @@ def prepare(config: ScoreConfig, rewards: Mapping[str, Reward], progress: bool =
     check_inputs(config.samples)
     heldout = heldout_marks(config.heldout, config.heldout_ngram) if config.heldout else set()
     phrases = config.policy.refusal_phrases
-    table = scan_samples(config.samples, phrases, heldout, config.heldout_ngram, lambda r: watched(r, None, "reading", progress))
+    table = scan_answers(config.samples, phrases, heldout, config.heldout_ngram, lambda r: watched(r, None, "reading", progress))
     keep, dropped = needed(table, config, rewards)
     return Prepared(config, rewards, table, keep, dropped)
 
@@ -181,10 +181,10 @@ def _refuse_all_alike(name: str, reward: Reward, held: list[tuple[int, dict[str,
         raise UserError(f"rewards.{name}: the first {len(held)} answers have no value, all for one reason: {why}")
 
 
-def _wanted(prepared: Prepared, missing: np.ndarray) -> Iterator[tuple[int, Sample]]:
+def _wanted(prepared: Prepared, missing: np.ndarray) -> Iterator[tuple[int, Answer]]:
     """(position among the keys of this reward, sample) of those without a value."""
     position = -1
-    for kept, sample in zip(prepared.keep, samples(prepared.config.samples, prepared.table), strict=True):
+    for kept, sample in zip(prepared.keep, answers(prepared.config.samples, prepared.table), strict=True):
         position += kept
         if kept and missing[position]:
             yield position, sample
@@ -222,7 +222,7 @@ def _join(prepared: Prepared, plans: dict[str, Any], say: Say) -> dict[str, Any]
     return report
 
 
-def _plan(config: ScoreConfig, table: SampleTable, plans: dict[str, Any]) -> dict[str, Any]:
+def _plan(config: ScoreConfig, table: AnswerTable, plans: dict[str, Any]) -> dict[str, Any]:
     """What records.jsonl follows from."""
     settings = dataclasses.asdict(config)
     names = ("combine", "policy", "heldout", "heldout_ngram", "heldout_action")

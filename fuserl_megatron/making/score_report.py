@@ -11,7 +11,7 @@ import numpy as np
 
 from fuserl_megatron.making.join import Values, group_moments
 from fuserl_megatron.making.report_page import bars, histogram, write_page
-from fuserl_megatron.making.samples import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, SampleTable, count_flags
+from fuserl_megatron.making.answers import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, AnswerTable, count_flags
 from fuserl_megatron.util.text import printable
 
 MANY_CUT = 0.05
@@ -45,7 +45,7 @@ def _changed(values: Values, total: np.ndarray) -> bool:
     return not all(np.array_equal(column[~np.isnan(total)], total[~np.isnan(total)]) for column in values.rewards.values())
 
 
-def _source(table: SampleTable, k: int, total: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _source(table: AnswerTable, k: int, total: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     own = table.source_ids == k
     answers, kept = int(own.sum()), own & ~np.isnan(total)
     shares = {name: float((table.has(flag) & own).sum() / answers) for name, flag in (("cut", CUT), ("refused", REFUSED))}
@@ -68,7 +68,7 @@ def _moments(numbers: np.ndarray) -> dict[str, float | None]:
     return {"mean": float(numbers.mean()), "deviation": float(numbers.std())}
 
 
-def _best(table: SampleTable, column: np.ndarray, kept: np.ndarray) -> np.ndarray:
+def _best(table: AnswerTable, column: np.ndarray, kept: np.ndarray) -> np.ndarray:
     """[P, K] best value of a source for a prompt; NaN without one. Prompts and sources of the table."""
     best = np.full((table.num_prompts, len(table.sources)), -np.inf)
     kept = kept & ~np.isnan(column)
@@ -76,7 +76,7 @@ def _best(table: SampleTable, column: np.ndarray, kept: np.ndarray) -> np.ndarra
     return np.where(np.isfinite(best), best, np.nan)
 
 
-def _win_rates(table: SampleTable, total: np.ndarray) -> list[float | None]:
+def _win_rates(table: AnswerTable, total: np.ndarray) -> list[float | None]:
     """[K] share of the prompts that several sources answered in which the source has the best answer; ties shared."""
     best = _best(table, total, ~np.isnan(total))
     best = best[(~np.isnan(best)).sum(axis=1) > 1]
@@ -87,7 +87,7 @@ def _win_rates(table: SampleTable, total: np.ndarray) -> list[float | None]:
 
 
 def _reward(
-    name: str, column: np.ndarray, table: SampleTable, kept: np.ndarray, values: Values, plans: Mapping[str, Any]
+    name: str, column: np.ndarray, table: AnswerTable, kept: np.ndarray, values: Values, plans: Mapping[str, Any]
 ) -> dict[str, Any]:
     has = kept & ~np.isnan(column)
     numbers = column[has]
@@ -109,7 +109,7 @@ def _reward(
     return about
 
 
-def _correlations(columns: Mapping[str, np.ndarray], table: SampleTable, kept: np.ndarray) -> dict[str, dict[str, Any]]:
+def _correlations(columns: Mapping[str, np.ndarray], table: AnswerTable, kept: np.ndarray) -> dict[str, dict[str, Any]]:
     """Pearson correlation of each pair, of all answers and within prompts (their means taken away)."""
     everything = dict(columns) | {"length": table.words.astype(float)}
     found: dict[str, dict[str, Any]] = {}

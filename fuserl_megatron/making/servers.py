@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.sample_sections import ServerConfig, SourceConfig
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.config.secrets import redact
+from fuserl_megatron.util.credentials import redact
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.ports import free_port
 from fuserl_megatron.util.text import printable
 

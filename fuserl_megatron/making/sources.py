@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
-from fuserl_megatron.config.schema import UserError
-from fuserl_megatron.data.inputs import rows
-from fuserl_megatron.data.messages import BadRecord, Messages, as_dicts, canonical_prompt, text_field
-from fuserl_megatron.data.records import decode
-from fuserl_megatron.data.thinking import THINKING
 from fuserl_megatron.making.accounting import Plan
 from fuserl_megatron.making.parts import key_of
 from fuserl_megatron.making.prompts import Prompt
+from fuserl_megatron.records.inputs import rows
+from fuserl_megatron.records.messages import BadRecord, Messages, as_dicts, canonical_prompt, text_field
+from fuserl_megatron.records.records import decode
+from fuserl_megatron.records.thinking import THINKING
+from fuserl_megatron.util.errors import UserError
 
 VERSION = 1
 """Part of every plan: a change of what is asked for the same settings makes another plan."""
@@ -96,7 +96,9 @@ class Source:
     def plan(self, run: SampleConfig, notes: dict[str, Any]) -> Plan:
         """What changes an answer. The prompts and n are no part of it: each answer stands for itself."""
         config = self.config
-        asked = {name: value for name, value in dataclasses.asdict(config.sampling).items() if value not in (None, {})}
+        asked = {
+            name: value for name, value in dataclasses.asdict(config.sampling).items() if value not in (None, (), {})
+        }
         settings = {
             "version": VERSION,
             "source": self.name,

@@ -24,7 +24,7 @@ Place = tuple[str, int]
 
 
 def expand_inputs(inputs: Sequence[str], key: str = "inputs") -> list[str]:
-    """Files in the order given (a glob's matches sorted) and hub names; each once. `key` is the setting that names them.
+    """Files in the order given (a glob's matches sorted) and hub names; each once. `key` is the setting's name.
 
     Raises:
         UserError: nothing given, a glob without a match, a directory, a file of another kind, no such file.

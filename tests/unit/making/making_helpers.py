@@ -31,10 +31,10 @@ def save_reward_model(directory, *, num_labels=1, seed=0, scale=4.0, template=NO
 
 def sample(prompt, response, source="a", **fields):
     """A sample as it comes from a file."""
-    from fuserl_megatron.making.samples import as_sample
+    from fuserl_megatron.making.answers import as_answer
 
     record = {"prompt": prompt, "source": source, "response": response, **fields}
-    return as_sample(("test", 1), record)
+    return as_answer(("test", 1), record)
 
 
 def write_records(file, records):

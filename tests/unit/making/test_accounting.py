@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.making import accounting
 from fuserl_megatron.making.accounting import Account, Plan
 from fuserl_megatron.making.finished import account_directories, finished_lines, finished_rows
 from fuserl_megatron.making.parts import key_array, key_of, num_parts, part_file, scan
+from fuserl_megatron.util.errors import UserError
 
 PLAN = Plan(settings={"model": "m", "sampling": {"temperature": 0.8}}, notes={"n": 4})
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from making_helpers import sample
+from making_helpers import sample, save_reward_model
 from safetensors.torch import load_file, save_file
 
 from fuserl_megatron.config.score_sections import ModelReward
@@ -91,6 +91,13 @@ def twin(directory, ids):
     for j in range(19):
         score += float(gate[j]) * sum(objectives[i] * float(weights["reward_transform_matrix"][i, j]) for i in range(19))
     return score, objectives
+
+
+@pytest.fixture(scope="module")
+def reward_model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("reward_model")
+    save_reward_model(directory)
+    return str(directory)
 
 
 @pytest.fixture(scope="module")

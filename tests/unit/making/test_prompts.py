@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from fuserl_megatron.config.schema import UserError
 from fuserl_megatron.making.prompts import PromptList
+from fuserl_megatron.util.errors import UserError
 
 ROWS = [
     {"prompt": "one", "meta": {"id": 1}},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from making_helpers import write_records
+from making_helpers import save_reward_model, write_records
 
 from fuserl_megatron.cli.app import main
 from fuserl_megatron.config.load import from_dict
@@ -39,6 +39,13 @@ def broken(prompt, response, record):
 """
 ANSWERS = [("p1", "a", "one"), ("p1", "a", "three"), ("p1", "b", "five"), ("p2", "a", "eleven"), ("p2", "b", "by")]
 RECORDS = [{"prompt": p, "source": s, "response": r} for p, s, r in ANSWERS]
+
+
+@pytest.fixture(scope="module")
+def reward_model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("reward_model")
+    save_reward_model(directory)
+    return str(directory)
 
 
 @pytest.fixture(autouse=True)

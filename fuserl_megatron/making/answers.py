@@ -32,7 +32,7 @@ NEEDED = ("prompt", "source", "response")
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Answer:
     """One answer with its prompt."""
 
     key: bytes
@@ -50,7 +50,7 @@ class Sample:
 
 
 @dataclass
-class SampleTable:
+class AnswerTable:
     """What is known of all samples, by position [N]."""
 
     sources: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class SampleTable:
         return (self.flags & flag) > 0
 
 
-def read_rows(names: Sequence[str]) -> Iterator[Sample]:
+def read_rows(names: Sequence[str]) -> Iterator[Answer]:
     """All rows of the inputs in their order, those that repeat a record included.
 
     Raises:
@@ -80,11 +80,11 @@ def read_rows(names: Sequence[str]) -> Iterator[Sample]:
         if os.path.isdir(name):
             for directory in account_directories(name):
                 for place, line in finished_lines(directory):
-                    yield as_sample(place, line)
+                    yield as_answer(place, line)
         else:
             for file in expand_inputs([name], "samples"):
                 for place, raw in rows(file, NEEDED, unread=()):
-                    yield as_sample(place, raw)
+                    yield as_answer(place, raw)
 
 
 def check_inputs(names: Sequence[str]) -> None:
@@ -101,20 +101,20 @@ def check_inputs(names: Sequence[str]) -> None:
             expand_inputs([name], "samples")
 
 
-def samples(names: Sequence[str], table: SampleTable) -> Iterator[Sample]:
-    """The samples of a table, in its order."""
+def answers(names: Sequence[str], table: AnswerTable) -> Iterator[Answer]:
+    """The answers of a table, in its order."""
     for i, sample in enumerate(read_rows(names)):
         if i not in table.repeated:
             yield sample
 
 
-def scan_samples(
+def scan_answers(
     names: Sequence[str],
     refusal_phrases: Sequence[str],
     heldout: frozenset[bytes] | set[bytes] = frozenset(),
     ngram: int = 13,
     watch: Callable[[Iterator], Iterable] = iter,
-) -> SampleTable:
+) -> AnswerTable:
     """Read everything once.
 
     Args:
@@ -154,7 +154,7 @@ def scan_samples(
     if not keys:
         raise UserError(f"samples: no answer in {', '.join(names)}: each line needs {', '.join(NEEDED)}")
     numbers = (np.array(column, np.int32) for column in (prompt_ids, source_ids, words))
-    table = SampleTable(list(sources), len(prompts), np.frombuffer(bytes(keys), "S16"), *numbers)
+    table = AnswerTable(list(sources), len(prompts), np.frombuffer(bytes(keys), "S16"), *numbers)
     table.flags, table.repeated = np.frombuffer(bytes(flags), np.uint8), repeated
     return table
 
@@ -177,7 +177,7 @@ def marks(messages: Messages, ngram: int) -> set[bytes]:
     return {hashlib.sha256(" ".join(run).encode()).digest()[:8] for run in runs if run}
 
 
-def as_sample(place: Place, raw: bytes | dict[str, Any]) -> Sample:
+def as_answer(place: Place, raw: bytes | dict[str, Any]) -> Answer:
     """One row as a sample.
 
     Raises:
@@ -194,7 +194,7 @@ def as_sample(place: Place, raw: bytes | dict[str, Any]) -> Sample:
     messages = canonical_prompt(place, record["prompt"])
     source = text_field(place, "source", record["source"])
     tools = canonical_tools(place, record.get("tools"))
-    return Sample(_key(record), place, messages, tools, source, encodable(place, "response", response), _is_cut(record), record)
+    return Answer(_key(record), place, messages, tools, source, encodable(place, "response", response), _is_cut(record), record)
 
 
 def _key(record: dict[str, Any]) -> bytes:
@@ -222,6 +222,6 @@ def _opening(text: str) -> str:
     return text[:200].strip().casefold().replace("\u2019", "'")
 
 
-def count_flags(table: SampleTable) -> Counter[str]:
+def count_flags(table: AnswerTable) -> Counter[str]:
     """How many answers have each flag."""
     return Counter({name: int(table.has(flag).sum()) for name, flag in FLAGS.items()})
