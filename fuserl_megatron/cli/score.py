@@ -1,13 +1,15 @@
 """`fuserl score` on the command line."""
 
 import argparse
+import sys
 from collections.abc import Callable
 
 EPILOG = """examples:
   fuserl score samples=runs/x/samples output=runs/x/scored rewards=[armorm]
   fuserl score samples=[answers.jsonl] output=scored rewards=[numeric,length] combine.weights={length: 0.01}
   fuserl score samples=runs/x/samples output=runs/x/scored rewards=[endpoint] rewards.endpoint.url=http://gpu7:8000
-  fuserl score samples=[a.jsonl] output=scored rewards=[mine] rewards.mine.kind=rule rewards.mine.function=my_rules:score
+  fuserl score samples=[a.jsonl] output=scored rewards=[mine] rewards.mine.kind=rule \\
+      rewards.mine.function=my_rules:score
   fuserl build inputs=[runs/x/scored] output=fused tokenizer=models/target reward_temperature=0.01
 
 A reward is a file of conf/reward/ (armorm, skywork_v2_8b, endpoint, exact, numeric, format, json, keywords, length,
@@ -30,19 +32,18 @@ def run(options: argparse.Namespace) -> int:
     from fuserl_megatron.config.score_load import load_score
 
     config, rewards = load_score(options.overrides, options.config_dir, options.config_name, options.status)
-    from fuserl_megatron.making import score
+    if options.status or options.dry_run:
+        from fuserl_megatron.making.score_status import dry_run, status
 
-    if options.status:
-        print(*score.status(config), sep="\n")
-    elif options.dry_run:
-        print(*score.dry_run(config, rewards), sep="\n")
-    else:
-        score.print_report(score.score(config, rewards, say=_say))
-        print(f"records: {config.output}/records.jsonl; report: {config.output}/report.html")
+        print(*(status(config) if options.status else dry_run(config, rewards)), sep="\n")
+        return 0
+    from fuserl_megatron.making.score import score
+    from fuserl_megatron.making.score_report import print_table
+
+    print_table(score(config, rewards, say=_say), sys.stdout)
+    print(f"records: {config.output}/records.jsonl; report: {config.output}/report.html")
     return 0
 
 
 def _say(line: str) -> None:
-    import sys
-
     print(line, file=sys.stderr, flush=True)

@@ -70,7 +70,9 @@ def load_reward(name: str, overrides: Sequence[str] = (), config_dir: str | Path
     if file is None and not given:
         known = sorted({found.stem for root in roots for found in root.glob("*.yaml")})
         own = f"for one of your own type rewards.{name}.kind=rule rewards.{name}.function=package.module:function"
-        raise UserError(f"rewards: no {name}.yaml in conf/reward.{nearest(name, known)} There are {', '.join(known)}; {own}.")
+        raise UserError(
+            f"rewards: no {name}.yaml in conf/reward.{nearest(name, known)} There are {', '.join(known)}; {own}."
+        )
     kind = given[-1] if given else _kind_in(file)
     if kind not in KINDS:
         raise UserError(f"rewards.{name}.kind={show(kind)}: not one of {', '.join(KINDS)}.{nearest(str(kind), KINDS)}")
@@ -119,7 +121,9 @@ def _check(config: ScoreConfig) -> None:
         UserError: the first that does not hold.
     """
     if not config.samples:
-        raise UserError("samples=[]: what shall be scored? Type samples=DIR (of `fuserl sample`) or samples=[FILE.jsonl].")
+        raise UserError(
+            "samples=[]: what shall be scored? Type samples=DIR (of `fuserl sample`) or samples=[FILE.jsonl]."
+        )
     if not config.rewards:
         raise UserError("rewards=[]: by what? Type rewards=[length], or another file of conf/reward.")
     for key in ("samples", "rewards", "heldout", "rescore"):
@@ -131,12 +135,16 @@ def _check(config: ScoreConfig) -> None:
             raise UserError(f"rewards=[{name}]: a name has letters, digits, _ and - only.")
     for name in config.rescore:
         if name not in config.rewards:
-            raise UserError(f"rescore=[{name}]: not one of rewards={show(config.rewards)}.{nearest(name, config.rewards)}")
+            raise UserError(
+                f"rescore=[{name}]: not one of rewards={show(config.rewards)}.{nearest(name, config.rewards)}"
+            )
     if config.heldout_ngram < 1:
         raise UserError(f"heldout_ngram={config.heldout_ngram}: must be at least 1; 13 is usual.")
     combine = config.combine
     if combine.method == "product" and combine.standardize != "none":
-        raise UserError("combine.standardize: a product of standardised rewards has no meaning; take method=sum, or none.")
+        raise UserError(
+            "combine.standardize: a product of standardised rewards has no meaning; take method=sum, or none."
+        )
     for name, weight in leaves(combine.weights):
         owner = name if name in config.rewards else name.partition(".")[0]
         if owner not in config.rewards:

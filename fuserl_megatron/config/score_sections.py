@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # fmt: off
-REFUSALS = ("i can't help", "i cannot help", "i can't assist", "i cannot assist", "i'm sorry, but i can", "i am sorry, but i can",
-            "i'm unable to", "i am unable to", "i can't provide", "i cannot provide", "i won't be able to", "as an ai")
+REFUSALS = ("i can't help", "i cannot help", "i can't assist", "i cannot assist", "i can't provide", "i cannot provide",
+            "i'm sorry, but i can", "i am sorry, but i can", "i'm unable to", "i am unable to", "i won't be able to",
+            "as an ai")
 # fmt: on
 
 
@@ -95,7 +96,7 @@ class CombineConfig:
     weights: dict[str, Any] = field(default_factory=dict)
     """Reward -> weight; those left out have 1. A part of a reward is named REWARD.PART and has 0 unless it is here."""
     standardize: Literal["none", "prompt", "dataset"] = "none"
-    """Bring each reward to mean 0 and deviation 1 before: over the answers to one prompt, or over all. Only with sum."""
+    """Bring each reward to mean 0 and deviation 1 before: over the answers to one prompt, or all. Only with sum."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,20 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.records.inputs import Place, expand_inputs, rows
-from fuserl_megatron.records.messages import BadRecord, Messages, canonical_prompt, canonical_tools, encodable, shown
-from fuserl_megatron.records.messages import text_field
-from fuserl_megatron.records.records import decode
 from fuserl_megatron.making.finished import account_directories, finished_lines, read_done
 from fuserl_megatron.making.parts import key_array, key_of
+from fuserl_megatron.records.inputs import Place, expand_inputs, rows
+from fuserl_megatron.records.messages import (
+    BadRecord,
+    Messages,
+    canonical_prompt,
+    canonical_tools,
+    encodable,
+    shown,
+    text_field,
+)
+from fuserl_megatron.records.records import decode
+from fuserl_megatron.util.errors import UserError
 
 CUT, EMPTY, REFUSED, DUPLICATE, HELDOUT = 1, 2, 4, 8, 16
 """Flags of an answer."""
@@ -194,7 +201,9 @@ def as_answer(place: Place, raw: bytes | dict[str, Any]) -> Answer:
     messages = canonical_prompt(place, record["prompt"])
     source = text_field(place, "source", record["source"])
     tools = canonical_tools(place, record.get("tools"))
-    return Answer(_key(record), place, messages, tools, source, encodable(place, "response", response), _is_cut(record), record)
+    return Answer(
+        _key(record), place, messages, tools, source, encodable(place, "response", response), _is_cut(record), record
+    )
 
 
 def _key(record: dict[str, Any]) -> bytes:

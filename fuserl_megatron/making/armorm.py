@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.util.text import first_line
 from fuserl_megatron.making.conversation import Conversation
 from fuserl_megatron.making.reward_model import quiet, refuse_missing, refuse_not_finite
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import read_json
+from fuserl_megatron.util.text import first_line
 
 # fmt: off
 OBJECTIVES = (

@@ -12,7 +12,11 @@ from fractions import Fraction
 from typing import Any
 
 NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?\$?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?%?")
-ANSWER_MARKS = (r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", r"####\s*(.+)", r"(?i)answer(?:\s+is)?\s*:?\s*\**\s*(.+?)\**\s*$")
+ANSWER_MARKS = (
+    r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}",
+    r"####\s*(.+)",
+    r"(?i)answer(?:\s+is)?\s*:?\s*\**\s*(.+?)\**\s*$",
+)
 
 
 def exact(prompt: Any, response: str, record: dict, field: str = "meta.answer", extract: bool = True) -> float:
@@ -132,7 +136,12 @@ def math_verify(prompt: Any, response: str, record: dict, field: str = "meta.ans
 
 
 def if_verifiable(
-    prompt: Any, response: str, record: dict, benchmark: str = "ifeval", field: str = "meta", score: str = "partial_strict"
+    prompt: Any,
+    response: str,
+    record: dict,
+    benchmark: str = "ifeval",
+    field: str = "meta",
+    score: str = "partial_strict",
 ) -> dict[str, float]:
     """How many of a prompt's instructions the answer follows, by the `if-verifiable` package.
 

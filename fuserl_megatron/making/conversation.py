@@ -4,10 +4,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.util.text import first_line
 from fuserl_megatron.records.messages import Messages
 from fuserl_megatron.records.templates import BadPrompt, ChatTemplate
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import first_line
 
 DATE = datetime(2024, 7, 26)
 """What a template that asks for the date is told: a reward must not depend on the day."""
@@ -71,7 +71,9 @@ class Conversation:
             try:
                 return Path(chat_template).read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{where}.chat_template={chat_template}: cannot be read ({first_line(error)})") from None
+                raise UserError(
+                    f"{where}.chat_template={chat_template}: cannot be read ({first_line(error)})"
+                ) from None
         own: Any = self.tokenizer.chat_template
         if not own:
             raise UserError(f"{where}: {directory} has no chat template; set {where}.chat_template to a Jinja file")

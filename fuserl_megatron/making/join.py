@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.config.keys import leaves
 from fuserl_megatron.config.score_sections import CombineConfig, PolicyConfig, Reward, ScoreConfig
+from fuserl_megatron.making.answers import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, AnswerTable, answers
 from fuserl_megatron.making.finished import finished_rows
 from fuserl_megatron.making.rewards import judges
-from fuserl_megatron.making.answers import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, AnswerTable, answers
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import sync
 
 RECORDS = "records.jsonl"
@@ -45,7 +45,9 @@ def needed(table: AnswerTable, config: ScoreConfig, rewards: Mapping[str, Reward
     policy = config.policy
     truncated = truncated_policy(policy, rewards)
     if policy.empty == "stop" and table.has(EMPTY).any():
-        raise UserError(f"policy.empty=stop: {int(table.has(EMPTY).sum())} answers are empty; policy.empty=drop leaves them out")
+        raise UserError(
+            f"policy.empty=stop: {int(table.has(EMPTY).sum())} answers are empty; policy.empty=drop leaves them out"
+        )
     reasons = {"empty": EMPTY}  # in this order: an answer is counted once
     reasons |= {"truncated": CUT} if truncated == "drop" else {}
     reasons |= {"refused": REFUSED} if policy.refused == "drop" else {}
@@ -126,7 +128,9 @@ def combined(
             total += weights[name] * column
         elif (column[keep] < 0).any():
             lowest = np.nanmin(column[keep])
-            raise UserError(f"combine.method=product: reward {name} goes down to {lowest:g}; a product needs values >= 0, use sum")
+            raise UserError(
+                f"combine.method=product: reward {name} goes down to {lowest:g}; a product needs values >= 0, use sum"
+            )
         else:
             total *= np.where(keep, column, 1.0) ** weights[name]
     for flag, action, penalty in (
@@ -182,7 +186,9 @@ def write_records(file: Path, names: Sequence[str], table: AnswerTable, total: n
     with open(file, "wb") as output:
         for i, sample in enumerate(answers(names, table)):
             if sample.key != table.keys[i : i + 1].tobytes():
-                raise UserError(f"{sample.place[0]}:{sample.place[1]}: changed while it was read; type the command again")
+                raise UserError(
+                    f"{sample.place[0]}:{sample.place[1]}: changed while it was read; type the command again"
+                )
             if np.isnan(total[i]):
                 continue
             record: dict[str, Any] = {"prompt": sample.record["prompt"], "source": sample.source}

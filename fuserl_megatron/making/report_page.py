@@ -9,7 +9,8 @@ from fuserl_megatron.util.files import write_file
 from fuserl_megatron.util.text import printable
 
 STYLE = """body{font:15px/1.5 sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
-table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{border-bottom:1px solid #ddd;padding:.2em .7em;text-align:right}
+table{border-collapse:collapse;margin:.5em 0 1.5em}
+td,th{border-bottom:1px solid #ddd;padding:.2em .7em;text-align:right}
 td:first-child,th:first-child{text-align:left}svg{margin:.5em 1em .5em 0}.warning{color:#a00;font-weight:bold}"""
 WIDTH, HEIGHT = 360, 150
 
@@ -45,7 +46,9 @@ def histogram(heights: Sequence[int], edges: Sequence[float]) -> str:
 def bars(values: Mapping[str, float | None]) -> str:
     """One bar a name, from 0 to 1."""
     step = WIDTH / max(1, len(values))
-    drawn = [_bar(i * step + 4, step - 8, HEIGHT * (v or 0), f"{n}: {v or 0:.1%}") for i, (n, v) in enumerate(values.items())]
+    drawn = [
+        _bar(i * step + 4, step - 8, HEIGHT * (v or 0), f"{n}: {v or 0:.1%}") for i, (n, v) in enumerate(values.items())
+    ]
     names = [(i * step + step / 2, "middle", name[: max(3, int(step / 8))]) for i, name in enumerate(values)]
     return _svg(drawn, names)
 

@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.config.score_sections import EndpointReward
-from fuserl_megatron.util.text import first_line, nearest
-from fuserl_megatron.records.messages import Messages, as_dicts
-from fuserl_megatron.making.conversation import Unscorable
 from fuserl_megatron.making.answers import Answer
+from fuserl_megatron.making.conversation import Unscorable
+from fuserl_megatron.records.messages import Messages, as_dicts
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import first_line, nearest
 
 PROBES: tuple[tuple[str, str], ...] = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -82,7 +82,7 @@ class Endpoint:
         return []
 
     def outcomes(self, samples: Iterable[tuple[int, Answer]]) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Score samples, each under a position; outcomes come as they are ready. Reads at most twice in_flight ahead."""
+        """Score samples, each under a position; outcomes come as they are ready. At most 2 in_flight are read ahead."""
         waiting = iter(samples)
         with ThreadPoolExecutor(self.reward.in_flight) as pool:
             running: dict[Future, int] = {}
@@ -126,7 +126,9 @@ class Endpoint:
             got = json.dumps(answer)[:120]
             raise UserError(f"{self.where}: {url}/{self.reward.api} answers with no value: {got}") from None
         if len(values) != 1:
-            raise UserError(f"{self.where}: {url} gives {len(values)} values for one answer; a reward model has one label")
+            raise UserError(
+                f"{self.where}: {url} gives {len(values)} values for one answer; a reward model has one label"
+            )
         if not isinstance(values[0], int | float) or not math.isfinite(values[0]):
             raise UserError(f"{self.where}: {url} gives {values[0]}, not a finite number")
         return float(values[0])

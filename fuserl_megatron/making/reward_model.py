@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fuserl_megatron.util.hub import local_model
-from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.config.score_sections import ModelReward
-from fuserl_megatron.util.text import first_line
-from fuserl_megatron.records.messages import Messages
-from fuserl_megatron.making.conversation import Conversation, Unscorable
 from fuserl_megatron.making.answers import Answer
+from fuserl_megatron.making.conversation import Conversation, Unscorable
+from fuserl_megatron.records.messages import Messages
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.hub import local_model
 from fuserl_megatron.util.paths import did_you_mean
+from fuserl_megatron.util.text import first_line
 
 WINDOW = 4096
 """Rows that are sorted by length together: a batch then holds rows of about one length."""
@@ -114,7 +114,9 @@ class RewardModel:
             UserError: the model gives a number that is not finite.
         """
         longest = max(map(len, rows_BS))
-        tokens_BS = torch.zeros(len(rows_BS), longest, dtype=torch.long)  # what stands in the padding is never looked at
+        tokens_BS = torch.zeros(
+            len(rows_BS), longest, dtype=torch.long
+        )  # what stands in the padding is never looked at
         mask_BS = torch.zeros_like(tokens_BS)
         for i, row in enumerate(rows_BS):
             tokens_BS[i, : len(row)], mask_BS[i, : len(row)] = torch.tensor(row), 1
@@ -228,7 +230,7 @@ def load_classifier(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """transformers prints a table of missing and surplus weights; what matters of it we say in one line."""
+    """Transformers prints a table of missing and surplus weights; what matters of it we say in one line."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -239,7 +241,7 @@ def quiet() -> Iterator[None]:
 
 
 def refuse_missing(where: str, directory: str, missing: Iterable[str]) -> None:
-    """transformers fills what is missing with random numbers, and such a head gives random rewards.
+    """Transformers fills what is missing with random numbers, and such a head gives random rewards.
 
     Raises:
         UserError: names the first missing weight.

@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.util.machine import usable_cores
 from fuserl_megatron.config.score_sections import RuleReward
 from fuserl_megatron.making.answers import Answer
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.machine import usable_cores
 
 START_S = 120.0
 """Seconds that the import of a rule's module may take."""
@@ -193,7 +193,10 @@ class RulePool:
                 if not worker.hello:
                     self._greeted(worker, {"error": f"nothing after {START_S:g} s"})
                 elif worker.task is not None:
-                    yield worker, {"error": f"time limit: no answer within {self.reward.time_limit:g} s", "restart": True}
+                    yield (
+                        worker,
+                        {"error": f"time limit: no answer within {self.reward.time_limit:g} s", "restart": True},
+                    )
 
     def _replace(self, worker: _Worker, found: Outcome | None) -> Outcome:
         """Put a fresh process in the place of one that is spoilt or gone; says of the latter how it ended."""
@@ -227,7 +230,9 @@ class RulePool:
         if "sha256" not in hello:
             why = hello.get("error") or f"its process ended ({_how(worker.end())})"
             what = f"rewards.{self.name}.function={self.reward.function}: cannot be imported ({why})"
-            raise UserError(f"{what}; it is written package.module:function, looked for here and among what is installed")
+            raise UserError(
+                f"{what}; it is written package.module:function, looked for here and among what is installed"
+            )
         worker.hello = hello
 
     def _first_hello(self) -> dict[str, Any]:

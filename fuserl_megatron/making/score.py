@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,25 +18,25 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.config.keys import leaves
 from fuserl_megatron.config.score_sections import Reward, ScoreConfig
-from fuserl_megatron.util.progress import watched
-from fuserl_megatron.making.accounting import DONE, PLAN, Account, Plan, now
-from fuserl_megatron.making.join import RECORDS, combined, needed, read_values, truncated_policy, write_records
-from fuserl_megatron.making.rewards import asked, open_reward
+from fuserl_megatron.making.accounting import DONE, PLAN, Account, Plan, check_plan, now
 from fuserl_megatron.making.answers import (
     Answer,
     AnswerTable,
     answers,
     check_inputs,
-    count_flags,
     heldout_marks,
     scan_answers,
 )
+from fuserl_megatron.making.join import RECORDS, combined, needed, read_values, truncated_policy, write_records
+from fuserl_megatron.making.rewards import asked, open_reward
+from fuserl_megatron.making.score_report import describe, write_html
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import write_file
 from fuserl_megatron.util.json_files import read_json
 from fuserl_megatron.util.locks import only_writer
+from fuserl_megatron.util.progress import watched
 
 REWARDS = "rewards"
 REPORT = "report.json"
@@ -74,12 +73,16 @@ def prepare(config: ScoreConfig, rewards: Mapping[str, Reward], progress: bool =
     check_inputs(config.samples)
     heldout = heldout_marks(config.heldout, config.heldout_ngram) if config.heldout else set()
     phrases = config.policy.refusal_phrases
-    table = scan_answers(config.samples, phrases, heldout, config.heldout_ngram, lambda r: watched(r, None, "reading", progress))
+    table = scan_answers(
+        config.samples, phrases, heldout, config.heldout_ngram, lambda r: watched(r, None, "reading", progress)
+    )
     keep, dropped = needed(table, config, rewards)
     return Prepared(config, rewards, table, keep, dropped)
 
 
-def score(config: ScoreConfig, rewards: Mapping[str, Reward], progress: bool = True, say: Say = print) -> dict[str, Any]:
+def score(
+    config: ScoreConfig, rewards: Mapping[str, Reward], progress: bool = True, say: Say = print
+) -> dict[str, Any]:
     """Score what has no value yet, join, report; returns the report, as written to report.json.
 
     Raises:
@@ -136,13 +139,13 @@ def _complete(reward: Reward, directory: Path, keys: np.ndarray) -> dict[str, An
 
 def _opened(directory: Path, plan: Plan, keys: np.ndarray, name: str) -> Account:
     """The account, or why it is not ours with the way out that a reward has."""
-    from fuserl_megatron.making.accounting import check_plan
-
     try:
         check_plan(directory, plan)
     except UserError as error:
         what = str(error).removesuffix("; choose another output")
-        raise UserError(f"{what}; type rescore=[{name}] to throw its values away, or give the reward another name") from None
+        raise UserError(
+            f"{what}; type rescore=[{name}] to throw its values away, or give the reward another name"
+        ) from None
     return Account(directory, plan, keys)
 
 
@@ -191,11 +194,11 @@ def _wanted(prepared: Prepared, missing: np.ndarray) -> Iterator[tuple[int, Answ
 
 
 def _join(prepared: Prepared, plans: dict[str, Any], say: Say) -> dict[str, Any]:
-    from fuserl_megatron.making.score_report import describe, write_html
-
     config, table, keep = prepared.config, prepared.table, prepared.keep
     output = Path(config.output)
-    values = read_values(prepared.directories, keep, [name for name, _ in leaves(config.combine.weights) if name not in prepared.rewards])
+    values = read_values(
+        prepared.directories, keep, [name for name, _ in leaves(config.combine.weights) if name not in prepared.rewards]
+    )
     truncated = truncated_policy(config.policy, prepared.rewards)
     total, failed = combined(values, table, keep, config.combine, config.policy, truncated)
     if np.isnan(total).all():
@@ -238,62 +241,3 @@ def _check_output(output: Path) -> None:
     ours = {REWARDS, RECORDS, f"{RECORDS}.partial", REPORT, "report.html", DONE, ".lock"}
     if output.is_dir() and (foreign := sorted(set(os.listdir(output)) - ours)):
         raise UserError(f"output={output}: holds files of something else ({foreign[0]}); name another directory")
-
-
-def dry_run(config: ScoreConfig, rewards: Mapping[str, Reward]) -> list[str]:
-    """What a run would do, in lines. Opens no reward and writes nothing."""
-    prepared = prepare(config, rewards)
-    flags = count_flags(prepared.table)
-    table = prepared.table
-    lines = [f"{len(table.keys):,} answers to {table.num_prompts:,} prompts from {len(table.sources)} sources"]
-    lines.append(", ".join(f"{name} {number:,}" for name, number in flags.items()))
-    lines.append(f"to score: {int(prepared.keep.sum()):,}" + _left_out(prepared.dropped))
-    for name, reward in prepared.rewards.items():
-        there, seconds = _progress(prepared.directories[name], table.keys[prepared.keep])
-        left = int(prepared.keep.sum()) - there
-        took = f", about {left * seconds:,.0f} s at the speed so far" if seconds and left else ""
-        lines.append(f"reward {name} ({reward.kind}): {there:,} have a value or a reason, {left:,} to do{took}")
-    return lines
-
-
-def status(config: ScoreConfig) -> list[str]:
-    """How far a run is, in lines, from its files alone; may be asked while it runs."""
-    output = Path(config.output)
-    if not (output / REWARDS).is_dir():
-        raise UserError(f"output={output}: nothing is scored there yet")
-    lines = []
-    for directory in sorted((output / REWARDS).iterdir()):
-        if not (directory / PLAN).is_file():
-            lines.append(f"reward {directory.name}: not begun")
-            continue
-        from fuserl_megatron.making.parts import scan
-
-        done = read_json(directory / DONE) if (directory / DONE).is_file() else None
-        rows = len(scan(directory).keys)
-        lines.append(f"reward {directory.name}: {rows:,} rows, {'finished' if done else 'not finished'}")
-    done = read_json(output / DONE) if (output / DONE).is_file() else None
-    lines.append(f"{RECORDS}: {done['records']:,} records" if done else f"{RECORDS}: not joined yet")
-    return lines
-
-
-def _progress(directory: Path, keys: np.ndarray) -> tuple[int, float | None]:
-    """How many of the keys have a row, and the seconds that one took."""
-    from fuserl_megatron.making.parts import scan
-
-    if not (directory / PLAN).is_file():
-        return 0, None
-    there = int(np.isin(keys, scan(directory).keys).sum())
-    done = read_json(directory / DONE) if (directory / DONE).is_file() else {}
-    return there, done["seconds"] / done["scored"] if done.get("scored") else None
-
-
-def _left_out(dropped: Mapping[str, int]) -> str:
-    words = ", ".join(f"{name} {number:,}" for name, number in dropped.items() if number)
-    return f" (left out: {words})" if words else ""
-
-
-def print_report(report: dict[str, Any], file: Any = None) -> None:
-    """The report on a terminal or in a log."""
-    from fuserl_megatron.making.score_report import print_table
-
-    print_table(report, file or sys.stdout)

@@ -9,9 +9,9 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from fuserl_megatron.making.answers import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, AnswerTable, count_flags
 from fuserl_megatron.making.join import Values, group_moments
 from fuserl_megatron.making.report_page import bars, histogram, write_page
-from fuserl_megatron.making.answers import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, AnswerTable, count_flags
 from fuserl_megatron.util.text import printable
 
 MANY_CUT = 0.05
@@ -42,13 +42,17 @@ def describe(
 
 def _changed(values: Values, total: np.ndarray) -> bool:
     """Whether one reward alone was weighted or otherwise changed on its way to the record."""
-    return not all(np.array_equal(column[~np.isnan(total)], total[~np.isnan(total)]) for column in values.rewards.values())
+    return not all(
+        np.array_equal(column[~np.isnan(total)], total[~np.isnan(total)]) for column in values.rewards.values()
+    )
 
 
 def _source(table: AnswerTable, k: int, total: np.ndarray, columns: Mapping[str, np.ndarray]) -> dict[str, Any]:
     own = table.source_ids == k
     answers, kept = int(own.sum()), own & ~np.isnan(total)
-    shares = {name: float((table.has(flag) & own).sum() / answers) for name, flag in (("cut", CUT), ("refused", REFUSED))}
+    shares = {
+        name: float((table.has(flag) & own).sum() / answers) for name, flag in (("cut", CUT), ("refused", REFUSED))
+    }
     return {
         "answers": answers,
         "records": int(kept.sum()),
@@ -98,10 +102,14 @@ def _reward(
     heights, edges = np.histogram(numbers, BINS) if numbers.size else (np.zeros(1, int), np.zeros(2))
     about = {
         **_moments(numbers),
-        "quantiles": {f"p{q:02d}": float(np.quantile(numbers, q / 100)) for q in (1, 25, 50, 75, 99)} if numbers.size else {},
+        "quantiles": {f"p{q:02d}": float(np.quantile(numbers, q / 100)) for q in (1, 25, 50, 75, 99)}
+        if numbers.size
+        else {},
         "spread_answers": float(deviations[: table.num_prompts][counts > 1].mean()) if (counts > 1).any() else None,
         "spread_sources": float(np.nanstd(best[several], axis=1).mean()) if several.any() else None,
-        "prompts_all_equal": float((deviations[: table.num_prompts][counts > 1] < 1e-9).mean()) if (counts > 1).any() else None,
+        "prompts_all_equal": float((deviations[: table.num_prompts][counts > 1] < 1e-9).mean())
+        if (counts > 1).any()
+        else None,
         "histogram": {"heights": heights.tolist(), "edges": [float(edge) for edge in edges]},
     }
     if name in plans:
@@ -146,7 +154,9 @@ def headlines(report: Mapping[str, Any]) -> list[str]:
     if r["repeated_records"]:
         lines.append(f"records that stand twice in the input, read once: {r['repeated_records']:,}")
     if r["prompts_heldout"]:
-        lines.append(f"WARNING: {r['prompts_heldout']:,} prompts overlap with held-out ones (heldout_action=drop drops them)")
+        lines.append(
+            f"WARNING: {r['prompts_heldout']:,} prompts overlap with held-out ones (heldout_action=drop drops them)"
+        )
     if r["prompts_with_records"] < prompts:
         lines.append(f"prompts without any record: {prompts - r['prompts_with_records']:,}")
     for name, reward in r["rewards"].items():
@@ -155,7 +165,9 @@ def headlines(report: Mapping[str, Any]) -> list[str]:
             lines.append(f"reward {name}: answers without a value: {kinds}")
         equal = reward["prompts_all_equal"]
         if equal is not None and equal > 0.5:
-            lines.append(f"reward {name}: all answers have the same value in {equal:.0%} of the prompts: it tells little")
+            lines.append(
+                f"reward {name}: all answers have the same value in {equal:.0%} of the prompts: it tells little"
+            )
     return lines
 
 
@@ -165,7 +177,14 @@ def tables(report: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[st
     head = ["source", "answers", "distinct", "cut", "empty", "refused", "words", "records", "win rate", *names]
     rows = [
         [
-            *(name, f"{s['answers']:,}", f"{s['distinct']:,}", f"{s['cut']:.1%}", f"{s['empty']:,}", f"{s['refused']:.1%}"),
+            *(
+                name,
+                f"{s['answers']:,}",
+                f"{s['distinct']:,}",
+                f"{s['cut']:.1%}",
+                f"{s['empty']:,}",
+                f"{s['refused']:.1%}",
+            ),
             *(f"{s['words']:.0f}", f"{s['records']:,}", _percent(s["win_rate"])),
             *(_number(s["rewards"][reward]["mean"]) for reward in names),
         ]
@@ -175,7 +194,12 @@ def tables(report: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[st
     head = ["reward", "mean", "deviation", "p01", "p50", "p99", "spread of sources", "spread of answers"]
     rows = [
         [
-            *(name, _number(r["mean"]), _number(r["deviation"]), *(_number(r["quantiles"].get(q)) for q in ("p01", "p50", "p99"))),
+            *(
+                name,
+                _number(r["mean"]),
+                _number(r["deviation"]),
+                *(_number(r["quantiles"].get(q)) for q in ("p01", "p50", "p99")),
+            ),
             *(_number(r["spread_sources"]), _number(r["spread_answers"])),
         ]
         for name, r in report["rewards"].items()

@@ -75,7 +75,9 @@ def scored_records(directory: str) -> str | None:
             raise UserError(f"{records} {what}; type the command of `fuserl score` again")
         return records
     if os.path.isdir(os.path.join(directory, "rewards")):
-        raise UserError(f"{directory}: its scoring is not finished; type the command of `fuserl score` again: it goes on")
+        raise UserError(
+            f"{directory}: its scoring is not finished; type the command of `fuserl score` again: it goes on"
+        )
     if glob.glob(os.path.join(glob.escape(directory), "*", "plan.json")):
         raise UserError(f"{directory}: answers without rewards; `fuserl score samples={directory} ...` comes first")
     return None

@@ -89,7 +89,9 @@ def twin(directory, ids):
     objectives = [float(hidden[-1] @ row) for row in weights["regression_layer.weight"]]
     score = 0.0
     for j in range(19):
-        score += float(gate[j]) * sum(objectives[i] * float(weights["reward_transform_matrix"][i, j]) for i in range(19))
+        score += float(gate[j]) * sum(
+            objectives[i] * float(weights["reward_transform_matrix"][i, j]) for i in range(19)
+        )
     return score, objectives
 
 
@@ -114,8 +116,13 @@ def load(directory, head="armorm"):
 def test_score_and_objectives_are_the_twins_in_any_batch(directory):
     model = load(directory)
     samples = [sample("What is it?", "a" * n) for n in (1, 30, 7)]
-    samples.append(sample([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}] + [
-        {"role": "user", "content": "and now?"}], "the second turn counts"))
+    samples.append(
+        sample(
+            [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+            + [{"role": "user", "content": "and now?"}],
+            "the second turn counts",
+        )
+    )
     found = dict(model.outcomes(enumerate(samples)))
     for i, item in enumerate(samples):
         score, objectives = twin(directory, model.tokens(item.messages, item.response))

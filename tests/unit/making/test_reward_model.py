@@ -1,4 +1,4 @@
-"""A reward does not depend on the batch, its order, or padding, and is read at the last token; what is no reward model."""
+"""A reward depends neither on batch, order nor padding and is read at the last token; what is no reward model."""
 
 import random
 import shutil

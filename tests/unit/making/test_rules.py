@@ -13,7 +13,7 @@ from fuserl_megatron.config.score_sections import RuleReward
 from fuserl_megatron.making.rules import RulePool
 from fuserl_megatron.util.errors import UserError
 
-RULES = '''
+RULES = """
 import ctypes, os, signal, socket, sys, time
 
 def trouble(prompt, response, record, hang=100):
@@ -46,7 +46,7 @@ def trouble(prompt, response, record, hang=100):
     return float(len(prompt))
 
 not_a_function = 3
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -141,14 +141,14 @@ def test_the_code_is_part_of_the_plan(tmp_path):
 
 def test_workers_die_with_their_parent(tmp_path):
     script = (
-        "import sys; sys.path.insert(0, {tests!r})\n"
+        f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
         "from making_helpers import sample; from fuserl_megatron.making.rules import RulePool\n"
         "from fuserl_megatron.config.score_sections import RuleReward\n"
         "rule = RuleReward(function='rules_here:trouble', time_limit=60.0, workers=1)\n"
         "with RulePool('mine', rule) as rules:\n"
         "    print(rules._workers[0].process.pid, flush=True)\n"
         "    list(rules.outcomes([(0, sample('Hi', 'hang'))]))\n"
-    ).format(tests=os.path.dirname(__file__))
+    )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     worker = int(parent.stdout.readline())
     parent.send_signal(signal.SIGKILL)

@@ -187,7 +187,9 @@ def test_killed_runs_go_on_with_exactly_the_missing_rows():
 
 def test_a_rule_that_never_works_stops_at_once_and_leaves_nothing():
     write_records(Path("answers.jsonl"), [{"prompt": "p", "source": "a", "response": "x" * i} for i in range(1, 50)])
-    with pytest.raises(UserError, match="the first 20 answers have no value, all for one reason: RuntimeError: never works"):
+    with pytest.raises(
+        UserError, match="the first 20 answers have no value, all for one reason: RuntimeError: never works"
+    ):
         run("rewards.counted.function=my_rule:broken")
     run()  # the corrected rule is no other plan, for no row was made
     assert len(records()) == 49
@@ -279,7 +281,12 @@ def make_samples(directory, finish=True):
 def test_directories_of_samples_and_build(tmp_path):
     make_samples("samples")
     report = run(samples="samples")
-    assert [(r["source"], r["response"]) for r in records()] == [("a", "x"), ("a", "longer"), ("b", "middle"), ("b", "cut")]
+    assert [(r["source"], r["response"]) for r in records()] == [
+        ("a", "x"),
+        ("a", "longer"),
+        ("b", "middle"),
+        ("b", "cut"),
+    ]
     assert records()[0]["key"] == key_of("p", "a", 0).hex() and records()[0]["meta"] == {"id": 7}
     assert report["flags"]["cut"] == 1
     loaded = load_groups(["scored"], Rejects("stop"), second_reward="rewards.counted")
