@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
+QUOTES = "\"'`*\u201c\u201d\u2018\u2019"
 NUMBER = re.compile(r"(?<![\w.])[-+\u2212]?\$?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?%?")
 ANSWER_MARKS = (
     r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}",
@@ -207,7 +208,7 @@ def _last_number(text: str) -> Fraction | None:
 
 def _plain(text: str) -> str:
     text = unicodedata.normalize("NFKC", text).casefold().strip()
-    return " ".join(text.strip("\"'`*").rstrip(".").split())
+    return " ".join(text.lstrip(QUOTES).rstrip(f"{QUOTES}.").split())
 
 
 def _has(response: str, words: str) -> bool:

@@ -40,7 +40,12 @@ def theirs(reward_model_dir):
 @pytest.fixture(scope="module")
 def samples():
     rng = random.Random(0)
-    return [sample(f"Question {i}", "word " * rng.randint(1, 30) + str(i)) for i in range(70)]
+    return [sample(f"Question {i}", "word " * rng.randint(0, 9) + str(i)) for i in range(66)]
+
+
+@pytest.fixture(scope="module")
+def expected(ours, theirs, samples):
+    return [by_hand(theirs, ours, item) for item in samples]
 
 
 def by_hand(theirs, ours, item):
@@ -69,17 +74,16 @@ def test_pad_is_eos_and_the_last_token_is_read_all_the_same(ours, theirs, sample
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])
-def test_same_number_whatever_the_batch(reward_model_dir, ours, theirs, samples, batch):
-    model = load(reward_model_dir, batch_tokens=batch * 200)
-    expected = [by_hand(theirs, ours, item) for item in samples]
-    assert values(model, samples) == pytest.approx(expected, abs=1e-5)
-    assert values(model, samples[::-1])[::-1] == pytest.approx(expected, abs=1e-5)
+def test_same_number_whatever_the_batch(reward_model_dir, samples, expected, batch):
+    model = load(reward_model_dir, batch_tokens=batch * 100)
+    samples = samples[: max(batch + 2, 16)]
+    assert values(model, samples) == pytest.approx(expected[: len(samples)], abs=1e-5)
+    assert values(model, samples[::-1])[::-1] == pytest.approx(expected[: len(samples)], abs=1e-5)
     assert max(expected) - min(expected) > 0.1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_same_number_whatever_the_padding_side(ours, theirs, samples, side):
-    expected = [by_hand(theirs, ours, item) for item in samples[:8]]
+def test_same_number_whatever_the_padding_side(ours, theirs, samples, expected, side):
     tokenizer = ours.conversation.tokenizer
     texts = [ours.conversation.text(item.messages, item.response) for item in samples[:8]]
     batch = tokenizer(texts, padding=True, padding_side=side, add_special_tokens=False, return_tensors="pt")
@@ -87,7 +91,7 @@ def test_same_number_whatever_the_padding_side(ours, theirs, samples, side):
         hidden = hidden_states(theirs.model, batch["input_ids"], batch["attention_mask"])
         last = last_positions(batch["attention_mask"])
         found = theirs.score(hidden[torch.arange(8), last])[:, 0].tolist()
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert found == pytest.approx(expected[:8], abs=1e-5)
 
 
 def test_too_long_is_a_row_without_a_value_and_nothing_is_cut(reward_model_dir):
