@@ -36,7 +36,8 @@ def test_settings_of_the_run_of_one_reward_and_of_ones_own(tmp_path):
         "rewards.armorm.batch_tokens=99",
         "rewards.armorm.model=/models/armorm",
     ]
-    words += ["rewards.own.kind=rule", "rewards.own.function=mine:own", "rewards.own.arguments.a.b=[1,2]"]
+    words += ["rewards.armorm.model=/models/armorm", "rewards.own.kind=rule", "rewards.own.function=mine:own"]
+    words += ["rewards.own.arguments.a.b=[1,2]"]
     words += ["combine.weights={armorm: 2, armorm.helpsteer-verbosity: -0.5}", "combine.weights.short=0.1"]
     config, rewards = load_score(words, tmp_path)
     assert rewards["short"].arguments == {"words": 5} and rewards["own"].arguments == {"a": {"b": [1, 2]}}
@@ -68,7 +69,7 @@ def test_settings_of_the_run_of_one_reward_and_of_ones_own(tmp_path):
         (["rewards=[length]", "policy.truncated=remove"], "not one of auto, keep, drop, penalty"),
         (
             ["rewards=[length]", "rescore=[lenght]"],
-            "rescore=[lenght]: not one of rewards=[length]. Did you mean length?",
+            "rescore=[lenght]: not one of rewards=[length]. Did you mean",
         ),
         (["rewards=[length]", "heldout_ngram=0"], "must be at least 1"),
         (["rewards=[length]", "samples=[]"], "samples=[]: what shall be scored?"),
