@@ -1,6 +1,6 @@
 """A server that answers at once, by a hash of what it is asked, and goes wrong as it is told: for volume and faults.
 
-As a program: `python stub_server.py PORT [SHARE]` answers on that port, a share of the requests with one of FAULTS.
+As a program: `python stub_server.py PORT [SHARE [DELAY]]`, the share of requests that fail, and seconds.
 """
 
 import asyncio
@@ -178,4 +178,5 @@ class Stub:
 
 if __name__ == "__main__":
     stub = Stub(float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    stub.delay, stub.models = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0, None
     web.run_app(stub.app(), host="127.0.0.1", port=int(sys.argv[1]), print=None, access_log=None)
