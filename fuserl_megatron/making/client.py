@@ -243,6 +243,8 @@ class Client:
     def _give_up(self, job: Job, fault: Fault) -> None:
         self.stats.failed[fault.name] += 1
         self.on_failure(job, fault)
+        if not (self.stats.answers or self._num_there) and len(self._first) < FIRST_ALIKE:
+            return  # too early for a share; if all of the first ones fail, `_remember` knows more to say
         share, failed = self.run_settings.max_failures, self.stats.failed.total()
         if failed > max(share * self._num_expected, FREE_FAILURES if share else 0):
             kinds = ", ".join(f"{count} {name}" for name, count in self.stats.failed.most_common(3))

@@ -4,11 +4,13 @@ What a server does not do is silent: a misspelt sampling setting is ignored with
 token ruins every answer without an error, and a context that is too small cuts answers. Each is one line here.
 """
 
+import asyncio
 import dataclasses
+import json
 from typing import Any
 
 from fuserl_megatron.making.endpoint import Endpoint
-from fuserl_megatron.making.faults import fault_of_error, fault_of_status
+from fuserl_megatron.making.faults import Fault, fault_of_error, fault_of_status
 from fuserl_megatron.making.prompt_proof import Proof, Tokens, load_tokenizer
 from fuserl_megatron.making.prompts import Prompt
 from fuserl_megatron.making.sources import BadReply, Source
@@ -19,6 +21,7 @@ PROBE = (("user", "What is 2 + 2?"),)
 PROBE_TOKENS = 16
 TIMEOUT_S = 300.0
 """A server that has just been started compiles on its first request."""
+ATTEMPTS, PAUSE_S, LONGEST_PAUSE_S = 5, 0.5, 30.0
 ENOUGH_FIELDS = 10
 """A list of fields shorter than this is no list of what a server takes."""
 
@@ -174,40 +177,46 @@ class Preflight:
 
         timeout = aiohttp.ClientTimeout(total=30)
         try:
-            async with self.session.get(url, headers=self.endpoint.headers, timeout=timeout) as response:
-                content = await response.read()
-                if response.status in (401, 403):
-                    raise UserError(f"{self.name}: {url}: {self._fault(response, content)}; see api_key_env")
-                return await response.json(content_type=None) if response.status == 200 else None
+            async with self.session.get(url, headers=self.endpoint.headers, timeout=timeout) as reply:
+                content = await reply.read()
+                if reply.status in (401, 403):
+                    reason = fault_of_status(reply.status, reply.headers, content).reason
+                    raise UserError(f"{self.name}: {url}: {self.endpoint.without_key(reason)}; see api_key_env")
+                return json.loads(content) if reply.status == 200 else None
         except UserError:
             raise
-        except (aiohttp.ClientError, OSError) as error:
-            if must_connect:
-                raise self._unreachable(error) from None
-        except ValueError:
-            pass
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            fault = fault_of_error(error)
+            if must_connect and fault.kind == "lost":
+                raise self._unreachable(fault) from None
         return None
 
     async def _post(self, url: str, body: dict[str, Any]) -> Any:
+        """The JSON of a good reply; what may be one bad moment is tried again.
+
+        Raises:
+            UserError: nobody listens, or the server refuses.
+        """
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
-        try:
-            async with self.session.post(url, json=body, headers=self.endpoint.headers, timeout=timeout) as response:
-                content = await response.read()
-                if response.status != 200:
-                    raise UserError(f"{self.name}: {url}: {self._fault(response, content)}")
-                return await response.json(content_type=None)
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._unreachable(error) from None
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"{self.name}: {url}: the reply is not JSON ({error})") from None
+        for attempt in range(ATTEMPTS):
+            try:
+                async with self.session.post(url, json=body, headers=self.endpoint.headers, timeout=timeout) as reply:
+                    content = await reply.read()
+                    if reply.status == 200:
+                        return json.loads(content)
+                    fault = fault_of_status(reply.status, reply.headers, content)
+            except (aiohttp.ClientError, OSError, ValueError) as error:
+                fault = fault_of_error(error)
+            if fault.kind == "lost":
+                raise self._unreachable(fault)
+            if fault.kind not in ("broken", "busy"):
+                break
+            if attempt + 1 < ATTEMPTS:
+                await asyncio.sleep(PAUSE_S * 2**attempt if fault.wait is None else min(fault.wait, LONGEST_PAUSE_S))
+        advice = "; see api_key_env" if fault.kind == "stop" else ""
+        raise UserError(f"{self.name}: {url}: {self.endpoint.without_key(fault.reason)}{advice}")
 
-    def _fault(self, response: Any, content: bytes) -> str:
-        return fault_of_status(response.status, response.headers, content).reason
-
-    def _unreachable(self, error: Exception) -> UserError:
-        why = fault_of_error(error).reason
-        return UserError(f"{self.name}: {self.endpoint.url}: {why}; start the server, or correct url")
+    def _unreachable(self, fault: Fault) -> UserError:
+        return UserError(f"{self.name}: {self.endpoint.url}: {fault.reason}; start the server, or correct url")

@@ -21,6 +21,8 @@ from fuserl_megatron.util.ports import free_port
 from fuserl_megatron.util.text import printable
 
 POLL_S = 0.25
+PAUSE_S = 5.0
+"""Before the second restart; the first comes at once, the third after twice as long."""
 END_S = 20.0
 """Seconds a server is given to end before it is killed."""
 TAIL_BYTES = 8000
@@ -89,7 +91,7 @@ class OwnServer:
             limit = f"server.max_restarts={self.settings.max_restarts}"
             raise UserError(f"{self.config.name}: its server died again after {limit}: {self._last_line()}")
         await self.stop()
-        await asyncio.sleep(min(5.0 * self.restarts, 30.0))
+        await asyncio.sleep(PAUSE_S * self.restarts)
         self.restarts += 1
         await self.start()
 

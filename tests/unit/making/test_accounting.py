@@ -166,7 +166,8 @@ def test_failures_are_of_the_last_run_and_do_not_hinder_the_end(tmp_path):
     assert not (tmp_path / "failures.jsonl").read_text()
 
 
-def test_a_second_writer_is_refused(tmp_path):
+def test_a_second_writer_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("fuserl_megatron.util.locks.SAME_HOST_S", 0.0)
     with Account(tmp_path, PLAN, keys_of(3)), pytest.raises(UserError, match="writes there"):
         fill(tmp_path, 3)
 

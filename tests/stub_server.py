@@ -1,6 +1,6 @@
-"""A server that answers at once, by a hash of what it is asked, and does wrong what it is told to: for volume and faults.
+"""A server that answers at once, by a hash of what it is asked, and goes wrong as it is told: for volume and faults.
 
-As a program: `python stub.py PORT [SHARE]` answers on that port, a share of the requests with one of FAULTS.
+As a program: `python stub_server.py PORT [SHARE [DELAY]]`, the share of requests that fail, and seconds.
 """
 
 import asyncio
@@ -48,7 +48,11 @@ class Stub:
     def ids(self, body: dict, ends: bool = True) -> list[int]:
         """A prompt as this server tokenizes it: a token a character, 1 in front, 2 as the generation prompt."""
         if "prompt" in body:
-            return [*self.bos, *(map(ord, body["prompt"]))] if body.get("add_special_tokens", True) else [*map(ord, body["prompt"])]
+            return (
+                [*self.bos, *(map(ord, body["prompt"]))]
+                if body.get("add_special_tokens", True)
+                else [*map(ord, body["prompt"])]
+            )
         text = "".join(f"<{m['role']}>{m['content']}" for m in body["messages"])
         return [*self.bos, *map(ord, text), *([2] if ends and self.ends else [])]
 
@@ -88,7 +92,9 @@ class Stub:
         kind = self.random.choice(self.faults)
         self.counts[kind] += 1
         if kind in ("429", "503"):
-            return web.json_response({"error": {"message": "too busy"}}, status=int(kind), headers={"Retry-After": self.retry_after})
+            return web.json_response(
+                {"error": {"message": "too busy"}}, status=int(kind), headers={"Retry-After": self.retry_after}
+            )
         if kind == "500":
             return web.json_response({"error": {"message": "internal"}}, status=500)
         if kind == "html":
@@ -123,7 +129,9 @@ class Stub:
         if self.fields is None:
             return web.Response(status=404)
         schema = {"properties": {name: {} for name in self.fields}}
-        method = {"post": {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/R"}}}}}}
+        method = {
+            "post": {"requestBody": {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/R"}}}}}
+        }
         paths = {"/v1/chat/completions": method, "/v1/completions": method}
         return web.json_response({"paths": paths, "components": {"schemas": {"R": schema}}})
 
@@ -170,4 +178,5 @@ class Stub:
 
 if __name__ == "__main__":
     stub = Stub(float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    stub.delay, stub.models = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0, None
     web.run_app(stub.app(), host="127.0.0.1", port=int(sys.argv[1]), print=None, access_log=None)
