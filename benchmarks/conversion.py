@@ -96,7 +96,7 @@ def take_turns(direction: str, source: Path, destination: Path, repeats: int) ->
 def start_seconds() -> float:
     """Seconds of a process that only imports the converter."""
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", "from fuserl_megatron.mcore import offline"], check=True)
+    subprocess.run([sys.executable, "-c", "from fuserl_megatron.convert import offline"], check=True)
     return time.monotonic() - started
 
 

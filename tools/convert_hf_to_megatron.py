@@ -10,7 +10,7 @@ to put right, 130 and 143 interrupted.
 import argparse
 import sys
 
-from fuserl_megatron.cli.app import batch_conversion, commands
+from fuserl_megatron.cli.convert import batch_conversion, to_megatron
 
 
 def main() -> int:
@@ -20,7 +20,7 @@ def main() -> int:
     parser.add_argument("destination", help="checkpoint root to write")
     parser.add_argument("--make-vocab-size-divisible-by", type=int, default=128, metavar="N", help="default 128")
     parser.add_argument("--allow-pickle", action="store_true", help="also read pytorch_model.bin (weights only)")
-    return batch_conversion(parser, commands.to_megatron)
+    return batch_conversion(parser, to_megatron)
 
 
 if __name__ == "__main__":

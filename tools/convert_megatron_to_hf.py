@@ -12,7 +12,7 @@ import math
 import sys
 from pathlib import Path
 
-from fuserl_megatron.cli.app import batch_conversion, commands
+from fuserl_megatron.cli.convert import batch_conversion, to_hf
 
 
 def main() -> int:
@@ -34,7 +34,7 @@ def _gigabytes(text: str) -> float:
 
 def _convert(options: argparse.Namespace) -> Path:
     options.max_shard_bytes = int(options.max_shard_gb * 1e9)
-    return commands.to_hf(options)
+    return to_hf(options)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@
 A key names one parameter of all layers together (`decoder.layers.mlp.linear_fc2.weight`, [layers, H, F]); its chunks
 are what single ranks hold, at their offsets. Chunks may be cut in any way: core puts them together at any layout.
 
-Written here, read by dist_reader.py. Neither imports megatron.core: no GPU, no process group, little memory.
+Written here, read by reader.py. Neither imports megatron.core: no GPU, no process group, little memory.
 """
 
 import functools

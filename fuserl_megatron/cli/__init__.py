@@ -1,3 +1,3 @@
-"""The command line: `app` runs it, `arguments` describes it, `commands` calls the rooms."""
+"""The command line: one file a command, each with `add` (its options) and `run`; `app` puts them together."""
 
 from fuserl_megatron.cli.app import main as main

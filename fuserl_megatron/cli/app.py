@@ -7,21 +7,27 @@ the traceback, too.
 """
 
 import argparse
-import json
-import os
-import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from fuserl_megatron.cli import commands
-from fuserl_megatron.cli.arguments import build_parser as build_parser
-from fuserl_megatron.util.credentials import redact
-from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.util.text import one_line, printable, shortened
+from fuserl_megatron import __version__
+from fuserl_megatron.cli import (
+    build,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    launch,
+    nemo_config,
+    parity,
+    sample,
+    train,
+    verify,
+)
+from fuserl_megatron.cli.exit_codes import exit_code
 
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+COMMANDS = (sample, build, train, nemo_config, launch, evaluate, parity, convert, verify, doctor, demo)
+"""In the order of `fuserl --help`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,76 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.subparser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         options.overrides = [*options.overrides, *rest]
-    starts_ranks = hasattr(options, "nproc") or options.run is commands.demo  # those have their own way to stop
-    return _exit_code("fuserl", lambda: options.run(options), starts_ranks)
+    starts_ranks = hasattr(options, "nproc") or options.run is demo.run  # those have their own way to stop
+    return exit_code("fuserl", lambda: options.run(options), starts_ranks)
 
 
-def batch_conversion(parser: argparse.ArgumentParser, convert: Callable[[argparse.Namespace], Path]) -> int:
-    """The converters of tools/: as a command here, and besides one line of JSON on what it took.
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; every subcommand's namespace carries `run`, the function that does it."""
+    parser = argparse.ArgumentParser(
+        prog="fuserl",
+        description="Fuse several strong language models into one smaller target: FuseRL on Megatron-core.",
+        epilog="""examples:
+  fuserl doctor
+  fuserl build inputs=[scored.jsonl] output=fused tokenizer=models/target reward_temperature=0.01
+  fuserl train --nproc 8 recipe=llama31_8b_fusesft model.path=models/target data.path=fused
+  fuserl COMMAND --help
 
-    The parser knows the options of one direction, those of both are added; `convert` returns the directory written.
-    """
-    import resource
-
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: the source's")
-    parser.add_argument("--force", action="store_true", help="replace a non-empty destination")
-    parser.add_argument("--report", metavar="FILE", help="write seconds, bytes and peak memory there as JSON")
-    options = parser.parse_args()
-
-    def run() -> int:
-        started = time.monotonic()
-        written = convert(options)
-        report = {
-            "written": str(written),
-            "bytes": sum(file.stat().st_size for file in written.rglob("*") if file.is_file()),
-            "seconds": round(time.monotonic() - started, 3),
-            "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
-        print(json.dumps(report))
-        if options.report:
-            Path(options.report).write_text(json.dumps(report) + "\n")
-        return 0
-
-    return _exit_code(parser.prog, run)
-
-
-def _exit_code(program: str, run: Callable[[], int], starts_ranks: bool = False) -> int:
-    before = {} if starts_ranks else {number: signal.getsignal(number) for number in STOPS}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}  # as under nohup
-    for number in before:
-        signal.signal(number, _stopped)
-    try:
-        return run()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # `fuserl ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        if os.environ.get("FUSERL_DEBUG", "0") not in ("", "0"):
-            raise
-        print(f"{program}: error: {message_of(error)}", file=sys.stderr)
-        return 2 if isinstance(error, (UserError, OSError)) else 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _stopped(number: int, _frame: object) -> None:
-    """Unwind, so that nothing half-written stays; once, for a second signal must not cut the clean-up short."""
-    for other in STOPS:
-        signal.signal(other, signal.SIG_IGN)
-    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-
-def message_of(error: Exception) -> str:
-    """The message on one line; for an OSError the path first and no errno, for what nobody foresaw its class."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        text = f"{error.filename}: {error.strerror}"
-    elif isinstance(error, MemoryError):
-        text = "out of memory: use a machine with more, or less at once"
-    elif isinstance(error, (UserError, OSError)):
-        text = one_line(error) or type(error).__name__
-    else:
-        text = f"{type(error).__name__}: {shortened(one_line(error), 500)} (not foreseen; FUSERL_DEBUG=1 shows where)"
-    return redact(printable(text))
+A mistake in the settings or files ends with one line; FUSERL_DEBUG=1 in the environment shows the traceback instead.
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fuserl {__version__}")
+    jobs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add(jobs)
+    return parser

@@ -4,6 +4,7 @@ Packages are looked up by their metadata and files; only torch is imported (for 
 and that in a process of its own, so that a broken installation ends in a line of the report.
 """
 
+import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -16,6 +17,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from fuserl_megatron.cli.options import Jobs, add_command
 from fuserl_megatron.util.machine import usable_cores
 
 CORE_RANGE = ((0, 16, 1), (0, 20))
@@ -28,6 +30,28 @@ names = [f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" for gpu in gpus]
 print(json.dumps({"cuda": torch.version.cuda, "gpus": names, "nccl": cuda and torch.distributed.is_nccl_available(),
                   "gloo": torch.distributed.is_gloo_available()}))
 """
+
+
+def add(jobs: Jobs) -> None:
+    """Describe the command."""
+    command = add_command(
+        jobs,
+        "doctor",
+        run,
+        "what is installed, what that gives, what to do about the rest",
+        """examples:
+  fuserl doctor
+  fuserl doctor --json
+
+Exit code 1 when training cannot work in this environment.
+""",
+    )
+    command.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def run(options: argparse.Namespace) -> int:
+    """`fuserl doctor`."""
+    return 0 if print_report(examine(), options.json) else 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,6 @@ from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.ports import free_port
 
 
-def is_first_rank() -> bool:
-    """Whether this is rank 0, or no rank yet."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
 def num_ranks_of(options: argparse.Namespace, config: Config) -> int:
     """Ranks that a launcher started, that --nproc asks for, or that the layout needs."""
     is_rank = ranks.is_rank()

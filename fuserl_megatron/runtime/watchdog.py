@@ -25,6 +25,7 @@ from typing import IO
 
 from fuserl_megatron.runtime import guardian
 from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.own_rank import own_rank
 
 HUNG = 3
 """Exit code."""
@@ -131,7 +132,7 @@ def own_log(directory: Path, environ: Mapping[str, str] = os.environ) -> Iterato
 
     Where nobody foresaw it, rank 0's terminal shows one line and its log has the traceback.
     """
-    rank = int(environ.get("RANK", environ.get("SLURM_PROCID", "0")))
+    rank = own_rank(environ)
     path = log_path(directory, rank)
     if rank == 0:
         try:

@@ -13,8 +13,12 @@ from fuserl_megatron.util.hub import local_model
 from fuserl_megatron.util.paths import did_you_mean
 
 
-def check(config: Config, num_ranks: int) -> list[str]:
-    """All rules, the cheap ones first; returns what follows from the settings. Raises UserError."""
+def check(config: Config, num_ranks: int) -> tuple[list[str], list[str]]:
+    """All rules, the cheap ones first. Raises UserError.
+
+    Returns:
+        What follows from the settings, and in which way data and model differ that is no mistake; lines to print.
+    """
     from fuserl_megatron.config.validate import validate
 
     validate(config, num_ranks)
@@ -33,7 +37,7 @@ def check(config: Config, num_ranks: int) -> list[str]:
         check_monitor(config, held_out.sources)
     from fuserl_megatron.records.belonging import check_run
 
-    return [*facts, *check_run(config)]
+    return facts, check_run(config)
 
 
 def with_local_models(config: Config) -> Config:

@@ -101,7 +101,7 @@ def test_the_last_heartbeat_is_of_the_last_step(tmp_path):
 def test_a_run_that_was_suspended_goes_on(tmp_path):
     """Stopped for several times the limit, as by Ctrl-Z or `scontrol suspend`; then a hang, as the control."""
     code = (
-        "import sys, time\nfrom pathlib import Path\nfrom fuserl_megatron.train import watchdog\n"
+        "import sys, time\nfrom pathlib import Path\nfrom fuserl_megatron.runtime import watchdog\n"
         "watchdog.OTHERS_MAY_DUMP_S = 0.1\ndog = watchdog.Watchdog(1.5 / 60, Path('.'), 0)\ndog.tick(1)\n"
         "print('ready', flush=True)\n"
         "for _ in range(30):\n    time.sleep(0.1)\n    dog.tick()\n"
@@ -198,7 +198,7 @@ def python(code, directory):
 
 def test_a_hang_that_keeps_pythons_lock_ends_too(tmp_path):
     code = (
-        "import re\nfrom pathlib import Path\nfrom fuserl_megatron.train import watchdog\n"
+        "import re\nfrom pathlib import Path\nfrom fuserl_megatron.runtime import watchdog\n"
         "watchdog.OTHERS_MAY_DUMP_S = 0.1\nwatchdog.Watchdog(0.3 / 60, Path('.'), 0).tick(1)\n"
         "def where_it_hangs(): re.match('(a+)+$', 60 * 'a' + 'b')  # for centuries\nwhere_it_hangs()"
     )

@@ -11,13 +11,15 @@ import pytest
 import yaml
 
 from fuserl_megatron import __version__
-from fuserl_megatron.cli import commands, doctor, main
-from fuserl_megatron.cli.app import STOPS, build_parser
-from fuserl_megatron.cli.commands import _bytes, check
+from fuserl_megatron.cli import demo, doctor, main
+from fuserl_megatron.cli.app import build_parser
+from fuserl_megatron.cli.convert import _bytes
+from fuserl_megatron.cli.exit_codes import STOPS
 from fuserl_megatron.config.load import from_dict, load_config
 from fuserl_megatron.config.objective import with_defaults
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.dataset import FORMAT_VERSION, Manifest
+from fuserl_megatron.train.preflight import check
 from fuserl_megatron.util.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,7 +162,7 @@ def test_paths_in_errors(capsys, monkeypatch, paths):
     def fail(options):
         raise PermissionError(13, "Permission denied", "/locked/file")
 
-    monkeypatch.setattr(commands, "doctor", fail)
+    monkeypatch.setattr(doctor, "run", fail)
     assert error_line(capsys, "doctor") == "/locked/file: Permission denied"
     assert "is not a fused data set" in error_line(capsys, "train", paths[0], "data.path=/none")
     assert "config.json" in error_line(capsys, "train", f"model.path={ROOT}", paths[1])
@@ -176,7 +178,7 @@ def test_ctrl_c_ends_with_130(monkeypatch):
     def interrupt(options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(commands, "doctor", interrupt)
+    monkeypatch.setattr(doctor, "run", interrupt)
     assert main(["doctor"]) == 130
 
 
@@ -192,7 +194,7 @@ def test_a_second_signal_does_not_cut_the_clean_up_short(monkeypatch, name, code
             signal.raise_signal(signal.SIGTERM)
             cleaned_up.append(True)
 
-    monkeypatch.setattr(commands, "doctor", stopped_three_times)
+    monkeypatch.setattr(doctor, "run", stopped_three_times)
     usual = {number: signal.SIG_DFL for number in STOPS} | {signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # pytest may run under nohup
     try:
@@ -207,7 +209,7 @@ def test_a_second_signal_does_not_cut_the_clean_up_short(monkeypatch, name, code
 
 def test_what_is_ignored_stays_ignored(monkeypatch):
     """As under nohup."""
-    monkeypatch.setattr(commands, "doctor", lambda options: signal.raise_signal(signal.SIGHUP) or 0)
+    monkeypatch.setattr(doctor, "run", lambda options: signal.raise_signal(signal.SIGHUP) or 0)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert main(["doctor"]) == 0
@@ -219,7 +221,7 @@ def test_a_build_that_is_ended_leaves_nothing(tmp_path):
     """SIGTERM, as a scheduler sends it, while records are being read."""
     code = (
         "import sys, time\n"
-        "from fuserl_megatron.data import build\n"
+        "from fuserl_megatron.records import build\n"
         "def slowly(*args):\n    print('reading', flush=True)\n    time.sleep(60)\n"
         "build.load_groups = slowly\n"
         "from fuserl_megatron.cli import main\n"
@@ -272,7 +274,7 @@ def test_a_monitor_is_known_before_any_rank_starts(capsys, real_paths):
 
 def test_a_demo_outside_a_checkout(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands, "__file__", str(tmp_path / "site" / "fuserl_megatron" / "cli" / "commands.py"))
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site" / "fuserl_megatron" / "cli" / "demo.py"))
     assert "clone the repository" in error_line(capsys, "demo")
 
 
@@ -282,7 +284,7 @@ def test_the_demo_is_the_checkout_s_wherever_it_is_started(monkeypatch, tmp_path
         code = f"import pathlib, sys; pathlib.Path(sys.argv[2]).write_text({name!r})"
         (tmp_path / name / "examples" / "skills" / "run_demo.py").write_text(code)
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(commands, "__file__", str(tmp_path / "checkout" / "fuserl_megatron" / "cli" / "commands.py"))
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "checkout" / "fuserl_megatron" / "cli" / "demo.py"))
     assert main(["demo", "--dir", str(tmp_path / "ran")]) == 0
     assert (tmp_path / "ran").read_text() == "checkout"
 
@@ -345,7 +347,7 @@ def test_dry_run_shows_the_values_the_loss_will_use(capsys, real_paths, objectiv
     shown = yaml.safe_load(capsys.readouterr().out.split("\nlayout ")[0])
     assert shown["objective"].items() >= expected.items()
     config = from_dict(Config, shown)
-    assert check(config, 1) and with_defaults(config.objective) == config.objective
+    assert check(config, 1)[0] and with_defaults(config.objective) == config.objective
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("1.5KB", 1500), ("77", 77)])
@@ -409,6 +411,6 @@ def test_no_memory_is_one_line(capsys, monkeypatch):
     def fail(options):
         raise MemoryError
 
-    monkeypatch.setattr(commands, "doctor", fail)
+    monkeypatch.setattr(doctor, "run", fail)
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == "fuserl: error: out of memory: use a machine with more, or less at once\n"

@@ -111,7 +111,7 @@ def test_no_import_breaks_a_rule():
         ("fuserl_megatron.convert.hf_io", "from fuserl_megatron import mcore"),
         ("fuserl_megatron.launch.ranks", "import fuserl_megatron.train.loop"),
         ("fuserl_megatron.records.build", "from fuserl_megatron.cli import main"),
-        ("fuserl_megatron.util.json_files", "from fuserl_megatron.config import words"),
+        ("fuserl_megatron.util.json_files", "from fuserl_megatron.config import keys"),
     ],
 )
 def test_the_checker_finds_a_planted_violation(module, line):

@@ -167,7 +167,7 @@ def test_signals_are_passed_on_and_the_ranks_decide(tmp_path, name):
 def test_ranks_may_take_their_time_after_a_signal(tmp_path, monkeypatch, name):
     """Held back from the first moment on, also while ranks are starting; nobody is ended for taking longer."""
     body = (
-        "from fuserl_megatron.train import stopping\ntime.sleep(0.5)\n"
+        "from fuserl_megatron.runtime import stopping\ntime.sleep(0.5)\n"
         "with stopping.held():\n stopping.listen()\n"
         " while not stopping._received: time.sleep(0.02)\n"
         f" time.sleep(3.0 * int(rank)); open(rf'{tmp_path}/{{rank}}.saved', 'w').close()"
@@ -175,7 +175,7 @@ def test_ranks_may_take_their_time_after_a_signal(tmp_path, monkeypatch, name):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     program = f"import os, time\nrank = os.environ['RANK']\nopen(rf'{tmp_path}/{{rank}}.pid', 'w').close()\n{body}"
     code = (
-        "import sys; from fuserl_megatron.launch import ranks; from fuserl_megatron.train import stopping\n"
+        "import sys; from fuserl_megatron.launch import ranks; from fuserl_megatron.runtime import stopping\n"
         f"with stopping.held(): sys.exit(ranks.run_ranks([sys.executable, '-c', {program!r}], 2))"
     )
     launcher = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True)
