@@ -20,13 +20,14 @@ from fuserl_megatron.cli import (
     launch,
     nemo_config,
     parity,
+    sample,
     score,
     train,
     verify,
 )
 from fuserl_megatron.cli.exit_codes import exit_code
 
-COMMANDS = (score, build, train, nemo_config, launch, evaluate, parity, convert, verify, doctor, demo)
+COMMANDS = (sample, score, build, train, nemo_config, launch, evaluate, parity, convert, verify, doctor, demo)
 """In the order of `fuserl --help`."""
 
 
