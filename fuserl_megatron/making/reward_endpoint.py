@@ -6,16 +6,16 @@ and without the activation: the values without must leave [0, 1], or their sigmo
 The conversation goes as messages: the server applies the model's own template, and no BOS can be doubled.
 """
 
+import http.client
 import json
 import math
 import os
 import random
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
+from urllib.parse import urlsplit
 
 from fuserl_megatron.config.score_sections import EndpointReward
 from fuserl_megatron.making.answers import Answer
@@ -48,7 +48,7 @@ class Endpoint:
         self.name, self.reward, self.where = name, reward, f"rewards.{name}"
         self._key = _key(self.where, reward.api_key_env)
         self._urls = [_base(self.where, url) for url in reward.url]
-        self._turn, self._closing = 0, threading.Event()
+        self._turn, self._closing, self._connections = 0, threading.Event(), threading.local()
 
     def __enter__(self) -> "Endpoint":
         """Ask the servers for the model and prove that they give rewards.
@@ -95,7 +95,8 @@ class Endpoint:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         yield running.pop(future), future.result()
             finally:
-                self._closing.set() if running else None
+                if running:  # something went wrong: nothing new is sent, what is under way is waited for
+                    self._closing.set()
                 for future in running:
                     future.cancel()
 
@@ -177,36 +178,51 @@ class Endpoint:
     def _ask(self, url: str, body: dict[str, Any] | None, attempts: int | None = None) -> dict[str, Any]:
         """One request, sent again while the fault is the server's."""
         data = None if body is None else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
         attempts, pause, why = attempts or self.reward.attempts, FIRST_WAIT_S, ""
         for attempt in range(attempts):
             if attempt and self._closing.wait(pause * random.uniform(0.8, 1.2)):
                 break
             pause = min(2 * pause, LONGEST_WAIT_S)
             try:
-                request = urllib.request.Request(url, data, headers)
-                with urllib.request.urlopen(request, timeout=self.reward.timeout) as reply:
-                    found = json.loads(reply.read())
-                if isinstance(found, dict):
-                    return found
-                why = "its answer is no JSON object"
-            except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code} {_message(error)}"
-                if error.code not in BUSY:
-                    if error.code in (401, 403):
-                        raise UserError(f"{self.where}: {url}: {why}; set {self.where}.api_key_env") from None
-                    if error.code == 404:
-                        raise UserError(f"{self.where}: {url}: {why}; serve the model with --runner pooling") from None
-                    raise Unscorable(why) from None
-                pause = max(pause, _retry_after(error))
+                status, text, wait = self._send(url, data)
+                found = json.loads(text) if status == 200 else None
             except ValueError as error:
                 why = f"its answer is no JSON ({first_line(error)})"
-            except OSError as error:  # no connection, reset, too slow
-                why = first_line(getattr(error, "reason", None) or error)
+                continue
+            except (OSError, http.client.HTTPException) as error:  # no connection, reset, too slow, half an answer
+                why = first_line(error)
+                continue
+            if isinstance(found, dict):
+                return found
+            why = "its answer is no JSON object" if status == 200 else f"HTTP {status} {_message(text)}"
+            if status != 200 and status not in BUSY:
+                if status in (401, 403):
+                    raise UserError(f"{self.where}: {url}: {why}; set {self.where}.api_key_env")
+                if status == 404:
+                    raise UserError(f"{self.where}: {url}: {why}; serve the model with --runner pooling")
+                raise Unscorable(why)
+            pause = max(pause, wait)
         tries = f" ({attempts} attempts)" if attempts > 1 else ""
         raise UserError(
             f"{self.where}: {url}: {why}{tries}; see to the server and type the same command again: nothing is lost"
         )
+
+    def _send(self, url: str, data: bytes | None) -> tuple[int, bytes, float]:
+        """(status, content, seconds that the server asks to wait), over a connection that each thread keeps open."""
+        parts = urlsplit(url)
+        open_ones = self._connections.__dict__
+        connection = open_ones.get(parts.netloc)
+        if connection is None:
+            kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+            connection = open_ones[parts.netloc] = kind(parts.netloc, timeout=self.reward.timeout)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        try:
+            connection.request("GET" if data is None else "POST", parts.path, data, headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read(), _seconds(reply.headers.get("Retry-After"))
+        except BaseException:
+            connection.close()  # the next request opens it anew
+            raise
 
 
 def _base(where: str, url: str) -> str:
@@ -229,21 +245,21 @@ def _key(where: str, name: str | None) -> str | None:
     return os.environ[name]
 
 
-def _message(error: urllib.error.HTTPError) -> str:
+def _message(text: bytes) -> str:
     """The server's own words, in one line."""
-    text = error.read(4000).decode("utf-8", "replace")
+    words = text[:4000].decode("utf-8", "replace")
     try:
         found = json.loads(text)
         found = found.get("error", found)
-        text = found.get("message", text) if isinstance(found, dict) else str(found)
+        words = found.get("message", words) if isinstance(found, dict) else str(found)
     except (ValueError, AttributeError):
         pass
-    return " ".join(text.split())[:200]
+    return " ".join(words.split())[:200]
 
 
-def _retry_after(error: urllib.error.HTTPError) -> float:
+def _seconds(retry_after: str | None) -> float:
     try:
-        return min(float(error.headers.get("Retry-After") or 0), LONGEST_WAIT_S)
+        return min(float(retry_after or 0), LONGEST_WAIT_S)
     except ValueError:
         return 0.0
 

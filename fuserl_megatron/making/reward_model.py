@@ -53,7 +53,9 @@ class RewardModel:
             load = load_classifier
         self.body, self.head = load(self.where, self.directory, config, DTYPES[dtype], self.conversation)
         self.body, self.head = self.body.to(self.device).eval(), self.head.to(self.device).eval()
-        self.max_length = reward.max_length or getattr(config, "max_position_embeddings", None) or 2**30
+        self.max_length = (
+            reward.max_length or getattr(config.get_text_config(), "max_position_embeddings", None) or 2**30
+        )
         self.weights = weights_identity(self.directory)
 
     def __enter__(self) -> "RewardModel":
