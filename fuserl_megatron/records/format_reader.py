@@ -4,12 +4,13 @@
 `=text` for the same in every record.
 """
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fuserl_megatron.records.formats import FORMATS, Format, Misfit, Row
+from fuserl_megatron.records.formats import ALIASES, FORMATS, Format, Misfit, Row
 from fuserl_megatron.records.inputs import FIELDS, Place
 from fuserl_megatron.records.messages import BadRecord
 from fuserl_megatron.util.errors import UserError
@@ -43,7 +44,14 @@ class FormatReader:
 
     def __init__(self, file: str, format: str = "auto", fields: Mapping[str, str] | None = None):
         self.format: Format | None = FORMATS.get(format)
-        self._stem, self._fields = stem(file), dict(fields or {})
+        self._stem, self._fields, self._text_only = stem(file), dict(fields or {}), file.endswith(".csv")
+
+    def needed(self, columns: Sequence[str]) -> Sequence[str]:
+        """Which columns a table must have: those of our own format where the table is of no other."""
+        other = [f for f in FORMATS.values() if f is not OWN and set(f.needs) <= set(columns)]
+        if self._fields or other or self.format not in (None, OWN):
+            return ()
+        return [name for name in FIELDS if not set(columns) & set(ALIASES.get(name, ()))]
 
     def records(self, place: Place, row: Row) -> Iterator[Row]:
         """The records of a row.
@@ -55,7 +63,7 @@ class FormatReader:
         row = row | given
         self.format = self.format or _recognised(place, row)
         if self.format is OWN:
-            yield from OWN.records(row)
+            yield from map(self._with_numbers, OWN.records(row))
             return
         missing = [repr(name) for name in self.format.needs if row.get(name) is None]
         if missing:
@@ -64,9 +72,16 @@ class FormatReader:
         fixed = {name: value for name, value in given.items() if name in FIELDS and name not in self.format.needs}
         try:
             for record in self.format.records(row):
-                yield _scored(place, {"source": self._stem} | record | fixed)
+                yield _scored(place, self._with_numbers({"source": self._stem} | record | fixed))
         except Misfit as misfit:
             raise BadRecord(place, "misfit", f"no row of format {self.format.name}: {misfit}") from None
+
+    def _with_numbers(self, record: Row) -> Row:
+        """A CSV file's reward, which is text there, as the number it says."""
+        if self._text_only and isinstance(record.get("reward"), str):
+            with contextlib.suppress(ValueError):
+                return record | {"reward": float(record["reward"])}
+        return record
 
     def _value(self, place: Place, row: Row, name: str, path: str) -> Any:
         if path.startswith("="):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fuserl_megatron.records.inputs import FIELDS
 from fuserl_megatron.records.messages import shown
 
 Row = dict[str, Any]
@@ -17,6 +16,7 @@ Row = dict[str, Any]
 SOURCE_NAMES = ("source", "model", "model_name", "generator")
 REWARD_NAMES = ("reward", "score", "overall_score", "rating")
 """Names that a response's source and its score have in public data sets, the first one found is taken."""
+ALIASES = {"source": SOURCE_NAMES, "reward": REWARD_NAMES}
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -37,7 +37,7 @@ class Format:
 
 def _own(row: Row) -> Iterator[Row]:
     """Ours; source and reward may have another usual name."""
-    yield _scored(row) | {name: value for name, value in row.items() if value is not None or name not in FIELDS}
+    yield row | {name: value for name, value in _scored(row).items() if row.get(name) is None}
 
 
 def _messages(row: Row) -> Iterator[Row]:
@@ -173,7 +173,7 @@ def _turn(row: Row, conversation: Sequence[Row]) -> Row:
 
 def _scored(row: Row) -> Row:
     """Source and reward, where the row has them under a usual name."""
-    found = {"source": _first(row, SOURCE_NAMES), "reward": _first(row, REWARD_NAMES)}
+    found = {name: _first(row, names) for name, names in ALIASES.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 

@@ -1,10 +1,15 @@
 """Public formats read as records; every row is written by hand in the public structure."""
 
+import json
+
+import pyarrow
 import pytest
 
 from fuserl_megatron.records.format_reader import FormatReader, check_format
 from fuserl_megatron.records.formats import FORMATS
+from fuserl_megatron.records.grouping import load_groups
 from fuserl_megatron.records.messages import BadRecord
+from fuserl_megatron.records.records import Rejects
 from fuserl_megatron.util.errors import UserError
 
 USER = {"role": "user", "content": "2+2?"}
@@ -179,3 +184,62 @@ def test_settings():
         check_format("sharegtp", {})
     with pytest.raises(UserError, match="fields.reward=: must be a path of keys"):
         check_format("auto", {"reward": ""})
+
+
+ROWS = [{"prompt": "2+2?", "model": name, "response": text, "score": 0.5} for name, text in (("a", "4"), ("b", "5"))]
+
+
+def as_stream(path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def as_file(path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("list.json", lambda path: path.write_text(json.dumps(ROWS, indent=1))),
+        ("lines.json", lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))),
+        ("stream.arrow", as_stream),
+        ("file.arrow", as_file),
+        ("a.csv", lambda path: path.write_text("prompt,model,response,score\n2+2?,a,4,0.5\n2+2?,b,5,0.5\n")),
+        ("folder", lambda path: (path.mkdir(), (path / "x.json").write_text(json.dumps(ROWS)))),
+    ],
+)
+def test_kinds_of_files(tmp_path, name, write):
+    write(tmp_path / name)
+    loaded = load_groups([str(tmp_path / name)], Rejects("stop"))
+    assert loaded.sources == ["a", "b"] and loaded.inputs[0]["format"] == "records"
+    assert {text: reward for (_, text), (reward, _) in loaded.groups[0].responses.items()} == {"4": 0.5, "5": 0.5}
+
+
+@pytest.mark.parametrize("name", ["cut.json", "cut.arrow", "ragged.csv"])
+def test_files_that_are_broken(tmp_path, name):
+    (tmp_path / name).write_text('[{"prompt": 1' if name == "cut.json" else "prompt,response\n1\n")
+    fields = {"source": "=a", "reward": "=0"}
+    with pytest.raises(UserError, match=rf"{name}: not a (readable (Arrow|CSV) file|JSON list)"):
+        load_groups([str(tmp_path / name)], Rejects("stop"), fields=fields)
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("first", 1.0), ("max", 4.0), ("mean", 2.0)])
+def test_a_response_that_comes_again(tmp_path, rule, expected):
+    rows = [{"prompt": "x", "source": "a", "response": "y", "reward": reward} for reward in (1.0, 4.0, 1.0)]
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    loaded = load_groups([str(tmp_path / "in.json")], Rejects("stop"), on_repeated=rule)
+    assert [reward for reward, _ in loaded.groups[0].responses.values()] == [pytest.approx(expected)]
+    assert loaded.counts["duplicates"] == 2
+
+
+def test_a_bad_record_of_a_row_leaves_the_others(tmp_path):
+    row = {"prompt": "x", "responses": ["a", "", "b"], "rewards": [1, 2, 3], "sources": ["s", "s", "s"]}
+    (tmp_path / "in.json").write_text(json.dumps([row]))
+    rejects = Rejects("skip")
+    loaded = load_groups([str(tmp_path / "in.json")], rejects)
+    assert [text for _, text in loaded.groups[0].responses] == ["a", "b"] and sum(rejects.counts.values()) == 1
+    assert loaded.counts["records"] == 3

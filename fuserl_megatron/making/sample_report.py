@@ -1,0 +1,137 @@
+"""What a source answered, in figures: for done.json, the table at the end, and report.html."""
+
+import html
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuserl_megatron.util.files import write_file
+
+CUT_WARNING = 0.05
+"""A larger share of answers cut by the limit of tokens is pointed out."""
+REFUSALS = ("i'm sorry, but", "i am sorry, but", "i cannot", "i can't", "i'm unable", "as an ai", "i won't")
+"""How answers that refuse begin, in lower case."""
+BARS = 24
+STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em} td{padding:.2em .8em;text-align:right}"
+
+
+def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of one source's rows, which come prompt by prompt."""
+    counts: Counter[str] = Counter()
+    tokens, prompt_tokens, seconds = array("q"), array("q"), array("d")
+    prompt, texts = None, set()
+    for row in rows:
+        text = row["response"]
+        counts["answers"] += 1
+        counts["empty"] += not text.strip()
+        counts["cut"] += row["finish_reason"] == "length"
+        counts["refused"] += text.lstrip()[:40].lower().replace("\u2019", "'").startswith(REFUSALS)
+        counts["with_reasoning"] += "reasoning" in row
+        counts["tried_again"] += row["attempt"] > 1
+        if row["prompt_id"] != prompt:
+            counts["prompts"] += 1
+            counts["distinct"] += len(texts)
+            prompt, texts = row["prompt_id"], set()
+        texts.add(hash(text))
+        tokens.append(row["tokens"] or 0)
+        prompt_tokens.append(row["prompt_tokens"] or 0)
+        seconds.append(row["seconds"])
+    counts["distinct"] += len(texts)
+    names = ("prompts", "answers", "distinct", "cut", "empty", "refused", "with_reasoning", "tried_again")
+    figures = {name: counts[name] for name in names}
+    if tokens:
+        measured = np.frombuffer(tokens, np.int64)
+        figures |= {
+            "tokens": int(measured.sum()),
+            "prompt_tokens": int(sum(prompt_tokens)),
+            "tokens_mean": round(float(measured.mean()), 1),
+            "tokens_p95": int(np.percentile(measured, 95)),
+            "tokens_most": int(measured.max()),
+            "seconds_mean": round(float(np.mean(seconds)), 2),
+            "histogram": np.histogram(measured, BARS, (0, max(int(measured.max()), 1)))[0].tolist(),
+        }
+    return figures
+
+
+def cells(sources: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """A head, and a row for each source."""
+    rows = [("source", "answers", "distinct", "cut", "empty", "refused", "failed", "tokens", "mean", "p95", "tokens/s")]
+    for name, done in sources.items():
+        figures = done["figures"]
+        shares = (share(figures[kind], figures["answers"]) for kind in ("distinct", "cut", "empty", "refused"))
+        pace = f"{done['tokens_per_second']:,.0f}" if done.get("tokens_per_second") else "-"
+        lengths = (f"{figures.get('tokens_mean', 0):g}", f"{figures.get('tokens_p95', 0):,}")
+        counts = (f"{done['failed']:,}", f"{figures.get('tokens', 0):,}")
+        rows.append((name, f"{figures['answers']:,}", *shares, *counts, *lengths, pace))
+    return rows
+
+
+def table(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Lines to print: the cells in columns, and what a person should look at."""
+    return [*columns(cells(sources)), *warnings(sources)]
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+
+
+def warnings(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What a person should look at before training on it."""
+    lines = []
+    for name, done in sources.items():
+        figures = done["figures"]
+        answers = max(figures["answers"], 1)
+        if figures["cut"] / answers > CUT_WARNING:
+            what = f"{share(figures['cut'], answers)} of the answers are cut by sampling.max_tokens"
+            lines.append(f"WARNING: {name}: {what}: raise it, or leave cut answers out when scoring")
+        if figures["empty"]:
+            lines.append(f"WARNING: {name}: {figures['empty']:,} answers are empty; `fuserl build` takes none of them")
+        if done["failed"]:
+            kinds = ", ".join(f"{count:,} {kind}" for kind, count in done["failures"].items())
+            again = "retry_failed=true asks for them again"
+            lines.append(f"WARNING: {name}: {done['failed']:,} answers failed ({kinds}): failures.jsonl; {again}")
+    return lines
+
+
+def write_html(file: Path, sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """One page without anything from elsewhere: the table, the lengths of the answers, the faults."""
+    rows = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells(sources)]
+    notes = [f"<p>{html.escape(note)}</p>" for note in warnings(sources)]
+    body = [f"<h1>Sampling</h1><table>{''.join(rows)}</table>", *notes]
+    for name, done in sources.items():
+        figures = done["figures"]
+        body.append(f"<h2>{html.escape(name)}</h2>{_bars(figures.get('histogram', []), figures.get('tokens_most', 0))}")
+        kept = {k: v for k, v in done.items() if k not in ("parts", "figures")}
+        body.append(f"<pre>{html.escape(json.dumps(kept, indent=2))}</pre>")
+    page = f"<!doctype html><meta charset=utf-8><title>Sampling</title><style>{STYLE}</style>{''.join(body)}\n"
+    write_file(file, [page.encode()])
+
+
+def _bars(counts: Sequence[int], most: int) -> str:
+    """Lengths of the answers in tokens."""
+    if not counts:
+        return ""
+    highest, width, height = max(max(counts), 1), 20, 120
+    bars = [
+        f'<rect x="{i * width}" y="{height - count * height / highest:.1f}" width="{width - 2}" '
+        f'height="{count * height / highest:.1f}" fill="#47c"><title>{count:,}</title></rect>'
+        for i, count in enumerate(counts)
+    ]
+    axis = f'<text x="0" y="{height + 15}">0</text><text x="{len(counts) * width - 60}" y="{height + 15}">{most}</text>'
+    size = f'width="{len(counts) * width}" height="{height + 20}"'
+    return f"<p>Answers by length in tokens</p><svg {size}>{''.join(bars)}{axis}</svg>"
+
+
+def share(part: int, whole: int) -> str:
+    """As a percentage."""
+    return f"{100 * part / max(whole, 1):.1f}%"
