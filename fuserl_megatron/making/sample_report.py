@@ -15,6 +15,7 @@ from fuserl_megatron.util.text import show
 
 CUT_WARNING = 0.05
 """A larger share of answers cut by the limit of tokens is pointed out."""
+ENOUGH_TWINS = 20
 BARS = 24
 
 
@@ -54,6 +55,24 @@ def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             "histogram": np.histogram(measured, BARS, (0, max(int(measured.max()), 1)))[0].tolist(),
         }
     return figures
+
+
+class Twins:
+    """Are all answers to a prompt the same? Then a server takes the likeliest token each time, whatever it is asked."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, int] = {}
+        self._pairs = 0
+
+    def seen(self, prompt: int, text: str) -> bool:
+        """Note an answer; True once, when so many second answers were the first one again and none was another."""
+        if self._pairs >= ENOUGH_TWINS:
+            return False
+        if prompt not in self._first:
+            self._first[prompt] = hash(text)
+            return False
+        self._pairs = self._pairs + 1 if self._first.pop(prompt) == hash(text) else ENOUGH_TWINS + 1
+        return self._pairs == ENOUGH_TWINS
 
 
 def cells(sources: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
