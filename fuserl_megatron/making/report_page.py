@@ -1,4 +1,4 @@
-"""report.html: one file, no script, nothing loaded from elsewhere; pictures are SVG inside it."""
+"""How reports look: columns of text on a terminal, and report.html, one file without a script, with SVG inside it."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -13,6 +13,15 @@ table{border-collapse:collapse;margin:.5em 0 1.5em}
 td,th{border-bottom:1px solid #ddd;padding:.2em .7em;text-align:right}
 td:first-child,th:first-child{text-align:left}svg{margin:.5em 1em .5em 0}.warning{color:#a00;font-weight:bold}"""
 WIDTH, HEIGHT = 360, 150
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines, the first column to the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
 
 
 def write_page(

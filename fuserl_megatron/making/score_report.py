@@ -11,7 +11,7 @@ import numpy as np
 
 from fuserl_megatron.making.answers import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, AnswerTable, count_flags
 from fuserl_megatron.making.join import Values, group_moments
-from fuserl_megatron.making.report_page import bars, histogram, write_page
+from fuserl_megatron.making.report_page import bars, columns, histogram, write_page
 from fuserl_megatron.util.text import printable
 
 MANY_CUT = 0.05
@@ -211,22 +211,10 @@ def tables(report: Mapping[str, Any]) -> dict[str, tuple[list[str], list[list[st
 
 
 def print_table(report: Mapping[str, Any], file: TextIO) -> None:
-    """Headlines, then the tables: drawn where a person watches, plain lines in a log."""
+    """Headlines, then the tables."""
     print(*map(printable, headlines(report)), sep="\n", file=file)
     for title, (head, rows) in tables(report).items():
-        if file.isatty():
-            from rich.console import Console
-            from rich.table import Table
-            from rich.text import Text
-
-            table = Table(*map(Text, head), title=Text(title), title_justify="left")
-            for row in rows:
-                table.add_row(*map(Text, map(printable, row)))
-            Console(file=file).print(table)
-        else:
-            print(f"{title}:", file=file)
-            for row in rows:
-                print("  " + ", ".join(f"{a} {printable(b)}" for a, b in zip(head, row, strict=True)), file=file)
+        print(f"\n{title}", *columns([head, *([*map(printable, row)] for row in rows)]), sep="\n", file=file)
 
 
 def _number(value: float | None) -> str:

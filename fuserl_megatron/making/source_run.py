@@ -22,13 +22,17 @@ from fuserl_megatron.making.parts import key_array
 from fuserl_megatron.making.preflight import Preflight
 from fuserl_megatron.making.prompts import PromptList
 from fuserl_megatron.making.sample_display import Display, Pace
-from fuserl_megatron.making.sample_report import figures_of
+from fuserl_megatron.making.sample_report import ENOUGH_TWINS, Twins, figures_of
 from fuserl_megatron.making.servers import OwnServer
 from fuserl_megatron.making.sources import Source, key_of_answer, row_of, seed_of
 from fuserl_megatron.util.errors import UserError
 
 SYNC_S = 1.0
 RUNS = "runs.jsonl"
+ALL_THE_SAME = (
+    f"the answers to each of {ENOUGH_TWINS} prompts are the same: does the server obey temperature? "
+    "(`transformers serve` samples only if the model's generation_config.json says do_sample)"
+)
 
 
 class SourceRun:
@@ -137,8 +141,12 @@ class SourceRun:
         return [Endpoint(url, self.source.config.max_in_flight, self.headers) for url in self.source.config.url]
 
     async def _ask(self, account: Account, endpoints: list[Endpoint], display: Display) -> Client:
+        twins = Twins()
+
         def answered(job: Job, answer: dict[str, Any], how: dict[str, Any]) -> None:
             account.append(job.position, row_of(self.source, job.prompt, job.index, answer, how))
+            if twins.seen(job.prompt.number, answer["response"]):
+                display.say(f"WARNING: {self.source.name}: {ALL_THE_SAME}")
 
         def failed(job: Job, fault: Fault) -> None:
             why = {"kind": fault.name, "status": fault.status, "reason": fault.reason, "attempts": job.attempts}

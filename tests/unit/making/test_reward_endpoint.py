@@ -21,6 +21,7 @@ def raw(conversation, scale=10.0):
 
 class Stub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, *words):
         pass

@@ -254,6 +254,19 @@ def test_reasoning_is_kept_apart(settings, stub, message, answer, reasoning):
     assert row["tokens"] is None
 
 
+@pytest.mark.parametrize("obeys", [True, False])
+def test_a_server_that_does_not_sample_is_pointed_out(settings, stub, capsys, obeys):
+    def answer(body):
+        text = f"{body['messages'][-1]['content']} {body['seed'] if obeys else ''}"
+        return web.json_response({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]})
+
+    stub.script = answer
+    config, source = settings(40, n=3)
+    sample(config, [source])
+    warned = capsys.readouterr().out.count("the answers to each of 20 prompts are the same")
+    assert warned == (0 if obeys else 1)
+
+
 def test_more_than_one_choice_is_refused(settings, stub):
     choice = {"message": {"content": "x"}, "finish_reason": "stop"}
     stub.script = lambda body: web.json_response({"choices": [choice, choice]})
