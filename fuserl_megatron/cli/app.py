@@ -17,6 +17,7 @@ from fuserl_megatron.cli import (
     demo,
     doctor,
     evaluate,
+    keys,
     launch,
     nemo_config,
     parity,
@@ -27,7 +28,7 @@ from fuserl_megatron.cli import (
 )
 from fuserl_megatron.cli.exit_codes import exit_code
 
-COMMANDS = (sample, score, build, train, nemo_config, launch, evaluate, parity, convert, verify, doctor, demo)
+COMMANDS = (sample, score, build, train, nemo_config, launch, evaluate, parity, convert, verify, keys, doctor, demo)
 """In the order of `fuserl --help`."""
 
 
