@@ -21,12 +21,13 @@ from fuserl_megatron.cli import (
     nemo_config,
     parity,
     sample,
+    score,
     train,
     verify,
 )
 from fuserl_megatron.cli.exit_codes import exit_code
 
-COMMANDS = (sample, build, train, nemo_config, launch, evaluate, parity, convert, verify, doctor, demo)
+COMMANDS = (sample, score, build, train, nemo_config, launch, evaluate, parity, convert, verify, doctor, demo)
 """In the order of `fuserl --help`."""
 
 

@@ -24,8 +24,8 @@ from fuserl_megatron.util.text import nearest, one_line, shortened, show
 
 TEXTS = ("cluster.setup", "system", "prompt_format", "separator", "sampling.stop")
 """Keys whose values may have several lines."""
-LAUNCH_GROUPS, SAMPLE_GROUPS = {"cluster"}, {"source"}
-"""Groups of `fuserl launch` and of `fuserl sample`; the others belong to a training run."""
+LAUNCH_GROUPS, SAMPLE_GROUPS, SCORE_GROUPS = {"cluster"}, {"source"}, {"reward"}
+"""Groups of `fuserl launch`, `fuserl sample` and `fuserl score`; the others belong to a training run."""
 
 
 def conf_dir() -> Path:
@@ -114,7 +114,7 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
 
     keys, parser, checked, plain_values = all_keys(schema), OverridesParser.create(), [], {}
     folders = {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
-    of_training = folders - LAUNCH_GROUPS - SAMPLE_GROUPS
+    of_training = folders - LAUNCH_GROUPS - SAMPLE_GROUPS - SCORE_GROUPS
     groups = {Config: of_training, LaunchConfig: folders & LAUNCH_GROUPS}.get(schema, set())
     for text in overrides:
         try:

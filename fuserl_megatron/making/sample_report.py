@@ -1,24 +1,22 @@
 """What a source answered, in figures: for done.json, the table at the end, and report.html."""
 
-import html
-import json
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.util.files import write_file
+from fuserl_megatron.config.keys import leaves
+from fuserl_megatron.config.score_sections import REFUSALS
+from fuserl_megatron.making.report_page import columns, histogram, write_page
+from fuserl_megatron.util.text import show
 
 CUT_WARNING = 0.05
 """A larger share of answers cut by the limit of tokens is pointed out."""
-REFUSALS = ("i'm sorry, but", "i am sorry, but", "i cannot", "i can't", "i'm unable", "as an ai", "i won't")
-"""How answers that refuse begin, in lower case."""
 ENOUGH_TWINS = 20
 BARS = 24
-STYLE = "body{font:15px sans-serif;margin:2em;max-width:70em} td{padding:.2em .8em;text-align:right}"
 
 
 def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -95,15 +93,6 @@ def table(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [*columns(cells(sources)), *warnings(sources)]
 
 
-def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, the first column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-
-
 def warnings(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What a person should look at before training on it."""
     lines = []
@@ -124,31 +113,17 @@ def warnings(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def write_html(file: Path, sources: Mapping[str, Mapping[str, Any]]) -> None:
     """One page without anything from elsewhere: the table, the lengths of the answers, the faults."""
-    rows = [f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in cells(sources)]
-    notes = [f"<p>{html.escape(note)}</p>" for note in warnings(sources)]
-    body = [f"<h1>Sampling</h1><table>{''.join(rows)}</table>", *notes]
+    head, *rows = cells(sources)
+    pictures, runs = {}, []
     for name, done in sources.items():
         figures = done["figures"]
-        body.append(f"<h2>{html.escape(name)}</h2>{_bars(figures.get('histogram', []), figures.get('tokens_most', 0))}")
-        kept = {k: v for k, v in done.items() if k not in ("parts", "figures")}
-        body.append(f"<pre>{html.escape(json.dumps(kept, indent=2))}</pre>")
-    page = f"<!doctype html><meta charset=utf-8><title>Sampling</title><style>{STYLE}</style>{''.join(body)}\n"
-    write_file(file, [page.encode()])
-
-
-def _bars(counts: Sequence[int], most: int) -> str:
-    """Lengths of the answers in tokens."""
-    if not counts:
-        return ""
-    highest, width, height = max(max(counts), 1), 20, 120
-    bars = [
-        f'<rect x="{i * width}" y="{height - count * height / highest:.1f}" width="{width - 2}" '
-        f'height="{count * height / highest:.1f}" fill="#47c"><title>{count:,}</title></rect>'
-        for i, count in enumerate(counts)
-    ]
-    axis = f'<text x="0" y="{height + 15}">0</text><text x="{len(counts) * width - 60}" y="{height + 15}">{most}</text>'
-    size = f'width="{len(counts) * width}" height="{height + 20}"'
-    return f"<p>Answers by length in tokens</p><svg {size}>{''.join(bars)}{axis}</svg>"
+        if heights := figures.get("histogram"):
+            edges = np.linspace(0, figures["tokens_most"], len(heights) + 1).tolist()
+            pictures[f"{name}: answers by length in tokens"] = histogram(heights, edges)
+        kept = {key: value for key, value in done.items() if key not in ("parts", "figures")}
+        runs += [(name, key, show(value)) for key, value in leaves(kept)]
+    tables = {"Sources": (head, rows), "Runs": (("source", "", ""), runs)}
+    write_page(file, "Sampling", warnings(sources), tables, pictures)
 
 
 def share(part: int, whole: int) -> str:

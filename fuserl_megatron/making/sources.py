@@ -13,7 +13,7 @@ from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
 from fuserl_megatron.making.accounting import Plan
 from fuserl_megatron.making.parts import key_of
 from fuserl_megatron.making.prompts import Prompt
-from fuserl_megatron.records.inputs import rows
+from fuserl_megatron.records.files import rows
 from fuserl_megatron.records.messages import BadRecord, Messages, as_dicts, canonical_prompt, text_field
 from fuserl_megatron.records.records import decode
 from fuserl_megatron.records.thinking import THINKING
