@@ -39,7 +39,9 @@ def test_sources_by_name_and_by_path_with_settings_of_their_own(mine, tmp_path):
 def test_sources_of_a_directory_of_ones_own(tmp_path):
     (tmp_path / "source").mkdir()
     (tmp_path / "source" / "base.yaml").write_text("model: q\nsampling: {top_p: 0.5}\n")
-    (tmp_path / "source" / "warm.yaml").write_text("defaults: [source/base@_here_, _self_]\nsampling: {temperature: 1.5}\n")
+    (tmp_path / "source" / "warm.yaml").write_text(
+        "defaults: [source/base@_here_, _self_]\nsampling: {temperature: 1.5}\n"
+    )
     (tmp_path / "mine.yaml").write_text("prompts: [p.jsonl]\noutput: o\nsources: [warm]\nn: 2\n")
     run, (warm,) = load_sample([], tmp_path, "mine")
     assert (run.n, warm.name, warm.model) == (2, "warm", "q")
