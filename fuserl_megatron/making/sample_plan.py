@@ -42,9 +42,6 @@ def dry_run(config: SampleConfig, sources: list[SourceConfig]) -> int:
     counts = prompts.counts
     print(f"prompts: {len(prompts):,} of {counts['rows']:,} rows, {counts['duplicates']:,} duplicates", end="")
     print(f", {counts['skipped']:,} left out")
-    for name, count in counts.items():
-        if name.startswith("ignored_"):
-            print(f"prompts: field {name.removeprefix('ignored_')!r} of {count:,} rows is not read; put it into meta")
     display = Display(Path(config.output))
     for run in runs:
         if run.source.config.url:
