@@ -94,8 +94,9 @@ class LaunchConfig:
     """The model to train: a Hugging Face directory, or with the stage `import` a Megatron checkpoint."""
     run: LaunchRunConfig = field(default_factory=LaunchRunConfig)
     """Name and place."""
-    launcher: Literal["fuserl", "nemo"] = "fuserl"
-    """Who makes the jobs: fuserl itself, or nemo-run through its SlurmExecutor or LocalExecutor (docs/nemo.md)."""
+    launcher: str = "fuserl"
+    """Who makes the jobs: fuserl itself, nemo (nemo-run's SlurmExecutor or LocalExecutor, docs/nemo.md), or
+    package.module:object, a launcher of your own (docs/extending.md)."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Where and on how much."""
     export: ExportConfig = field(default_factory=ExportConfig)

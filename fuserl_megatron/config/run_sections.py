@@ -144,6 +144,8 @@ class ExpManagerConfig:
     """Log to MLflow (`pip install 'fuserl-megatron[track]'`)."""
     mlflow_logger_kwargs: MlflowConfig = field(default_factory=MlflowConfig)
     """Where to, and under which name."""
+    metrics: tuple[str, ...] = ()
+    """Metrics of your own, package.module:function each, in training and validation (docs/extending.md)."""
     profile_steps: tuple[int, ...] = ()
     """First and last optimizer step (from 1) that torch's profiler traces on every rank, such as [10,12]; [] for none.
     A traced step is slower than others."""

@@ -13,11 +13,6 @@ from fuserl_megatron.config.run_sections import ExpManagerConfig as ExpManagerCo
 from fuserl_megatron.config.run_sections import RunConfig as RunConfig
 from fuserl_megatron.config.run_sections import TrainerConfig as TrainerConfig
 
-# fmt: off
-Loss = Literal["dpo", "ln_dpo", "cdpo", "robust", "hinge", "ipo", "simpo", "cpo", "orpo", "kto", "rloo", "wrpo",
-               "mappo", "infifpo"]
-# fmt: on
-
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -102,8 +97,9 @@ class ObjectiveConfig:
     """FuseSFT with selection=top_m: responses per prompt (4 when null)."""
     nll_reduction: Literal["token_mean", "token_sum", "weighted_token_mean"] | None = None
     """FuseSFT: mean over a response's tokens (default), their sum, or one weighted mean over the batch's tokens."""
-    loss: Loss | None = None
-    """FusePO: the loss. Of the options below each takes some (null: its default), and the others are refused."""
+    loss: str | None = None
+    """FusePO: the loss, by its name in docs/math.md, or package.module:object for one of your own. Of the options
+    below each takes some (null: its default), and the others are refused."""
     beta: float | None = None
     """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo)."""
     label_smoothing: float | None = None
@@ -128,6 +124,8 @@ class ObjectiveConfig:
     """wrpo (required): the source that is the target itself; its own samples give the pair."""
     fusion: Literal["max_margin", "mean", "confidence"] | None = None
     """infifpo: how the sources' log-probabilities become one reference."""
+    loss_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Options of a loss of your own that are none of the above (docs/extending.md)."""
     reference: str | None = None
     """FusePO: Hugging Face directory or hub name of the reference model; null takes model.path (the FuseSFT result)."""
     reference_mode: Literal["cache", "resident", "swap"] | None = None
@@ -214,7 +212,18 @@ class BuildConfig:
     """One data set (`fuserl build`)."""
 
     inputs: tuple[str, ...] = ()
-    """JSONL or parquet files of scored responses, globs, or hub data set names."""
+    """Files of scored responses (JSONL, JSON, parquet, Arrow, CSV), folders or globs of them, directories that
+    `fuserl score` wrote, or hub data set names."""
+    format: str = "auto"
+    """How a row is read: records, messages, sharegpt, alpaca, prompt_completion, preference, nemo_rl, ultrafeedback,
+    responses, or auto: recognised by each file's first row."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Where a row has what a format calls by another name: a path (fields.reward=scores.overall), or =text for the same
+    in all (fields.source="=llama")."""
+    on_repeated: Literal["stop", "first", "max", "mean"] = "stop"
+    """The reward of a response that comes again from one source with another reward; stop refuses it."""
+    reader: str | None = None
+    """package.module:function that reads the inputs' records, for files of another form (docs/extending.md)."""
     output: str = "???"
     """Directory to write."""
     tokenizer: str = "???"

@@ -6,7 +6,7 @@ comes back as plain lines, which `fuserl train` prints.
 
 from fuserl_megatron.config.facts import batch_fact, layout_fact, steps_fact, steps_per_epoch, total_steps, warmup_steps
 from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_data_set, check_layout, check_model
-from fuserl_megatron.config.objective import check_objective
+from fuserl_megatron.config.objective import check_objective, open_loss
 from fuserl_megatron.config.rules import (
     check_manager,
     check_numbers,
@@ -43,6 +43,8 @@ def validate(
     check_numbers(config)
     check_trainer(config)
     check_objective(config.objective)
+    if config.exp_manager.metrics:
+        open_loss(config, ())
     check_validation(config)
     check_manager(config)
     check_optimizer(config)

@@ -12,7 +12,7 @@ import torch
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.data.packing import Placement, attended_keys, group_chunks
 from fuserl_megatron.data.prepared import PreparedSet
-from fuserl_megatron.objectives.loss_table import Unit as LossUnit
+from fuserl_megatron.objectives.spec import Unit as LossUnit
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from fuserl_megatron.data.dataset import FusedDataset
-from fuserl_megatron.objectives.loss_table import Unit
+from fuserl_megatron.objectives.spec import Unit
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fuserl_megatron.config.schema import DataConfig
 from fuserl_megatron.data.assemble import Unit, chunks_of, units_of
 from fuserl_megatron.data.packing import fits, group_chunks, measure_sharing
 from fuserl_megatron.data.prepared import CutResponses, PreparedSet, kept_prompts
-from fuserl_megatron.objectives.loss_table import Unit as LossUnit
+from fuserl_megatron.objectives.spec import Unit as LossUnit
 from fuserl_megatron.util.errors import UserError
 
 UNIT_WORDS = {

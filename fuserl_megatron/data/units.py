@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from fuserl_megatron.config.objective import spec_of
 from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.rewards import RewardTable
-from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss, Unit
+from fuserl_megatron.objectives.spec import LossSpec, Unit
 from fuserl_megatron.objectives.weights import (
     best_and_worst_indices,
     effective_number_of_sources,
@@ -66,29 +67,29 @@ def prepare_preference(selection: Selection) -> PreparedSet:
     Raises:
         UserError: no prompt is left, or the data lack what the loss reads (with the remedy).
     """
-    loss = PreferenceLoss(selection.objective.loss or "dpo")
-    match LOSSES[loss].unit:
+    spec = spec_of(selection.objective)
+    match spec.unit:
         case Unit.ALL_RESPONSES:
             return _all_responses(selection)
         case Unit.TRIPLES:
             return _triples(selection)
         case Unit.SINGLE_RESPONSES:
             return _single_responses(selection)
-    return _pairs(selection, loss)
+    return _pairs(selection, spec)
 
 
-def _pairs(selection: Selection, loss: PreferenceLoss) -> PreparedSet:
+def _pairs(selection: Selection, spec: LossSpec) -> PreparedSet:
     groups_P, sources_P, weights_GK, counts = _weighted_pairs(selection)
     ids_P2 = selection.pairs.ids(groups_P, sources_P)
     beside: dict[str, np.ndarray] = {}
-    if loss is PreferenceLoss.MAPPO:
+    if "reward_gaps_P" in spec.needs:
         rewards_P2 = [torch.from_numpy(selection.dataset.rewards[ids_P]) for ids_P in ids_P2]
         try:
             beside["reward_gaps_P"] = reward_gaps(*rewards_P2).numpy()
         except ValueError as error:
             raise UserError(f"{selection.dataset.path}: {error}") from None
-    if loss is PreferenceLoss.INFIFPO:
-        beside |= _source_logps(selection.dataset, *ids_P2)
+    if "source_present_PK" in spec.needs:
+        beside |= _source_logps(selection.dataset, spec.name, *ids_P2)
     return _of_pairs(selection, groups_P, sources_P, ids_P2, weights_GK, counts, Unit.PAIRS, beside)
 
 
@@ -249,18 +250,20 @@ def of_sequences(
     )
 
 
-def _source_logps(dataset: FusedDataset, chosen_P: np.ndarray, rejected_P: np.ndarray) -> dict[str, np.ndarray]:
+def _source_logps(
+    dataset: FusedDataset, loss: str, chosen_P: np.ndarray, rejected_P: np.ndarray
+) -> dict[str, np.ndarray]:
     """InfiFPO's [P, K] columns; a source counts for a pair where it has a value for both responses."""
     if dataset.source_mean_logps is None:
         raise UserError(
-            f"{dataset.path}: objective.loss=infifpo reads the sources' own log-probabilities: add the field "
+            f"{dataset.path}: objective.loss={loss} reads the sources' own log-probabilities: add the field "
             "source_mean_logps to the records and build again (docs/data_format.md)."
         )
     chosen_PK, rejected_PK = dataset.source_mean_logps[chosen_P], dataset.source_mean_logps[rejected_P]
     present_PK = ~(np.isnan(chosen_PK) | np.isnan(rejected_PK))
     if not present_PK.any():
         raise UserError(
-            f"{dataset.path}: objective.loss=infifpo: no pair has source_mean_logps of one source for both responses; "
+            f"{dataset.path}: objective.loss={loss}: no pair has source_mean_logps of one source for both responses; "
             "add them to the records and build again."
         )
     return {

@@ -3,6 +3,7 @@
 The body of every script is that of slurm/train.sbatch: signals, requeue, a log per rank, containers.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -10,10 +11,64 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fuserl_megatron.launch.stages import Pipeline, Stage
+from fuserl_megatron.launch.launcher import frozen
+from fuserl_megatron.launch.stages import Pipeline, Stage, write_text
 from fuserl_megatron.util.errors import UserError
 
 BODY_FROM = "# From here on"
+JOBS = "jobs.json"
+"""In the chain's folder: the job id of each stage submitted."""
+
+
+class Slurm:
+    """One job a stage, each waiting for those it depends on."""
+
+    def check(self, pipeline: Pipeline) -> None:
+        """There must be a queue, and nothing of this chain in it from before."""
+        if shutil.which("sbatch") is None:
+            where = "there is no sbatch on PATH; log in to a node of the cluster, or cluster=local."
+            raise UserError(f"cluster=slurm: {where}")
+        jobs = _jobs(pipeline)
+        if there := still_there(jobs):
+            held = ", ".join(f"{name} ({jobs[name]} {state})" for name, state in there.items())
+            ids = " ".join(jobs[name] for name in there)
+            raise UserError(f"{pipeline.root}: in the queue from before: {held}; wait, or type scancel {ids}.")
+
+    def plan(self, pipeline: Pipeline, stages: Sequence[Stage]) -> str:
+        """Settings, job scripts and sbatch's command lines, in a form that a shell would take."""
+        # a job's id is known when it is submitted; until then a word that needs no quotes stands for it
+        parts, jobs = [], {stage.name: f"@{stage.name}@" for stage in stages}
+        for stage in stages:
+            words = sbatch_words(pipeline, stage, jobs)
+            parts += [*frozen(stage), f"# ---- {words[-1]}\n{job_script(pipeline, stage)}"]
+            submitted = re.sub(r"@(\w+)@", r"$\1", shlex.join(words[:-1]))
+            parts.append(f"# ---- submit\n{stage.name}=$({submitted} {shlex.quote(words[-1])})\n")
+        return "\n".join(parts)
+
+    def start(self, pipeline: Pipeline, stages: Sequence[Stage]) -> int:
+        """Write the scripts and submit them."""
+        for stage in stages:
+            write_text(pipeline.folder / f"{stage.name}.sbatch", job_script(pipeline, stage))
+        logs = {stage.name: f"{pipeline.folder / stage.name}.log" for stage in stages}
+        return record(pipeline, submit(pipeline, stages), logs)
+
+
+SLURM = Slurm()
+
+
+def record(pipeline: Pipeline, submitted: Mapping[str, str], logs: Mapping[str, str]) -> int:
+    """Write down the jobs' ids by stage and say how to follow them; 0, the exit code."""
+    write_text(pipeline.folder / JOBS, json.dumps(_jobs(pipeline) | dict(submitted), indent=2) + "\n")
+    for name, log in logs.items():
+        print(f"{name}: job {submitted[name]}, log {log}")
+    ids = submitted.values()
+    print(f"follow: squeue --jobs={','.join(ids)}    cancel: scancel {' '.join(ids)}")
+    return 0
+
+
+def _jobs(pipeline: Pipeline) -> dict[str, str]:
+    file = pipeline.folder / JOBS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
 def job_script(pipeline: Pipeline, stage: Stage) -> str:
@@ -102,12 +157,6 @@ def still_there(jobs: Mapping[str, str]) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)  # fails where SLURM knows none of them
     states = dict(line.split() for line in done.stdout.splitlines())
     return {name: states[job] for name, job in jobs.items() if job in states}
-
-
-def check_available() -> None:
-    """Raises UserError where jobs cannot be submitted from."""
-    if shutil.which("sbatch") is None:
-        raise UserError("cluster=slurm: there is no sbatch on PATH; log in to a node of the cluster, or cluster=local.")
 
 
 def _body() -> str:

@@ -51,3 +51,16 @@ class Pipeline:
     def done_file(self, stage: Stage) -> Path:
         """Holds the stage's hash once it has succeeded."""
         return self.folder / f"{stage.name}.done"
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether it has succeeded under these settings."""
+        file = self.done_file(stage)
+        return file.is_file() and file.read_text(encoding="utf-8").strip() == stage.hash
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a small file of the chain, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

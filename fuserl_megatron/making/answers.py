@@ -17,7 +17,8 @@ import numpy as np
 
 from fuserl_megatron.making.finished import account_directories, finished_lines, read_done
 from fuserl_megatron.making.parts import key_array, key_of
-from fuserl_megatron.records.inputs import Place, expand_inputs, rows
+from fuserl_megatron.records.files import rows
+from fuserl_megatron.records.inputs import Place, expand_inputs
 from fuserl_megatron.records.messages import (
     BadRecord,
     Messages,

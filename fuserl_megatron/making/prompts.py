@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from fuserl_megatron.making.parts import key_of
-from fuserl_megatron.records.inputs import Place, expand_inputs, rows
+from fuserl_megatron.records.files import rows
+from fuserl_megatron.records.inputs import Place, expand_inputs
 from fuserl_megatron.records.messages import BadRecord, Messages, canonical_prompt
 from fuserl_megatron.records.records import decode
 from fuserl_megatron.util.errors import UserError

@@ -13,6 +13,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,13 +24,11 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from fuserl_megatron.config.schema import ObjectiveConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.mcore import cpu
 from fuserl_megatron.mcore.attention import attention_argument
 from fuserl_megatron.mcore.context import context_part, sum_over_context
 from fuserl_megatron.mcore.logprob import vocab_parallel_logps
-from fuserl_megatron.mcore.losses import StepValues, batch_loss, metric_names
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.optimizer import clip_and_update, gradient_norm, set_learning_rate
 from fuserl_megatron.mcore.parallel import Layout
@@ -51,7 +50,10 @@ class Engine:
 
     target: TargetModel
     layout: Layout
-    objective: ObjectiveConfig
+    loss: Callable[[torch.Tensor, PackedBatch, Any], tuple[torch.Tensor, dict[str, reduce.SumCount]]]
+    """From log pi [N], the batch and the step's values to the undivided loss and its metrics."""
+    metric_names: Sequence[str]
+    """All that `loss` may give, in one order."""
     source_names: Sequence[str]
     logprob_chunk_size: int
     place: Callable[[int], str] = str
@@ -149,11 +151,12 @@ def forward_backward(
     engine: Engine,
     batches: Sequence[PackedBatch],
     normalizer: float,
-    values: StepValues,
+    values: Any,
 ) -> tuple[float, dict[str, float]]:
     """Gradients of one global batch into the DDP buffers. Returns the loss and the metrics, equal on all ranks.
 
-    Every data-parallel rank has as many micro-batches; normalizer is the prompts (or weighted tokens) of all of them.
+    Every data-parallel rank has as many micro-batches; normalizer is the prompts (or weighted tokens) of all of them;
+    values are handed to the loss as they are.
 
     Raises:
         NonFiniteError: on every rank, naming the rank, micro-batch and prompts of the loss that is not finite.
@@ -168,7 +171,7 @@ def forward_backward(
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues) -> torch.Tensor:
+def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: Any) -> torch.Tensor:
     """This rank's part of a batch's undivided loss and of its metrics, no gradients; add parts up, then call `reduced`.
 
     Raises:
@@ -183,27 +186,26 @@ def evaluate(engine: Engine, batches: Sequence[PackedBatch], values: StepValues)
 def reduced(engine: Engine, totals_M2: torch.Tensor) -> tuple[float, dict[str, float]]:
     """Loss and metrics by name over all ranks (one collective), equal on all."""
     dist.all_reduce(totals_M2)
-    names = metric_names(engine.objective, engine.source_names)
-    metrics = dict(zip(names, reduce.means(totals_M2[1:]).tolist(), strict=True))
+    metrics = dict(zip(engine.metric_names, reduce.means(totals_M2[1:]).tolist(), strict=True))
     return totals_M2[0, 0].item(), metrics
 
 
 def _losses_and_metrics(
-    engine: Engine, batches: Sequence[PackedBatch], normalizer: float, values: StepValues, forward_only: bool
+    engine: Engine, batches: Sequence[PackedBatch], normalizer: float, values: Any, forward_only: bool
 ) -> torch.Tensor:
     """Runs the schedule; row 0 is the loss, the others the metrics (sum, count); zeros on ranks that do not report."""
-    names = metric_names(engine.objective, engine.source_names)
 
     def on_output(output, batch):
         logps_N = batch_logps(engine, output, batch)
-        total, metrics = batch_loss(engine.objective, logps_N, batch, engine.source_names, values)
+        total, metrics = engine.loss(logps_N, batch, values)
         loss = total / normalizer
-        report = torch.cat([torch.stack([loss.detach(), loss.new_ones(())])[None], reduce.stack(metrics, names)])
+        row = torch.stack([loss.detach(), loss.new_ones(())])
+        report = torch.cat([row[None], reduce.stack(metrics, engine.metric_names)])
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), report
 
     reports = _run_schedule(engine, batches, on_output, forward_only)
     _stop_if_not_finite(engine, reports, batches)
-    totals_M2 = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device=engine.layout.device)
+    totals_M2 = torch.zeros(len(engine.metric_names) + 1, 2, dtype=torch.float64, device=engine.layout.device)
     if engine.layout.is_last_stage and engine.layout.tp_rank == 0 and engine.layout.cp_rank == 0:
         totals_M2 += torch.stack(reports).sum(0)
     return totals_M2
@@ -239,7 +241,7 @@ def train_step(
     batches: Sequence[PackedBatch],
     *,
     normalizer: float,
-    values: StepValues,
+    values: Any,
     lr: float,
     weight_decay: float,
     max_norm: float,

@@ -7,11 +7,15 @@ starts a stage although one before it has failed, so every script asks for the m
 
 import os
 import shlex
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fuserl_megatron.launch.launcher import frozen
+from fuserl_megatron.launch.local import local_command
+from fuserl_megatron.launch.slurm import SLURM, record
 from fuserl_megatron.launch.stages import Pipeline, Stage
 from fuserl_megatron.util.errors import UserError
 
@@ -101,48 +105,81 @@ def executor_settings(pipeline: Pipeline, stage: Stage) -> dict[str, Any]:
     return {"time": cluster.time} | {name: value for name, value in settings.items() if value is not None}
 
 
-def hand_over(
-    pipeline: Pipeline,
-    stages: Sequence[Stage],
-    local_command: Callable[[Stage], Sequence[str]],
-    *,
-    dry_run: bool = False,
-) -> dict[str, str]:
-    """Give the stages to nemo-run: submitted on SLURM, run to their end on this machine, printed in a dry run.
+class Nemo:
+    """The stages as tasks of a nemo-run experiment: submitted on SLURM, run to their end on this machine."""
 
-    Returns:
-        The job id of each stage that was submitted.
+    def check(self, pipeline: Pipeline) -> None:
+        """As fuserl's own launcher: nemo-run submits to the same queue."""
+        if _on_slurm(pipeline):
+            SLURM.check(pipeline)
 
-    Raises:
-        UserError: nemo-run is not installed, or cannot be used with these settings.
-    """
-    on_slurm = pipeline.config.cluster.type == "slurm"
-    settings = [executor_settings(pipeline, stage) if on_slurm else {} for stage in stages]
-    with tempfile.TemporaryDirectory(prefix="fuserl-nemo-") as passing:
-        home = Path(passing if dry_run else os.environ.setdefault("NEMORUN_HOME", str(pipeline.folder / "nemo_run")))
-        try:
-            import nemo_run as run  # after its home is set, which it reads once
-        except ImportError as error:
-            raise UserError(f"launcher=nemo: nemo-run cannot be imported ({error}); type {INSTALL}.") from None
-        names = {stage.name for stage in stages}
-        options = dict(base_dir=str(home), skip_status_at_exit=True, enable_goodbye_message=False, log_level="WARNING")
-        with run.Experiment(pipeline.config.run.name, **options) as experiment:
-            for stage, values in zip(stages, settings, strict=True):
-                if on_slurm:
-                    values |= {"tunnel": run.LocalTunnel(job_dir=str(home / "experiments"))}
-                    executor = run.SlurmExecutor(**values, packager=run.Packager(), poll_estimated_start_time=False)
-                else:
-                    executor = run.LocalExecutor(packager=run.Packager())
-                script = task_script(pipeline, stage, stage.command if on_slurm else local_command(stage))
-                if dry_run:
-                    print(f"# ---- task of {stage.name}\n{script}", flush=True)
-                waits = [name for name in stage.depends_on if name in names]
-                experiment.add(run.Script(inline=script), executor=executor, name=stage.name, dependencies=waits)
-            if dry_run:
+    def plan(self, pipeline: Pipeline, stages: Sequence[Stage]) -> str:
+        """Settings, tasks, and the job scripts that nemo-run makes of them."""
+        parts = [part for stage in stages for part in frozen(stage)]
+        if not stages:
+            return ""
+        with tempfile.TemporaryDirectory(prefix="fuserl-nemo-") as passing:
+            home = Path(passing)
+            with _experiment(pipeline, stages, home) as experiment:
+                scripts = _add_tasks(experiment, pipeline, stages, home)
+                parts += [f"# ---- task of {name}\n{script}" for name, script in scripts.items()]
                 experiment.dryrun(log=False, delete_exp_dir=False)
-                for stage in stages if on_slurm else ():
+                for stage in stages if _on_slurm(pipeline) else ():
                     (file,) = home.rglob(f"*{stage.name}_sbatch.sh")
-                    print(f"# ---- job of {stage.name}\n{file.read_text(encoding='utf-8')}", flush=True)
-                return {}
+                    parts.append(f"# ---- job of {stage.name}\n{file.read_text(encoding='utf-8')}")
+        return "\n".join(parts)
+
+    def start(self, pipeline: Pipeline, stages: Sequence[Stage]) -> int:
+        """Hand them over."""
+        on_slurm = _on_slurm(pipeline)
+        home = Path(os.environ.setdefault("NEMORUN_HOME", str(pipeline.folder / "nemo_run")))
+        with _experiment(pipeline, stages, home) as experiment:
+            _add_tasks(experiment, pipeline, stages, home)
             experiment.run(detach=on_slurm)  # detached: waiting would ask sacct, which not every cluster has
-            return {job.id: job.handle.rpartition("/")[2] for job in experiment.jobs} if on_slurm else {}
+            jobs = {job.id: job.handle.rpartition("/")[2] for job in experiment.jobs} if on_slurm else {}
+        if on_slurm:
+            return record(pipeline, jobs, {stage.name: "in $NEMORUN_HOME" for stage in stages})
+        for stage in stages:
+            if not pipeline.is_done(stage):
+                print(f"{stage.name} did not come to its end; the same command goes on with it", file=sys.stderr)
+                return 1
+        return 0
+
+
+NEMO = Nemo()
+
+
+def _on_slurm(pipeline: Pipeline) -> bool:
+    return pipeline.config.cluster.type == "slurm"
+
+
+def _experiment(pipeline: Pipeline, stages: Sequence[Stage], home: Path) -> Any:
+    """An empty experiment, to be entered. UserError: nemo-run is not installed, or not usable with these settings."""
+    if _on_slurm(pipeline):
+        for stage in stages:
+            executor_settings(pipeline, stage)
+    try:
+        import nemo_run as run  # after its home is set, which it reads once
+    except ImportError as error:
+        raise UserError(f"launcher=nemo: nemo-run cannot be imported ({error}); type {INSTALL}.") from None
+    options = dict(base_dir=str(home), skip_status_at_exit=True, enable_goodbye_message=False, log_level="WARNING")
+    return run.Experiment(pipeline.config.run.name, **options)
+
+
+def _add_tasks(experiment: Any, pipeline: Pipeline, stages: Sequence[Stage], home: Path) -> dict[str, str]:
+    """A task a stage; returns their scripts."""
+    import nemo_run as run
+
+    names, scripts = {stage.name for stage in stages}, {}
+    for stage in stages:
+        if _on_slurm(pipeline):
+            values = executor_settings(pipeline, stage)
+            values |= {"tunnel": run.LocalTunnel(job_dir=str(home / "experiments"))}
+            executor = run.SlurmExecutor(**values, packager=run.Packager(), poll_estimated_start_time=False)
+        else:
+            executor = run.LocalExecutor(packager=run.Packager())
+        command = stage.command if _on_slurm(pipeline) else local_command(stage)
+        scripts[stage.name] = script = task_script(pipeline, stage, command)
+        waits = [name for name in stage.depends_on if name in names]
+        experiment.add(run.Script(inline=script), executor=executor, name=stage.name, dependencies=waits)
+    return scripts

@@ -10,11 +10,22 @@ case (for RLOO: over its sources).
 Shapes: N sequences (responses), U groups (the responses of one prompt from one source), P triples.
 """
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fuserl_megatron.objectives.preference import PairLoss, Sides, implicit_rewards
+from fuserl_megatron.objectives.preference import PAIR, SFT, PairLoss, Sides, implicit_rewards, log_two
+from fuserl_megatron.objectives.spec import LossSpec, Unit, not_negative, positive, share
+
+
+class ResponseLoss(NamedTuple):
+    """Losses of single responses and their implicit rewards, which are detached and serve as metrics only."""
+
+    losses_N: Tensor
+    implicit_rewards_N: Tensor
 
 
 def rloo(
@@ -155,3 +166,51 @@ def wrpo_alpha(step: int, total_steps: int, alpha_end: float) -> float:
     if total_steps < 1:
         raise ValueError(f"WRPO's alpha rises over total_steps = {total_steps}: it must be at least 1")
     return alpha_end * min(max(step, 0) / total_steps, 1.0)
+
+
+def _rloo(
+    policy_N: Tensor, reference_N: Tensor | None, advantages_N: Tensor, group_ids_N: Tensor, *, kl_coef: float
+) -> ResponseLoss:
+    losses_N = rloo(
+        policy_N, advantages_N, group_ids_N, policy_N.numel(), reference_logps_N=reference_N, kl_coef=kl_coef
+    )
+    return ResponseLoss(losses_N, policy_N.detach() - (0.0 if reference_N is None else reference_N))
+
+
+def _kto(
+    policy_N: Tensor, reference_N: Tensor, desirable_N: Tensor, kl: float, *, beta: float, **weights: float
+) -> ResponseLoss:
+    losses_N = kto(policy_N, reference_N, desirable_N, kl, beta=beta, **weights)
+    return ResponseLoss(losses_N, beta * (policy_N.detach() - reference_N))
+
+
+def _kto_start(options: Mapping[str, Any]) -> float | None:
+    weights = options["desirable_weight"], options["undesirable_weight"]
+    return 0.5 * weights[0] if weights[0] == weights[1] else None
+
+
+def _wrpo(
+    policy: Sides,
+    reference: Sides,
+    source_policy_P: Tensor,
+    source_reference_P: Tensor,
+    alpha: float,
+    *,
+    beta: float,
+    alpha_end: float,  # has become the step's alpha (`wrpo_alpha`)
+) -> PairLoss:
+    return wrpo(policy, reference, source_policy_P, source_reference_P, beta=beta, alpha=alpha)
+
+
+# fmt: off
+LOSSES = (
+    LossSpec(name="kto", function=_kto, needs=(*PAIR, "desirable_N", "kl"), unit=Unit.SINGLE_RESPONSES,
+             options={"beta": positive(0.1), "desirable_weight": not_negative(1.0),
+                      "undesirable_weight": not_negative(1.0), **SFT},
+             start=_kto_start),
+    LossSpec(name="rloo", function=_rloo, needs=(*PAIR, "advantages_N", "group_ids_N"), unit=Unit.ALL_RESPONSES,
+             options={"kl_coef": not_negative(0.0), **SFT}, reads_reference=lambda options: options["kl_coef"] > 0),
+    LossSpec(name="wrpo", function=_wrpo, needs=(*PAIR, "source_policy", "source_reference", "alpha"),
+             unit=Unit.TRIPLES, options={"beta": positive(0.01), "alpha_end": share(0.1), **SFT}, start=log_two),
+)
+# fmt: on

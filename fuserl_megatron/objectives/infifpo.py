@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fuserl_megatron.objectives.logps import mean_logps
-from fuserl_megatron.objectives.preference import PairLoss, Sides
+from fuserl_megatron.objectives.preference import PAIR, SFT, PairLoss, Sides
+from fuserl_megatron.objectives.spec import LossSpec, choice, positive
 
 
 def fused_reference(
@@ -88,3 +89,31 @@ def infifpo(
         rewards.append(beta * (mean_logps(policy[side], lengths[side]) - fused_P))
     chosen_P, rejected_P = rewards
     return PairLoss(-logsigmoid(chosen_P - rejected_P), chosen_P.detach(), rejected_P.detach())
+
+
+def _infifpo(
+    policy: Sides,
+    reference: Sides,
+    lengths: Sides,
+    chosen_PK: Tensor,
+    rejected_PK: Tensor,
+    present_PK: Tensor,
+    **options,
+) -> PairLoss:
+    return infifpo(policy, reference, lengths, (chosen_PK, rejected_PK), present_PK, **options)
+
+
+LOSSES = (
+    LossSpec(
+        name="infifpo",
+        function=_infifpo,
+        needs=(
+            *PAIR,
+            "lengths",
+            "source_chosen_mean_logps_PK",
+            "source_rejected_mean_logps_PK",
+            "source_present_PK",
+        ),
+        options={"beta": positive(2.5), "fusion": choice("max_margin", ("max_margin", "mean", "confidence")), **SFT},
+    ),
+)

@@ -4,7 +4,8 @@
 
 The functions give l per pair. The caller multiplies by the pair's source weight w_k (outside the sigmoid), sums over
 the pairs at hand and divides once by the number of prompts of the global batch. KTO, RLOO and WRPO, whose terms are not
-pairs, stand in group_losses.py, InfiFPO in infifpo.py; loss_table.py says what each loss needs.
+pairs, stand in group_losses.py, InfiFPO in infifpo.py. What the trainer has to know of each loss is at the end of the
+file: LOSSES. A loss is added by writing its function here and its line there.
 
 Notation: h+ = log pi(y+ | x) - log pi_ref(y+ | x) and h- likewise for the rejected response, both summed over response
 tokens; a bar is a per-token mean; s is the sigmoid; b is beta. An NLL beside a loss is always the mean over the
@@ -17,6 +18,7 @@ Arguments, the same for all functions, one entry per pair (P pairs) and each a (
 All return a PairLoss with [P] tensors.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fuserl_megatron.objectives.logps import log1mexp, mean_logps
+from fuserl_megatron.objectives.spec import LossSpec, not_negative, positive, share, switch
 
 Sides = tuple[Tensor, Tensor]
 """(chosen, rejected), [P] each."""
@@ -159,3 +162,42 @@ def orpo(policy: Sides, lengths: Sides, *, beta: float) -> PairLoss:
 def sft_term(policy_chosen_logps_P: Tensor, chosen_lengths_P: Tensor, *, rpo_alpha: float) -> Tensor:
     """SFT term to add to a loss: rpo_alpha * NLL(y+) / |y+| (Pang et al., arXiv 2404.19733). Returns [P]."""
     return -rpo_alpha * mean_logps(policy_chosen_logps_P, chosen_lengths_P)
+
+
+def _simpo(policy: Sides, lengths: Sides, *, beta: float, gamma_beta_ratio: float) -> PairLoss:
+    """SimPO with gamma given as recipes give it, divided by beta."""
+    return simpo(policy, lengths, beta=beta, gamma=beta * gamma_beta_ratio)
+
+
+def log_two(options: object) -> float:
+    """What the DPO family starts from: -log s(0)."""
+    return math.log(2.0)
+
+
+PAIR = ("policy", "reference")
+SFT = {"rpo_alpha": not_negative(0.0)}
+NOISE = {"label_smoothing": share(None, below=0.5)}
+# Defaults are published settings (docs/math.md, conf/); beta differs by three orders of magnitude between the losses
+# and is therefore never shared.
+# fmt: off
+LOSSES = (
+    LossSpec(name="dpo", function=dpo, needs=PAIR, options={"beta": positive(0.01), **SFT}, start=log_two),
+    LossSpec(name="ln_dpo", function=ln_dpo, needs=(*PAIR, "lengths"), options={"beta": positive(10.0), **SFT},
+             start=log_two),
+    LossSpec(name="cdpo", function=cdpo, needs=PAIR, options={"beta": positive(0.01), **NOISE, **SFT}, start=log_two),
+    LossSpec(name="robust", function=robust, needs=PAIR, options={"beta": positive(0.01), **NOISE, **SFT},
+             start=log_two),
+    LossSpec(name="hinge", function=hinge, needs=PAIR, options={"beta": positive(0.01), **SFT},
+             start=lambda options: 1.0),
+    LossSpec(name="ipo", function=ipo, needs=(*PAIR, "lengths"),
+             options={"beta": positive(0.1), "length_normalized": switch(True), **SFT},
+             start=lambda options: (1.0 / (2.0 * options["beta"])) ** 2),
+    LossSpec(name="simpo", function=_simpo, needs=("policy", "lengths"),
+             options={"beta": positive(10.0), "gamma_beta_ratio": not_negative(0.3), **SFT}),
+    LossSpec(name="cpo", function=cpo, needs=("policy", "lengths"),
+             options={"beta": positive(0.1), "cpo_alpha": not_negative(1.0)}),
+    LossSpec(name="orpo", function=orpo, needs=("policy", "lengths"), options={"beta": positive(0.1)}),
+    LossSpec(name="mappo", function=mappo, needs=(*PAIR, "reward_gaps_P"), options={"beta": positive(0.01), **SFT},
+             start=log_two),
+)
+# fmt: on

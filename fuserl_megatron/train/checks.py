@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from fuserl_megatron.config.objective import loss_options, uses_reference
+from fuserl_megatron.config.objective import loss_options, spec_of, uses_reference
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.mcore.parallel import Layout
-from fuserl_megatron.objectives.loss_table import PreferenceLoss, Unit, first_step_loss
+from fuserl_megatron.objectives.spec import Unit
 from fuserl_megatron.runtime.collectives import any_rank
 from fuserl_megatron.train.reference import reference_path
 
@@ -86,7 +86,8 @@ def first_step_check(config: Config, step: int) -> Callable[[float], None]:
     same = uses_reference(objective) and os.path.realpath(reference_path(config)) == os.path.realpath(config.model.path)
     if step or not same or objective.rpo_alpha or "first_step_loss" in config.run.disable_checks:
         return lambda loss: None
-    expected = first_step_loss(PreferenceLoss(objective.loss), loss_options(objective))
+    spec = spec_of(objective)
+    expected = spec.start(spec.complete(loss_options(objective)))
 
     def check(loss: float) -> None:
         tolerance = LOSS_TOLERANCE["32" if config.trainer.precision == "32" else "bf16"]

@@ -49,7 +49,8 @@ def evaluate(config: Config, before: str | None = None) -> int:
     figures: dict[str, list[dict[str, float]]] = {}
     layout = parallel.initialize(config.model, config.trainer)
     try:
-        for objective in dict.fromkeys((with_defaults(ObjectiveConfig()), config.objective)):
+        sft = with_defaults(ObjectiveConfig())
+        for objective in (sft, config.objective) if config.objective != sft else (sft,):
             one = replace(config, objective=objective)
             engine = make_engine(one, layout, shape, dataset.sources)
             (feed,) = with_references(one, engine, [make_feed(one, dataset, layout)])

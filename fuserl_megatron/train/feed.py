@@ -15,7 +15,7 @@ import torch
 
 from fuserl_megatron.config.facts import row_settings
 from fuserl_megatron.config.layout_rules import check_data_set
-from fuserl_megatron.config.objective import uses_reference, with_loss_defaults
+from fuserl_megatron.config.objective import open_loss, spec_of, uses_reference, with_loss_defaults
 from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.hf_io import check_weights
@@ -25,13 +25,13 @@ from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.data.prepared import PreparedSet, mismatched
 from fuserl_megatron.data.sampler import GlobalBatchSampler, StepPlan
 from fuserl_megatron.data.too_long import fitted
-from fuserl_megatron.mcore.losses import StepValues
 from fuserl_megatron.mcore.model import build_model, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.precision import parameter_dtype
 from fuserl_megatron.mcore.step import Engine, score
 from fuserl_megatron.metrics.run_log import say
+from fuserl_megatron.objectives.batch_loss import StepValues
 from fuserl_megatron.objectives.group_losses import kto_kl, wrpo_alpha
 from fuserl_megatron.train.reference import LiveReference, Reference, stored_references
 from fuserl_megatron.util.errors import UserError
@@ -94,11 +94,12 @@ def make_engine(
     config: Config, layout: Layout, shape: ModelShape, source_names: Sequence[str], dtype: torch.dtype | None = None
 ) -> Engine:
     """The model, its weights yet to be loaded, without an optimizer; in dtype, or where None in trainer.precision's."""
-    precision = config.trainer.precision
+    precision, loss = config.trainer.precision, open_loss(config, source_names)
     return Engine(
         target=build_model(shape, config.model, layout, dtype or parameter_dtype(precision), precision),
         layout=layout,
-        objective=config.objective,
+        loss=loss,
+        metric_names=loss.metric_names,
         source_names=source_names,
         logprob_chunk_size=config.model.logprob_chunk_size,
     )
@@ -138,7 +139,7 @@ def make_feed(
         directory = Path(config.run.results_dir) / folder
         return Feed(prepared=prepared, sampler=sampler, directory=directory, mismatched=other)
 
-    if config.objective.loss == "kto" and (view := mismatched(prepared)) is not None:
+    if "kl" in step_inputs(config) and (view := mismatched(prepared)) is not None:
         alone = replace(rows, packing=PackingConfig(enabled=rows.packing.enabled, share_prefix="off"))
         return laid_out(prepared, rows, folder, laid_out(view, alone, f"{folder}_mismatched"))
     return laid_out(prepared, rows, folder)
@@ -163,11 +164,17 @@ def with_references(
     return [filled(feed) for feed in feeds]
 
 
+def step_inputs(config: Config) -> tuple[str, ...]:
+    """What the loss needs, as its LossSpec names it."""
+    return spec_of(config.objective).needs if config.objective.stage == "fusepo" else ()
+
+
 def step_values(config: Config, engine: Engine, feed: Feed, plan: StepPlan, step: int, total: int) -> StepValues:
     """What the loss needs of the global batch of this step (counted from 0) beside the micro-batches."""
-    if config.objective.loss == "wrpo":
+    needed = step_inputs(config)
+    if "alpha" in needed:
         return StepValues(alpha=wrpo_alpha(step, total, config.objective.alpha_end))
-    if config.objective.loss == "kto":
+    if "kl" in needed:
         return StepValues(kl=_kto_kl(engine, feed.mismatched, plan))
     return StepValues()
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from fuserl_megatron.config.objective import open_loss
 from fuserl_megatron.config.schema import Config
-from fuserl_megatron.mcore.losses import metric_names
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import nearest
 
@@ -11,7 +11,7 @@ from fuserl_megatron.util.text import nearest
 def check_monitor(config: Config, sources: Sequence[str]) -> None:
     """Refuse a monitor that no validation on these sources gives: UserError with the nearest one."""
     monitor = config.exp_manager.checkpoint_callback_params.monitor
-    known = ["val_loss", *(f"val_{name}" for name in metric_names(config.objective, sources))]
+    known = ["val_loss", *(f"val_{name}" for name in open_loss(config, sources).metric_names)]
     if monitor is not None and monitor not in known:
         raise UserError(
             f"exp_manager.checkpoint_callback_params.monitor={monitor}: no such metric.{nearest(monitor, known)} "

@@ -27,6 +27,8 @@ def run_identity(config: Config, dataset: FusedDataset, reward_temperature: floa
     """Everything that the numbers of a run depend on. The layout over the ranks, packing and logging are not in it."""
     objective = dataclasses.asdict(config.objective)
     objective.pop("reference_mode")
+    if not objective["loss_kwargs"]:  # runs from before there were any
+        del objective["loss_kwargs"]
     identity = {
         "model.path": fingerprint(config.model.path),
         "objective": objective | {"reference": config.objective.reference and fingerprint(config.objective.reference)},

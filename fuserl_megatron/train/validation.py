@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from fuserl_megatron.config.objective import open_loss
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.step import Engine, evaluate, reduced
@@ -39,7 +40,11 @@ def validate(
     Raises:
         NonFiniteError: a loss that is not finite.
     """
-    engine = replace(engine, source_names=feed.prepared.dataset.sources, place=feed.prepared.dataset.place)
+    held_out = feed.prepared.dataset
+    loss = open_loss(config, held_out.sources)
+    engine = replace(
+        engine, loss=loss, metric_names=loss.metric_names, source_names=held_out.sources, place=held_out.place
+    )
     sums, normalizer, totals_M2 = 0, 0.0, None
     for plan in feed.sampler.scoring_plans(first_prompts=config.trainer.limit_val_prompts):
         between_batches()

@@ -6,11 +6,12 @@ from unittest import mock
 def mistake(fault):
     """A context in which the product makes one mistake that real trainers have shipped."""
     from fuserl_megatron.mcore import model, step
+    from fuserl_megatron.objectives.batch_loss import BatchLoss
 
-    visible, original_loss, core_config = step.Visibility, step.batch_loss, model.TransformerConfig
+    visible, original_loss, core_config = step.Visibility, BatchLoss.__call__, model.TransformerConfig
 
-    def wrong_loss(objective, logps_N, batch, sources, values):
-        total, metrics = original_loss(objective, logps_N, batch, sources, values)
+    def wrong_loss(self, logps_N, batch, values):
+        total, metrics = original_loss(self, logps_N, batch, values)
         local = len(set(batch.prompt_ids_N.tolist())) if fault == "divide_by_local_count" else batch.num_sequences
         return total * 7 / max(local, 1) / 2, metrics  # 7 prompts, 2 ranks or pairs
 
@@ -23,8 +24,8 @@ def mistake(fault):
             self.weight.sequence_parallel = False
 
     return {
-        "divide_by_local_count": mock.patch.object(step, "batch_loss", wrong_loss),
-        "divide_by_rows": mock.patch.object(step, "batch_loss", wrong_loss),
+        "divide_by_local_count": mock.patch.object(BatchLoss, "__call__", wrong_loss),
+        "divide_by_rows": mock.patch.object(BatchLoss, "__call__", wrong_loss),
         "ignore_segments": mock.patch.object(step, "Visibility", lambda s, _, *rest: visible(s * 0, s * 0, *rest)),
         "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
         "no_overlap": mock.patch.object(model, "TransformerConfig", without_overlap),

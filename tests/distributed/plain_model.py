@@ -6,7 +6,7 @@ import torch
 
 def load_engine(directory, tp=1, pp=1, vpp=None, dtype=torch.float32, **model_fields):
     """This rank's part of the model in `directory`, ready to score."""
-    from fuserl_megatron.config.schema import ModelConfig, ObjectiveConfig, TrainerConfig
+    from fuserl_megatron.config.schema import ModelConfig, TrainerConfig
     from fuserl_megatron.convert.hf_config import read_config
     from fuserl_megatron.mcore import parallel, step, weights
     from fuserl_megatron.mcore.model import build_model
@@ -22,7 +22,7 @@ def load_engine(directory, tp=1, pp=1, vpp=None, dtype=torch.float32, **model_fi
     target = build_model(read_config(directory), model, layout, dtype)
     weights.load_hf_weights(target, directory, layout)
     return step.Engine(
-        target=target, layout=layout, objective=ObjectiveConfig(), source_names=["a"], logprob_chunk_size=17
+        target=target, layout=layout, loss=None, metric_names=(), source_names=["a"], logprob_chunk_size=17
     )
 
 

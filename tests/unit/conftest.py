@@ -128,7 +128,8 @@ def prepare_stage():
     """prepare_stage(dataset, stage, temperature, **ObjectiveConfig fields) -> PreparedSet."""
 
     def run(dataset, stage="fusesft", temperature=None, **settings):
-        return prepare(dataset, ObjectiveConfig(stage=stage, **settings), temperature)
+        loss = {"loss": "dpo"} if stage == "fusepo" else {}
+        return prepare(dataset, ObjectiveConfig(stage=stage, **{**loss, **settings}), temperature)
 
     return run
 

@@ -10,7 +10,7 @@ import torch
 
 from fuserl_megatron.config.schema import Config, ModelConfig, ObjectiveConfig, RunConfig, TrainerConfig
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
-from fuserl_megatron.objectives.loss_table import Unit
+from fuserl_megatron.objectives.spec import Unit
 
 checks = pytest.importorskip("fuserl_megatron.train.checks")
 

@@ -1,14 +1,13 @@
 """Every loss: its options are taken, those of others refused with the losses that take them; one table of defaults."""
 
 import dataclasses
-import typing
 
 import pytest
 
 from fuserl_megatron.config.load import load_config
 from fuserl_megatron.config.objective import OF_STAGE, check_objective, loss_options, uses_reference, with_defaults
 from fuserl_megatron.config.schema import ObjectiveConfig
-from fuserl_megatron.objectives.loss_table import LOSSES, PreferenceLoss
+from fuserl_megatron.objectives import LOSSES
 from fuserl_megatron.util.errors import UserError
 
 NEEDED = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}, "wrpo": {"target_source": "me"}}
@@ -26,23 +25,32 @@ def error_of(config):
     return str(caught.value)
 
 
-def test_the_schema_s_losses_and_options_are_the_table_s():
-    literal = next(t for t in typing.get_args(ObjectiveConfig.__dataclass_fields__["loss"].type) if t is not type(None))
-    assert set(typing.get_args(literal)) == {loss.value for loss in PreferenceLoss}
+def test_the_schema_s_options_are_the_table_s():
+    options = {option for spec in LOSSES.values() for option in spec.options}
+    rest = {
+        "stage",
+        "loss",
+        "loss_kwargs",
+        "target_source",
+        "reference",
+        "reference_mode",
+        "min_reward_gap",
+        "max_reward_gap",
+    }
     names = {field.name for field in dataclasses.fields(ObjectiveConfig)}
-    assert names == {"stage", *OF_STAGE["fusesft"], *OF_STAGE["fusepo"]}
+    assert names == {*rest, *options, *OF_STAGE["fusesft"]} == {"stage", *OF_STAGE["fusesft"], *OF_STAGE["fusepo"]}
 
 
-@pytest.mark.parametrize("loss", [loss.value for loss in PreferenceLoss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_each_loss_takes_its_options_and_no_others(loss):
-    own = LOSSES[PreferenceLoss(loss)].options
+    own = LOSSES[loss].options
     for name in {option for spec in LOSSES.values() for option in spec.options}:
         given = objective(loss, **{name: VALUES.get(name, 0.3)})
         if name in own:
             check_objective(given)
             assert loss_options(given)[name] == VALUES.get(name, 0.3)
         else:
-            users = ", ".join(other.value for other, spec in LOSSES.items() if name in spec.options)
+            users = ", ".join(other for other, spec in LOSSES.items() if name in spec.options)
             assert f"loss {loss} does not use it ({users} would); objective.{name}=null would work." in error_of(given)
     filled = with_defaults(objective(loss))
     assert set(loss_options(filled)) == set(own)
@@ -56,6 +64,8 @@ def test_each_loss_takes_its_options_and_no_others(loss):
             dict(loss="cdpo", label_smoothing=None),
             "label_smoothing=null: objective.loss=cdpo needs it; objective.label_smoothing=0.1 would",
         ),
+        (dict(loss="lndpo"), "objective.loss=lndpo: not one of dpo, ln_dpo, cdpo, "),
+        (dict(loss="lndpo"), ". Did you mean ln_dpo?"),
         (dict(loss="wrpo", target_source=None), "objective.target_source=null: objective.loss=wrpo needs it"),
         (dict(loss="dpo", target_source="me"), "objective.target_source=me: loss dpo does not use it (wrpo would)"),
         (dict(loss="cdpo", label_smoothing=0.5), "label_smoothing=0.5 must be a number in [0, 0.5)"),

@@ -20,7 +20,8 @@ from fuserl_megatron.making import score as scoring
 from fuserl_megatron.making.accounting import Account, Plan
 from fuserl_megatron.making.finished import finished_rows
 from fuserl_megatron.making.parts import key_array, key_of, scan
-from fuserl_megatron.records.records import Rejects, load_groups
+from fuserl_megatron.records.grouping import load_groups
+from fuserl_megatron.records.records import Rejects
 from fuserl_megatron.util.errors import UserError
 
 RULE = """

@@ -1,8 +1,10 @@
 """Every loss as a function of log-probabilities alone, on the same random batch, for tests that run over all losses."""
 
+import functools
+
 import torch
 
-from fuserl_megatron.objectives import group_losses, infifpo, preference
+from fuserl_megatron.objectives import LOSSES
 
 P, K = 7, 3
 
@@ -27,34 +29,45 @@ def random_batch(dtype=torch.float64, scale=20.0):
     }
 
 
+CASES = {
+    "dpo": ("dpo", dict(beta=0.1)),
+    "ln_dpo": ("ln_dpo", dict(beta=10.0)),
+    "cdpo": ("cdpo", dict(beta=0.1, label_smoothing=0.1)),
+    "robust": ("robust", dict(beta=0.1, label_smoothing=0.1)),
+    "hinge": ("hinge", dict(beta=0.1)),
+    "ipo_mean": ("ipo", dict(beta=0.1, length_normalized=True)),
+    "ipo_sum": ("ipo", dict(beta=0.1, length_normalized=False)),
+    "mappo": ("mappo", dict(beta=0.1)),
+    "simpo": ("simpo", dict(beta=10.0, gamma_beta_ratio=0.3)),
+    "cpo": ("cpo", dict(beta=0.1, cpo_alpha=1.0)),
+    "orpo": ("orpo", dict(beta=0.1)),
+    "infifpo_max_margin": ("infifpo", dict(beta=2.5, fusion="max_margin")),
+    "infifpo_mean": ("infifpo", dict(beta=2.5, fusion="mean")),
+    "infifpo_confidence": ("infifpo", dict(beta=2.5, fusion="confidence")),
+    "wrpo": ("wrpo", dict(beta=0.1, alpha_end=0.5)),
+}
+"""Name -> (loss on pairs or triples, options)."""
+for name, spec in LOSSES.items():  # another one is taken with its defaults
+    if spec.unit.compares and all(name != loss for loss, _ in CASES.values()):
+        CASES[name] = (name, {option: value for option, value in spec.defaults.items() if option != "rpo_alpha"})
+PAIR_NAMES = tuple(CASES)
+
+
 def pair_losses(batch):
     """Name -> function of (policy chosen, policy rejected, reference chosen, reference rejected) giving a PairLoss."""
-    lengths, gaps = batch["lengths"], batch["gaps"]
-
-    def infi(fusion):
-        return lambda *x: infifpo.infifpo(*x, lengths, batch["sources"], batch["present"], beta=2.5, fusion=fusion)
-
-    def wrpo(*x):
-        return group_losses.wrpo(*x, batch["policy"][2], batch["reference"][2], beta=0.1, alpha=0.1)
-
-    losses = {
-        "dpo": lambda *x: preference.dpo(*x, beta=0.1),
-        "ln_dpo": lambda *x: preference.ln_dpo(*x, lengths, beta=10.0),
-        "cdpo": lambda *x: preference.cdpo(*x, beta=0.1, label_smoothing=0.1),
-        "robust": lambda *x: preference.robust(*x, beta=0.1, label_smoothing=0.1),
-        "hinge": lambda *x: preference.hinge(*x, beta=0.1),
-        "ipo_mean": lambda *x: preference.ipo(*x, lengths, beta=0.1, length_normalized=True),
-        "ipo_sum": lambda *x: preference.ipo(*x, lengths, beta=0.1, length_normalized=False),
-        "mappo": lambda *x: preference.mappo(*x, gaps, beta=0.1),
-        "simpo": lambda policy, _: preference.simpo(policy, lengths, beta=10.0, gamma=3.0),
-        "cpo": lambda policy, _: preference.cpo(policy, lengths, beta=0.1, cpo_alpha=1.0),
-        "orpo": lambda policy, _: preference.orpo(policy, lengths, beta=0.1),
-        "infifpo_max_margin": infi("max_margin"),
-        "infifpo_mean": infi("mean"),
-        "infifpo_confidence": infi("confidence"),
-        "wrpo": wrpo,
+    columns = {
+        "lengths": batch["lengths"],
+        "reward_gaps_P": batch["gaps"],
+        "source_chosen_mean_logps_PK": batch["sources"][0],
+        "source_rejected_mean_logps_PK": batch["sources"][1],
+        "source_present_PK": batch["present"],
+        "source_policy": batch["policy"][2],
+        "source_reference": batch["reference"][2],
+        "alpha": 0.1,
     }
-    return {name: lambda c, r, rc, rr, loss=loss: loss((c, r), (rc, rr)) for name, loss in losses.items()}
 
+    def call(loss, options, c, r, rc, rr):
+        given = {"policy": (c, r), "reference": (rc, rr), **columns}
+        return LOSSES[loss].function(*(given[name] for name in LOSSES[loss].needs), **options)
 
-PAIR_NAMES = tuple(pair_losses(random_batch()))
+    return {name: functools.partial(call, *case) for name, case in CASES.items()}

@@ -1,4 +1,4 @@
-"""The table of losses and the dispatch: complete, strict, and equal to the functions it names."""
+"""The table of losses and the terms made of them: complete, strict, and equal to the functions it names."""
 
 import math
 from types import SimpleNamespace
@@ -6,15 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fuserl_megatron.objectives import group_losses, preference
-from fuserl_megatron.objectives.dispatch import metrics_of, preference_losses
-from fuserl_megatron.objectives.loss_table import (
-    LOSSES,
-    PreferenceLoss,
-    checked_options,
-    first_step_loss,
-    needs_reference,
-)
+from fuserl_megatron.objectives import LOSSES, group_losses, preference
+from fuserl_megatron.objectives.terms import preference_terms
 
 REQUIRED = {"cdpo": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.1}}
 OTHER_VALUES = {"length_normalized": False, "fusion": "mean", "label_smoothing": 0.3, "alpha_end": 0.5}
@@ -54,39 +47,38 @@ def replace(inputs, **changes):
 
 def terms(loss, inputs=None, **options):
     inputs = inputs or full_inputs()
-    options = {**REQUIRED.get(str(loss), {}), **options}
-    return preference_losses(loss, inputs.policy_logps_N, inputs, options, alpha=inputs.alpha, kl=inputs.kl)
+    spec, options = LOSSES[loss], LOSSES[loss].complete({**REQUIRED.get(loss, {}), **options})
+    return preference_terms(spec, options, inputs.policy_logps_N, inputs, alpha=inputs.alpha, kl=inputs.kl)
 
 
 def test_every_loss_is_in_the_table():
-    assert set(LOSSES) == set(PreferenceLoss)
-    assert {loss for loss, spec in LOSSES.items() if not spec.reference} == {"simpo", "cpo", "orpo"}
+    assert all(spec.name == name for name, spec in LOSSES.items()) and len(LOSSES) == 14
+    assert {loss for loss, spec in LOSSES.items() if "reference" not in spec.needs} == {"simpo", "cpo", "orpo"}
 
 
-@pytest.mark.parametrize("loss", [*PreferenceLoss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_option_of_every_loss_changes_its_numbers(loss):
     """No option parses and does nothing."""
     before = terms(loss).losses_I
     for option in LOSSES[loss].options:
-        if loss is PreferenceLoss.WRPO and option == "alpha_end":
+        if loss == "wrpo" and option == "alpha_end":
             continue  # read by wrpo_alpha, tested there; the loss is given alpha itself
-        value = OTHER_VALUES[option] if option in OTHER_VALUES else LOSSES[loss].options[option] + 0.5
+        value = OTHER_VALUES[option] if option in OTHER_VALUES else LOSSES[loss].defaults[option] + 0.5
         after = terms(loss, **{option: value}).losses_I
         assert (after - before).abs().max() > 1e-6, option
 
 
-@pytest.mark.parametrize("loss", [*PreferenceLoss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_an_option_of_another_loss_is_refused(loss):
     others = {option for spec in LOSSES.values() for option in spec.options} - set(LOSSES[loss].options)
     for option in sorted(others):
         with pytest.raises(ValueError, match=f"does not use the option '{option}'"):
-            checked_options(loss, {**REQUIRED.get(loss, {}), option: 0.1})
+            LOSSES[loss].complete({**REQUIRED.get(loss, {}), option: 0.1})
 
 
 @pytest.mark.parametrize(
     ("loss", "options", "words"),
     [
-        ("dqo", {}, "did you mean 'dpo'"),
         ("dpo", {"bta": 0.1}, "did you mean 'beta'"),
         ("dpo", {"label_smoothing": 0.1}, "does not use"),
         ("robust", {}, "needs the option 'label_smoothing'"),
@@ -103,12 +95,12 @@ def test_an_option_of_another_loss_is_refused(loss):
 )
 def test_bad_options_get_one_clear_line(loss, options, words):
     with pytest.raises(ValueError, match=words) as error:
-        checked_options(loss, options)
+        LOSSES[loss].complete(options)
     assert "\n" not in str(error.value)
 
 
 def test_defaults_fill_what_was_not_given():
-    assert checked_options("simpo", {"beta": 2.5}) == {"beta": 2.5, "gamma_beta_ratio": 0.3, "rpo_alpha": 0.0}
+    assert LOSSES["simpo"].complete({"beta": 2.5}) == {"beta": 2.5, "gamma_beta_ratio": 0.3, "rpo_alpha": 0.0}
 
 
 def test_dispatch_gathers_pairs_by_index():
@@ -142,12 +134,12 @@ def test_the_sft_term_is_added_to_the_response_that_is_learned():
         torch.testing.assert_close(difference, 2.0 * expected, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("loss", [*PreferenceLoss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_metrics_are_detached_named_and_one_per_item(loss):
     inputs = full_inputs(full_inputs().policy_logps_N.requires_grad_())
     result = terms(loss, inputs)
     assert result.losses_I.requires_grad
-    assert set(result.metrics) == set(metrics_of(loss))
+    assert set(result.metrics) == set(LOSSES[loss].metric_names)
     for values_I, mask_I in result.metrics.values():
         assert values_I.shape == result.losses_I.shape and not values_I.requires_grad
         assert mask_I is None or mask_I.shape == values_I.shape
@@ -181,32 +173,31 @@ def test_rloo_compares_the_best_with_the_worst_of_each_group_and_kto_two_means()
     assert kto["margin"] == pytest.approx(0.1 * ((-1 + 0.5) / 2 - 0)) and kto["chosen_length"] == 3.5
 
 
-@pytest.mark.parametrize("loss", [*PreferenceLoss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_gradcheck_through_the_dispatch_with_an_sft_term(loss):
     options = {"rpo_alpha": 0.3} if "rpo_alpha" in LOSSES[loss].options else {}
-    if loss is PreferenceLoss.RLOO:
+    if loss == "rloo":
         options["kl_coef"] = 0.2
     logps_N = full_inputs().policy_logps_N.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: terms(loss, full_inputs(x), **options).losses_I, logps_N)
 
 
-@pytest.mark.parametrize("loss", [*PreferenceLoss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_a_reference_is_asked_for_only_where_the_table_says(loss):
     without = replace(full_inputs(), reference_logps_N=None)
-    if needs_reference(loss, checked_options(loss, REQUIRED.get(loss, {}))):
+    if LOSSES[loss].uses_reference(LOSSES[loss].complete(REQUIRED.get(loss, {}))):
         with pytest.raises(ValueError, match="reference_logps_N"):
             terms(loss, without)
     else:
         assert torch.equal(terms(loss, without).losses_I, terms(loss).losses_I)
-    assert needs_reference(PreferenceLoss.RLOO, {"kl_coef": 0.1})
+    assert LOSSES["rloo"].uses_reference({"kl_coef": 0.1})
 
 
-@pytest.mark.parametrize("loss", [*PreferenceLoss])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_the_first_step_has_the_value_the_table_gives(loss):
     inputs = full_inputs()
     inputs = replace(inputs, policy_logps_N=inputs.reference_logps_N, kl=0.0)
-    options = checked_options(loss, REQUIRED.get(loss, {}))
-    expected = first_step_loss(loss, options)
+    expected = LOSSES[loss].start(LOSSES[loss].complete(REQUIRED.get(loss, {})))
     if expected is None:
         assert loss in {"simpo", "cpo", "orpo", "rloo", "infifpo"}
     else:
