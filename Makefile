@@ -12,7 +12,7 @@ SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed test-others test-slow test-durability fuzz test-gpu test-nemo bench lint clean
+.PHONY: help venv demo test test-distributed test-others test-slow test-durability fuzz test-gpu test-nemo test-servers test-vllm bench lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
@@ -27,14 +27,14 @@ test: lint  ## lint and all tests but the slow and the GPU ones
 
 # Side by side, for ranks of a test wait for each other half of the time. Its report comes in one piece, at its end.
 test-distributed: $(INSTALLED)
-	@report=$$(mktemp); $(PYTEST) -m "not slow and not gpu" tests/distributed > $$report 2>&1; code=$$?; \
+	@report=$$(mktemp); $(PYTEST) -m "not slow and not gpu and not servers" tests/distributed > $$report 2>&1; code=$$?; \
 	  cat $$report; rm -f $$report; exit $$code
 
 test-others: $(INSTALLED)
-	$(PYTEST) -m "not slow and not gpu" --ignore=tests/distributed
+	$(PYTEST) -m "not slow and not gpu and not servers" --ignore=tests/distributed
 
 test-slow: $(INSTALLED)  ## the long proofs
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not servers"
 
 test-durability: $(INSTALLED)  ## 200 runs killed at random instants and resumed, bit for bit (a quarter of an hour on 2 cores)
 	$(BIN)/python tests/durability/crash.py --runs 200 --seed 1
@@ -50,6 +50,15 @@ test-nemo:  ## the stages through nemo-run, in an environment of its own (.venv-
 	@$(VENV)-nemo/bin/python -m pip install --quiet --disable-pip-version-check -e '.[nemo]'  # leptonai wants an older anyio than constraints.txt
 	$(VENV)-nemo/bin/python -m pytest tests/slurm/test_nemo.py
 
+test-servers:  ## sampling from a real server, `transformers serve`, in an environment of its own (.venv-servers)
+	@$(MAKE) --no-print-directory VENV=$(VENV)-servers venv
+	@$(VENV)-servers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt fastapi uvicorn openai
+	$(VENV)-servers/bin/python -m pytest -m servers tests/servers -k transformers
+
+test-vllm: $(INSTALLED)  ## sampling from a real vLLM on the CPU (.venv-vllm, 2 GB and 3 minutes more), whose engine is killed
+	@test -x $(VENV)-vllm/bin/vllm || PYTHON=$(PYTHON) sh tests/servers/install_vllm.sh $(VENV)-vllm
+	FUSERL_TEST_VLLM=$(VENV)-vllm/bin/vllm $(PYTEST) -m servers tests/servers -k vllm
+
 bench: $(INSTALLED)  ## every script in benchmarks/, in short (its --help says how to get the figures of docs/performance.md)
 	@test -n "$(BENCHMARKS)" || { echo "make bench: there are no scripts in benchmarks/ yet" >&2; exit 2; }
 	@set -e; for script in $(BENCHMARKS); do echo "$$script --quick"; $(BIN)/python $$script --quick; done
@@ -58,7 +67,7 @@ lint: $(INSTALLED)  ## ruff
 	$(BIN)/ruff check .
 
 clean:  ## remove the virtual environment
-	rm -rf $(VENV) $(VENV)-nemo
+	rm -rf $(VENV) $(VENV)-nemo $(VENV)-servers $(VENV)-vllm
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found: install python3.11, or type make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }

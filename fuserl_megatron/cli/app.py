@@ -11,10 +11,24 @@ import sys
 from collections.abc import Sequence
 
 from fuserl_megatron import __version__
-from fuserl_megatron.cli import build, convert, demo, doctor, evaluate, launch, nemo_config, parity, train, verify
+from fuserl_megatron.cli import (
+    build,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    keys,
+    launch,
+    nemo_config,
+    parity,
+    sample,
+    score,
+    train,
+    verify,
+)
 from fuserl_megatron.cli.exit_codes import exit_code
 
-COMMANDS = (build, train, nemo_config, launch, evaluate, parity, convert, verify, doctor, demo)
+COMMANDS = (sample, score, build, train, nemo_config, launch, evaluate, parity, convert, verify, keys, doctor, demo)
 """In the order of `fuserl --help`."""
 
 

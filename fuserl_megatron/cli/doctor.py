@@ -108,6 +108,9 @@ def print_report(findings: list[Finding], as_json: bool) -> bool:
 # --- packages ---
 
 _EXTRAS = (
+    ("aiohttp", "sample", "fuserl sample"),
+    ("math-verify", "rules", "fuserl score rewards=[math_verify]"),
+    ("if-verifiable", "rules", "fuserl score rewards=[if_verifiable]"),
     ("nemo-run", "nemo", "fuserl launch launcher=nemo"),
     ("wandb", "track", "exp_manager.create_wandb_logger"),
     ("mlflow", "track", "exp_manager.create_mlflow_logger"),

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fuserl_megatron.config.keys import about_key, all_keys, leaves, open_keys, plain
+from fuserl_megatron.config.keys import about_key, all_keys, holds_own_names, leaves, plain
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.util.credentials import refuse_secrets
@@ -22,10 +22,12 @@ from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.paths import did_you_mean
 from fuserl_megatron.util.text import nearest, one_line, shortened, show
 
-GROUPS = ("method", "scale")
+TEXTS = ("cluster.setup", "system", "prompt_format", "separator", "sampling.stop")
+"""Keys whose values may have several lines."""
+RECIPE_GROUPS = ("method", "scale")
 """Of which a recipe is made."""
-LAUNCH_GROUPS = {"cluster"}
-"""Groups of `fuserl launch`; the others belong to a training run."""
+LAUNCH_GROUPS, SAMPLE_GROUPS, SCORE_GROUPS = {"cluster"}, {"source"}, {"reward"}
+"""Groups of `fuserl launch`, `fuserl sample` and `fuserl score`; the others belong to a training run."""
 
 
 def conf_dir() -> Path:
@@ -71,17 +73,17 @@ def compose_tree(
         raise UserError(
             f"--config-name {name}: no {name}.yaml in {' or '.join(map(str, roots))}.{nearest(name, found)}"
         )
-    overrides = _check_overrides(schema, overrides, roots)
+    overrides, plain_values = _check_overrides(schema, overrides, roots)
     try:
         with tempfile.TemporaryDirectory() as main:  # of the root file alone: hydra looks for it in one directory only
             shutil.copy(file, main)
             write_recipes(Path(main), roots)
             overrides.append(f"hydra.searchpath=[{','.join(_in_quotes(f'file://{root}') for root in roots)}]")
             with initialize_config_dir(main, version_base="1.3", job_name="fuserl"):
-                composed = compose(name, overrides)
+                composed = compose(file.stem, overrides)
         OmegaConf.register_new_resolver("by_stage", _by_stage, replace=True)
         defaults = OmegaConf.create(plain(dataclasses.asdict(schema())))
-        merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed), resolve=True)
+        merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed, plain_values), resolve=True)
     except RecursionError:
         raise UserError(f"{file}: nested too deep, or an anchor that holds itself.") from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
@@ -103,7 +105,9 @@ run: {{name: {name}, results_dir: runs/{name}}}
 
 def recipes(roots: Sequence[Path]) -> dict[str, str]:
     """Name -> yaml of every recipe: SCALE_METHOD, for each file of method/ and of scale/, a user's included."""
-    methods, scales = ({file.stem for root in roots for file in (root / group).glob("*.yaml")} for group in GROUPS)
+    methods, scales = (
+        {file.stem for root in roots for file in (root / group).glob("*.yaml")} for group in RECIPE_GROUPS
+    )
     names = {f"{scale}_{method}": (method, scale) for scale in sorted(scales) for method in sorted(methods)}
     return {name: RECIPE.format(name=name, method=m, scale=s) for name, (m, s) in names.items()}
 
@@ -125,26 +129,29 @@ def refuse_control_characters(values: dict[str, Any]) -> None:
     """Names and paths become lines of job scripts and logs, where a line break would begin a command of its own.
 
     Raises:
-        UserError: names the key, the character written as an escape. cluster.setup holds shell lines and is left alone.
+        UserError: names the key, the character written as an escape. Shell lines and texts for models are left alone.
     """
     for key, value in leaves(values):
         for text in value if isinstance(value, list) else [value]:
             breaks = isinstance(text, str) and any(unicodedata.category(c) in ("Cc", "Zl", "Zp") for c in text)
-            if breaks and not key.endswith("cluster.setup"):
+            if breaks and not key.endswith(TEXTS):
                 raise UserError(f"{key}={ascii(text)[1:-1]}: holds a line break or control character; leave it out.")
 
 
-def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) -> list[str]:
-    """Refuse unknown keys with the nearest one; let known keys be set whether or not a yaml file mentions them."""
+def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) -> tuple[list[str], dict[str, Any]]:
+    """Refuse unknown keys with the nearest one; let known keys be set whether or not a yaml file mentions them.
+
+    Returns:
+        What hydra is given, and the values of keys that it would take for groups, for there is a folder of their name.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import OverrideType
     from hydra.errors import HydraException
 
-    keys, parser, checked = all_keys(schema), OverridesParser.create(), []
-    own = tuple(f"{name}." for name in open_keys(schema))
-    groups = {"recipe"} | {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
-    groups -= set(GROUPS)
-    groups = {Config: groups - LAUNCH_GROUPS, LaunchConfig: groups & LAUNCH_GROUPS}.get(schema, set())
+    keys, parser, checked, plain_values = all_keys(schema), OverridesParser.create(), [], {}
+    folders = {"recipe"} | {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
+    of_training = folders - {*RECIPE_GROUPS, *LAUNCH_GROUPS, *SAMPLE_GROUPS, *SCORE_GROUPS}
+    groups = {Config: of_training, LaunchConfig: folders & LAUNCH_GROUPS}.get(schema, set())
     for text in overrides:
         try:
             parsed = parser.parse_override(text)
@@ -156,7 +163,7 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
             raise UserError(
                 f"'{text}': one run takes one value; a list is written {key}=[...], text with commas in quotes."
             )
-        if key not in keys and key not in groups and not key.startswith(own):
+        if key not in keys and key not in groups and not holds_own_names(key, schema):
             raise UserError(f"{key}: no such key.{about_key(key, [*keys, *groups])}")
         if parsed.type is OverrideType.DEL:
             raise UserError(
@@ -166,9 +173,11 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
         if key in groups and not isinstance(value, dict):
             _check_choice(key, value, roots)
             checked.append(text.lstrip("+"))
+        elif key in folders - groups:
+            plain_values[key] = value
         else:
             checked.append("++" + text.lstrip("+"))
-    return checked
+    return checked, plain_values
 
 
 def _in_quotes(text: str) -> str:

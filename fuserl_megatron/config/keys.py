@@ -22,13 +22,11 @@ def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
     return tuple(keys)
 
 
-def open_keys(schema: type) -> set[str]:
-    """Keys that hold names of the user's own (`chat_template_kwargs.enable_thinking`), with their full path."""
-    found = {field.name for field in dataclasses.fields(schema) if typing.get_origin(field.type) is dict}
-    for field in dataclasses.fields(schema):
-        if dataclasses.is_dataclass(field.type):
-            found |= {f"{field.name}.{key}" for key in open_keys(field.type)}
-    return found
+def holds_own_names(key: str, schema: type) -> bool:
+    """Whether a key lies in one that holds names of the user's own (`chat_template_kwargs.enable_thinking`)."""
+    section, _, rest = key.partition(".")
+    kind = {field.name: field.type for field in dataclasses.fields(schema)}.get(section)
+    return holds_own_names(rest, kind) if dataclasses.is_dataclass(kind) else typing.get_origin(kind) is dict
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

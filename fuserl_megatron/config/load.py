@@ -16,11 +16,12 @@ from typing import Any, Literal
 from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.keys import about_key, all_keys, plain
 from fuserl_megatron.config.run_directory import fold
+from fuserl_megatron.config.sample_sections import SampleConfig
 from fuserl_megatron.config.schema import BuildConfig, Config
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import nearest, show
 
-SCHEMAS = {"train": Config, "build": BuildConfig}
+SCHEMAS = {"train": Config, "build": BuildConfig, "sample": SampleConfig}
 EXAMPLES = {
     "model.path": "model.path=/models/Llama-3.1-8B-Instruct",
     "data.path": "data.path=/data/fused (the directory `fuserl build` wrote)",
@@ -33,16 +34,16 @@ BY_BUILD = "auto is worked out by `fuserl build`; null takes the data set's own 
 
 
 def load_config(
-    kind: Literal["train", "build"],
+    kind: Literal["train", "build", "sample"],
     overrides: Sequence[str] = (),
     config_dir: str | Path | None = None,
     config_name: str | None = None,
     later: Collection[str] = (),
-) -> Config | BuildConfig:
+) -> Config | BuildConfig | SampleConfig:
     """Compose conf/, the user's own directory and the command line into one checked configuration.
 
     Args:
-        kind: which root: "train" gives a `Config`, "build" a `BuildConfig`.
+        kind: which root: "train" gives a `Config`, "build" a `BuildConfig`, "sample" a `SampleConfig`.
         overrides: hydra overrides such as `optim.lr=1e-6` or `recipe=llama31_8b_fusesft`.
         config_dir: the user's own directory of yaml files, searched before the shipped tree.
         config_name: root file (without .yaml) in config_dir or the shipped tree, or the path of a yaml file.
@@ -66,7 +67,7 @@ def from_dict(schema: type, values: dict[str, Any], later: Collection[str] = ())
     return _map_section(schema, values, "", set(all_keys(schema)), later)
 
 
-def to_yaml(config: Config | BuildConfig) -> str:
+def to_yaml(config: Any) -> str:
     """The resolved configuration as yaml, in the schema's order; `from_dict` of its parse gives an equal config."""
     import yaml
 

@@ -212,7 +212,16 @@ class BuildConfig:
     """One data set (`fuserl build`)."""
 
     inputs: tuple[str, ...] = ()
-    """JSONL or parquet files of scored responses, globs, or hub data set names."""
+    """Files of scored responses (JSONL, JSON, parquet, Arrow, CSV), folders or globs of them, directories that
+    `fuserl score` wrote, or hub data set names."""
+    format: str = "auto"
+    """How a row is read: records, messages, sharegpt, alpaca, prompt_completion, preference, nemo_rl, ultrafeedback,
+    responses, or auto: recognised by each file's first row."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Where a row has what a format calls by another name: a path (fields.reward=scores.overall), or =text for the same
+    in all (fields.source="=llama")."""
+    on_repeated: Literal["stop", "first", "max", "mean"] = "stop"
+    """The reward of a response that comes again from one source with another reward; stop refuses it."""
     reader: str | None = None
     """package.module:function that reads the inputs' records, for files of another form (docs/extending.md)."""
     output: str = "???"

@@ -32,10 +32,13 @@ from fuserl_megatron.data.dataset import (
 from fuserl_megatron.data.pairs import pair_table
 from fuserl_megatron.data.rewards import reward_table
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
+from fuserl_megatron.records.files import reader_of
+from fuserl_megatron.records.format_reader import check_format
+from fuserl_megatron.records.grouping import LoadedRecords, RecordGroup, check_source_names, load_groups
 from fuserl_megatron.records.identity import identity_of
-from fuserl_megatron.records.inputs import expand_inputs, reader_of
+from fuserl_megatron.records.inputs import expand_inputs
 from fuserl_megatron.records.messages import BadRecord, as_dicts
-from fuserl_megatron.records.records import LoadedRecords, RecordGroup, Rejects, check_source_names, load_groups
+from fuserl_megatron.records.records import Rejects
 from fuserl_megatron.records.temperature import TemperatureMissing, known_accuracy, scores_as_read, temperature
 from fuserl_megatron.records.templates import BadPrompt
 from fuserl_megatron.records.tokenize import ChatTokenizer
@@ -66,7 +69,8 @@ def build(config: BuildConfig, progress: bool = True) -> Manifest:
     validate_build(config)
     output = _check_output(config)
     # a file that is not there is known before the seconds that a tokenizer takes
-    expand_inputs(config.inputs, reader_of(config.reader) is not None)
+    check_format(config.format, config.fields)
+    expand_inputs(config.inputs, own_reader=reader_of(config.reader) is not None)
     accuracy = known_accuracy(config)
     tokenizer = ChatTokenizer(config.tokenizer, config.chat_template, config.max_length, config.chat_template_kwargs)
     partial = create_partial(output, None, source_dir=None, force=True)
@@ -112,6 +116,9 @@ def _write(
             lambda rows: watched(rows, None, "reading", progress),
             config.second_reward,
             reader_of(config.reader),
+            config.format,
+            config.fields,
+            config.on_repeated,
         )
         if config.reward_temperature != "auto" and math.isnan(config.reward_temperature):
             raise TemperatureMissing(scores_as_read(config, loaded))

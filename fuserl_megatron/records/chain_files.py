@@ -42,7 +42,7 @@ def _check_training(config: dict[str, Any], written: list[Path]) -> None:
 
 
 def _check_build(config: dict[str, Any], written: list[Path]) -> None:
-    expand_inputs(config["inputs"], config["reader"] is not None)
+    expand_inputs(config["inputs"], own_reader=config["reader"] is not None)
     _check_models({"tokenizer": config["tokenizer"]}, written)
     template = config["chat_template"]
     if template and not Path(template).is_file():

@@ -1,6 +1,7 @@
 """What `fuserl build` says at the end: a table where a person watches, plain lines in a log."""
 
 import sys
+from pathlib import Path
 
 from fuserl_megatron.data.dataset import Manifest
 from fuserl_megatron.records.temperature import rule_line
@@ -44,6 +45,9 @@ def summary_lines(manifest: Manifest) -> list[str]:
         f"max {t['response_max']:,}, prompt + response max {t['total_max']:,} (max_length {m.max_length:,})",
         f"end of turn: {m.end_of_turn}",
     ]
+    others = [f"{Path(i['name']).name} as {i['format']}" for i in m.inputs if i.get("format") not in (None, "records")]
+    if others:
+        lines.append(f"read: {', '.join(others[:5])}{', ...' if len(others) > 5 else ''}")
     if m.temperature_rule:
         lines.insert(1, rule_line(m.reward_temperature, m.temperature_rule))
     counted = ", ".join(f"{name} {n:,}" for name, n in m.counts.items() if n and name != "records")

@@ -25,8 +25,9 @@ from fuserl_megatron.objectives.temperature import (
     within_prompt_deviation,
 )
 from fuserl_megatron.objectives.weights import effective_number_of_sources, source_weights
-from fuserl_megatron.records.inputs import rows
-from fuserl_megatron.records.records import LoadedRecords, decode, number_field
+from fuserl_megatron.records.files import rows
+from fuserl_megatron.records.grouping import LoadedRecords
+from fuserl_megatron.records.records import decode, number_field
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.files import file_sha256
 

@@ -135,14 +135,17 @@ class Stopping:
         from fuserl_megatron.runtime.collectives import from_all_ranks
 
         rank, told = next((rank, told) for rank, told in enumerate(from_all_ranks(self._told)) if told)
-        why = f"stopped by {told} (rank {rank}) {where}"
-        if not is_main:
-            return
-        directory.mkdir(parents=True, exist_ok=True)
-        also = [Path(os.environ["FUSERL_MARKER"])] if os.environ.get("FUSERL_MARKER") else []
-        for file in (directory / MARKER, *also):
-            write_file(file, [f"{why}\n{resume_command()}\n".encode()])
-        print(f"{why}; continue with: {resume_command()}", flush=True)
+        if is_main:
+            ask_for_more(directory, f"stopped by {told} (rank {rank}) {where}")
+
+
+def ask_for_more(directory: Path, why: str) -> None:
+    """Write REQUEUE with the command that goes on, and say it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    also = [Path(os.environ["FUSERL_MARKER"])] if os.environ.get("FUSERL_MARKER") else []
+    for file in (directory / MARKER, *also):
+        write_file(file, [f"{why}\n{resume_command()}\n".encode()])
+    print(f"{why}; continue with: {resume_command()}", flush=True)
 
 
 def remove_marker(directory: Path) -> None:

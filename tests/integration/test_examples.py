@@ -90,7 +90,8 @@ def typed(place, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "FUSERL_DEBUG"):
         monkeypatch.delenv(name, raising=False)
     started = []
-    monkeypatch.setattr("fuserl_megatron.cli.train.becomes_rank", lambda config, ranks: False)
+    for place_of_use in ("train", "on_ranks"):
+        monkeypatch.setattr(f"fuserl_megatron.cli.{place_of_use}.becomes_rank", lambda config, ranks: False)
     monkeypatch.setattr(ranks, "run_ranks", lambda command, ranks, **_: started.append(ranks) or 0)
 
     def run(line):

@@ -6,11 +6,22 @@ import typing
 import pytest
 import yaml
 
-from fuserl_megatron.config.compose import GROUPS, LAUNCH_GROUPS, compose_tree, conf_dir, recipes
+from fuserl_megatron.config.compose import (
+    LAUNCH_GROUPS,
+    RECIPE_GROUPS,
+    SAMPLE_GROUPS,
+    SCORE_GROUPS,
+    compose_tree,
+    conf_dir,
+    recipes,
+)
 from fuserl_megatron.config.keys import all_keys, leaves, plain
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
+from fuserl_megatron.config.sample_load import load_sample
 from fuserl_megatron.config.schema import BuildConfig, Config
+from fuserl_megatron.config.score_load import load_reward
+from fuserl_megatron.config.score_sections import KINDS
 from fuserl_megatron.config.validate import validate, validate_build
 from fuserl_megatron.util.errors import UserError
 
@@ -89,9 +100,16 @@ def test_numbers_that_yaml_and_people_write():
 # --- every shipped file ---
 
 
-@pytest.mark.parametrize("file", [file for file in GROUP_FILES if file.parent.name not in GROUPS], ids=str)
+@pytest.mark.parametrize("file", [file for file in GROUP_FILES if file.parent.name not in RECIPE_GROUPS], ids=str)
 def test_every_group_file_loads_and_validates(file):
     group, choice = file.parent.name, file.stem
+    if group in SCORE_GROUPS:
+        assert load_reward(choice, ["url=[http://here]"] if choice == "endpoint" else []).kind in KINDS
+        return
+    if group in SAMPLE_GROUPS:
+        words = [f"sources=[{choice}]", "output=o", f"sources.{choice}.model=m", f"sources.{choice}.demonstrations=d"]
+        assert load_sample(words)[1][0].name == choice
+        return
     if group in LAUNCH_GROUPS:
         assert compose_tree(LaunchConfig, "config", [f"{group}={choice}"], None)[group]["type"] == choice
         return
@@ -107,7 +125,7 @@ def test_every_group_file_loads_and_validates(file):
 
 def test_every_file_is_reached():
     roots = {file.name for file in CONF.glob("*.yaml")}
-    assert roots == {"train.yaml", "build.yaml", "config.yaml"} and len(GROUP_FILES) >= 10
+    assert roots == {"train.yaml", "build.yaml", "config.yaml", "sample.yaml", "score.yaml"} and len(GROUP_FILES) >= 10
     assert len(list(CONF.rglob("*"))) == len(roots) + len(GROUP_FILES) + len(list(CONF.glob("*/")))
 
 

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from fuserl_megatron.records.records import Rejects, load_groups
+from fuserl_megatron.records.grouping import load_groups
+from fuserl_megatron.records.records import Rejects
 from fuserl_megatron.util.errors import UserError
 
 GOOD = {"prompt": "p", "source": "a", "response": "r", "reward": 0.5}
@@ -169,15 +170,15 @@ def test_cut_gzip(tmp_path):
 @pytest.mark.parametrize(
     ("make", "says"),
     [
-        (lambda d: str(d), "is a directory: give its files"),
+        (lambda d: str(d), "is a directory without files that could be read"),
         (lambda d: str(d / "*.jsonl"), "no file matches"),
         (lambda d: str(d / "no.jsonl"), "does not exist"),
         (lambda d: "no.jsonl", "does not exist"),
-        (lambda d: str(d / "in.csv"), "convert it to one record per line"),
+        (lambda d: str(d / "in.txt"), "convert it to one record per line"),
     ],
 )
 def test_inputs_that_cannot_be_read(tmp_path, make, says):
-    (tmp_path / "in.csv").write_text("x")
+    (tmp_path / "in.txt").write_text("x")
     with pytest.raises(UserError, match=says) as error:
         load(make(tmp_path))
     assert "\n" not in str(error.value)

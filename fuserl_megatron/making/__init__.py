@@ -1,0 +1,1 @@
+"""From prompts to responses: sources are asked, answers are kept exactly once."""

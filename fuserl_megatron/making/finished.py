@@ -1,0 +1,74 @@
+"""Reading what an `Account` has finished: every expected row once, in the order in which rows were asked for."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuserl_megatron.making.accounting import DONE, ORDER, PLAN
+from fuserl_megatron.making.parts import read_places
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.json_files import read_json
+
+
+def account_directories(directory: str | Path) -> list[Path]:
+    """The directories with a plan.json: this one, or those in it, by name.
+
+    Raises:
+        UserError: there is none.
+    """
+    top = Path(directory)
+    if (top / PLAN).is_file():
+        return [top]
+    found = sorted(file.parent for file in top.glob(f"*/{PLAN}"))
+    if not found:
+        what = "no such directory" if not top.exists() else f"no {PLAN} in it or in its folders"
+        raise UserError(f"{top}: {what}: not written by `fuserl sample` or `fuserl score`")
+    return found
+
+
+def read_plan(directory: Path) -> dict[str, Any]:
+    """plan.json: plan_id, settings, notes."""
+    return read_json(directory / PLAN)
+
+
+def read_done(directory: Path) -> dict[str, Any]:
+    """done.json of a finished directory.
+
+    Raises:
+        UserError: it is unfinished, or a part was changed since.
+    """
+    if not (directory / DONE).is_file():
+        raise UserError(f"{directory}: not finished (no {DONE}); type the command that made it again: it goes on")
+    done = read_json(directory / DONE)
+    for part in done["parts"]:
+        size = (directory / part["name"]).stat().st_size if (directory / part["name"]).is_file() else None
+        if size != part["bytes"]:
+            found = "missing" if size is None else f"{size} bytes, not {part['bytes']}"
+            raise UserError(f"{directory / part['name']}: {found}: it was changed after the end")
+    return done
+
+
+def finished_lines(directory: Path) -> Iterator[tuple[tuple[str, int], bytes]]:
+    """((file, line), line) of every row that was expected, in their order. Holds 32 bytes a row, no texts.
+
+    Raises:
+        UserError: as of `read_done`.
+    """
+    read_done(directory)
+    yield from read_places(directory, np.load(directory / ORDER, mmap_mode="r"))
+
+
+def finished_rows(directory: Path) -> Iterator[dict[str, Any]]:
+    """The rows themselves.
+
+    Raises:
+        UserError: as of `read_done`, or a line that is damaged.
+    """
+    for (file, number), line in finished_lines(directory):
+        try:
+            yield json.loads(line)
+        except ValueError:
+            raise UserError(f"{file}:{number}: not JSON: the file is damaged") from None

@@ -1,0 +1,135 @@
+"""`fuserl sample --dry-run` and `--status`: what a run would do, and how far one is. Both write nothing."""
+
+import asyncio
+import itertools
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
+from fuserl_megatron.making.accounting import DONE, check_plan
+from fuserl_megatron.making.finished import account_directories, read_plan
+from fuserl_megatron.making.parts import num_parts, part_file, scan
+from fuserl_megatron.making.report_page import columns
+from fuserl_megatron.making.sample import need_aiohttp, open_runs
+from fuserl_megatron.making.sample_display import PROGRESS, Display, duration, line_of
+from fuserl_megatron.making.source_run import RUNS, SourceRun
+from fuserl_megatron.util.json_files import read_json
+from fuserl_megatron.util.whole_directory import size
+
+CHARACTERS_PER_TOKEN = 4
+FEW = 1000
+"""Rows from which the length of answers is estimated."""
+ROW_BYTES = 500
+"""Of a row besides its texts."""
+FRESH_S = 20.0
+"""A progress file younger than this is of a run that goes on."""
+
+
+def dry_run(config: SampleConfig, sources: list[SourceConfig]) -> int:
+    """Read the prompts, look at servers that run, and print what is missing, how much that is and how long it takes.
+
+    Raises:
+        UserError: whatever would stop the run before its first answer.
+    """
+    need_aiohttp()
+    runs = open_runs(config, sources)
+    prompts = runs[0].prompts
+    counts = prompts.counts
+    print(f"prompts: {len(prompts):,} of {counts['rows']:,} rows, {counts['duplicates']:,} duplicates", end="")
+    print(f", {counts['skipped']:,} left out")
+    for name, count in counts.items():
+        if name.startswith("ignored_"):
+            print(f"prompts: field {name.removeprefix('ignored_')!r} of {count:,} rows is not read; put it into meta")
+    display = Display(Path(config.output))
+    for run in runs:
+        if run.source.config.url:
+            asyncio.run(run.look(run.endpoints(), display.say))
+        else:
+            print(f"{run.source.name}: its server is started by the run: {run.source.config.server.command}")
+    rows, needed = [("source", "answers", "there", "missing", "tokens", "tokens/s", "time", "price", "disk")], 0
+    for run in runs:
+        estimate = _estimate(run)
+        needed += estimate["bytes"]
+        rows.append((run.source.name, *estimate["cells"]))
+    print(*columns(rows), sep="\n")
+    at_most = "tokens: of answers; at most max_tokens each until there are some to measure"
+    print(f"{at_most}; time: at the pace of this output's earlier runs")
+    there = next(
+        path for path in (Path(config.output).absolute(), *Path(config.output).absolute().parents) if path.exists()
+    )
+    free = shutil.disk_usage(there).free
+    print(f"disk: needs about {size(needed)}, free {size(free)}{': NOT ENOUGH' if free < needed else ''}")
+    return 0
+
+
+def _estimate(run: SourceRun) -> dict[str, Any]:
+    config, directory = run.source.config, run.directory
+    expected, there, mean, pace = len(run.prompts) * run.config.n, 0, None, None
+    if num_parts(directory):
+        check_plan(directory, run.plan)
+        there = int(np.isin(run.keys(), scan(directory).keys).sum())
+        mean, pace = _measured(directory)
+    missing = expected - there
+    tokens = round(missing * (mean or config.sampling.max_tokens))
+    prompt_characters = run.prompts.num_characters * missing / len(run.prompts)
+    price = None
+    if config.price_input is not None or config.price_output is not None:
+        prompt_tokens = prompt_characters / CHARACTERS_PER_TOKEN
+        price = (prompt_tokens * (config.price_input or 0) + tokens * (config.price_output or 0)) / 1e6
+    return {
+        "bytes": round(prompt_characters + tokens * CHARACTERS_PER_TOKEN + missing * ROW_BYTES),
+        "cells": (
+            f"{expected:,}",
+            f"{there:,}",
+            f"{missing:,}",
+            f"{'' if mean else '<= '}{tokens:,}",
+            f"{pace:,.0f}" if pace else "?",
+            duration(tokens / pace) if pace else "?",
+            "-" if price is None else f"{'' if mean else '<= '}{price:,.2f}",
+            size(round(prompt_characters + tokens * CHARACTERS_PER_TOKEN + missing * ROW_BYTES)),
+        ),
+    }
+
+
+def _measured(directory: Path) -> tuple[float | None, float | None]:
+    """Mean tokens of the answers that are there, and tokens a second of the last run that says so."""
+    with open(part_file(directory, 0), "rb") as file:
+        tokens = [json.loads(line).get("tokens") for line in itertools.islice(file, FEW) if line.endswith(b"\n")]
+    tokens = [count for count in tokens if count]
+    paces = []
+    if (directory / RUNS).is_file():
+        for line in (directory / RUNS).read_text().splitlines():
+            paces += [run["tokens_per_second"] for run in [json.loads(line)] if run["answers"]]
+    elif (directory / PROGRESS).is_file():
+        paces.append(read_json(directory / PROGRESS)["tokens_per_second"])
+    return (sum(tokens) / len(tokens) if tokens else None), (paces[-1] if paces and paces[-1] else None)
+
+
+def status(output: str) -> int:
+    """How far the run in a directory is, from its files alone; returns 0 when everything is there, else 1.
+
+    Raises:
+        UserError: nothing was sampled there.
+    """
+    complete = True
+    for directory in account_directories(output):
+        plan = read_plan(directory)
+        expected = plan["notes"]["num_prompts"] * plan["notes"]["n"]
+        if (directory / DONE).is_file():
+            done = read_json(directory / DONE)
+            print(f"{directory.name}: complete, {done['rows']:,} answers, {done['failed']:,} failed")
+            continue
+        complete = False
+        there = len(scan(directory).keys)
+        words = f"{there:,}/{expected:,} answers"
+        if (directory / PROGRESS).is_file():
+            now = read_json(directory / PROGRESS)
+            age = time.time() - now["time"]
+            words = line_of(now) if age < FRESH_S else f"{words}; stopped {duration(age)} ago"
+        print(f"{directory.name}: {words}")
+    return 0 if complete else 1

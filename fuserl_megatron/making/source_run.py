@@ -1,0 +1,212 @@
+"""One source of a run: what is missing, who is asked for it, and its last file."""
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
+from fuserl_megatron.making.accounting import Account, now
+from fuserl_megatron.making.client import Client, Job
+from fuserl_megatron.making.endpoint import Endpoint
+from fuserl_megatron.making.faults import Fault
+from fuserl_megatron.making.finished import read_done
+from fuserl_megatron.making.parts import key_array
+from fuserl_megatron.making.preflight import Preflight
+from fuserl_megatron.making.prompts import PromptList
+from fuserl_megatron.making.sample_display import Display, Pace
+from fuserl_megatron.making.sample_report import ENOUGH_TWINS, Twins, figures_of
+from fuserl_megatron.making.servers import OwnServer
+from fuserl_megatron.making.sources import Source, key_of_answer, row_of, seed_of
+from fuserl_megatron.util.errors import UserError
+
+SYNC_S = 1.0
+RUNS = "runs.jsonl"
+ALL_THE_SAME = (
+    f"the answers to each of {ENOUGH_TWINS} prompts are the same: does the server obey temperature? "
+    "(`transformers serve` samples only if the model's generation_config.json says do_sample)"
+)
+
+
+class SourceRun:
+    """One source of a run.
+
+    Attributes:
+        done: the content of its done.json, when it is finished.
+        client: while it is asked.
+    """
+
+    def __init__(self, config: SampleConfig, source: Source, prompts: PromptList):
+        self.config, self.source, self.prompts = config, source, prompts
+        self.directory = Path(config.output) / source.name
+        self.headers = _headers(source.config)
+        self.done: dict[str, Any] | None = None
+        self.client: Client | None = None
+        counts = {name: count for name, count in prompts.counts.items() if not name.startswith("ignored_")}
+        notes = {"prompts": prompts.names, "num_prompts": len(prompts), **counts, "n": config.n}
+        self.plan = source.plan(config, notes | {"settings": _told(source.config)})
+        self.servers: list[OwnServer] = []
+
+    def keys(self) -> np.ndarray:
+        """[prompts x n] the names of all answers, prompt by prompt."""
+        plan, name = self.plan, self.source.name
+        ids = self.prompts.ids.tobytes()
+        texts = (ids[at : at + 16].hex() for at in range(0, len(ids), 16))
+        return key_array(key_of_answer(plan, name, text, i) for text in texts for i in range(self.config.n))
+
+    def open(self, stack: contextlib.ExitStack, say: Callable[[str], None]) -> None:
+        """Take the directory for as long as `stack` is open, and find out what is missing there.
+
+        Raises:
+            UserError: another plan, another writer, files that are damaged.
+        """
+        self.account = stack.enter_context(Account(self.directory, self.plan, self.keys()))
+        if self.account.torn:
+            say(f"{self.source.name}: {self.account.torn}")
+        if self.account.is_finished():
+            done = read_done(self.directory)
+            if done["failed"] and self.config.retry_failed:
+                return
+            self.done = done
+            say(f"{self.source.name}: complete, {done['rows']:,} answers; nothing to do")
+
+    @property
+    def needs_server(self) -> bool:
+        """Whether anything is to be asked."""
+        return self.done is None and self.account.missing().size > 0
+
+    async def look(self, endpoints: list[Endpoint], say: Callable[[str], None]) -> None:
+        """Preflight of every address.
+
+        Raises:
+            UserError: one line.
+        """
+        import aiohttp
+
+        versions = set()
+        async with aiohttp.ClientSession() as session:
+            for endpoint in endpoints:
+                check = Preflight(self.source, endpoint, session)
+                found = await check.check(self.prompts.longest, self.config.on_too_long)
+                versions |= {found.version} - {None}
+                for fact in found.facts:
+                    say(f"{self.source.name}: {endpoint.url}: {fact}")
+        self.plan = dataclasses.replace(self.plan, notes=dict(self.plan.notes) | {"server_versions": sorted(versions)})
+
+    async def ask(self, display: Display) -> None:
+        """Have every answer that is missing, of servers that were looked at before, or of ours.
+
+        Raises:
+            UserError: servers or answers that fail. What came is kept.
+        """
+        if self.done is not None:
+            return
+        account, client = self.account, None
+        if self.needs_server:
+            try:
+                endpoints = self.endpoints() or await self._start(display)
+                account.plan = self.plan
+                account.begin()
+                client = await self._ask(account, endpoints, display)
+            finally:
+                for server in self.servers:
+                    await server.stop()
+            if client.stopped and not (account.have | account.failed).all():
+                return
+        figures = await asyncio.to_thread(figures_of, account.rows())
+        facts = {"source": self.source.name, "model": self.source.config.model, "figures": figures, "failures": {}}
+        if client is not None:
+            facts |= run_figures(client) | {"failures": dict(client.stats.failed)}
+        self.done = await asyncio.to_thread(account.finish, facts)
+
+    async def _start(self, display: Display) -> list[Endpoint]:
+        count = self.source.config.server.replicas
+        logs = (self.directory / f"server-{number}.log" for number in range(count))
+        self.servers = [OwnServer(self.source.config, i, log, display.say) for i, log in enumerate(logs)]
+        await asyncio.gather(*(server.start() for server in self.servers))
+        most = self.source.config.max_in_flight
+        endpoints = [Endpoint(server.url, most, self.headers, server) for server in self.servers]
+        await self.look(endpoints, display.say)
+        return endpoints
+
+    def endpoints(self) -> list[Endpoint]:
+        """The addresses that were given."""
+        return [Endpoint(url, self.source.config.max_in_flight, self.headers) for url in self.source.config.url]
+
+    async def _ask(self, account: Account, endpoints: list[Endpoint], display: Display) -> Client:
+        twins = Twins()
+
+        def answered(job: Job, answer: dict[str, Any], how: dict[str, Any]) -> None:
+            account.append(job.position, row_of(self.source, job.prompt, job.index, answer, how))
+            if twins.seen(job.prompt.number, answer["response"]):
+                display.say(f"WARNING: {self.source.name}: {ALL_THE_SAME}")
+
+        def failed(job: Job, fault: Fault) -> None:
+            why = {"kind": fault.name, "status": fault.status, "reason": fault.reason, "attempts": job.attempts}
+            account.fail(job.position, {"prompt_id": job.prompt.id, "index": job.index, **why, "time": now()})
+
+        self.client = client = Client(self.source, self.config, endpoints, answered, failed, display.say)
+        there = int(account.have.sum())
+        display.watch(Pace(self.source.name, len(account.keys), there, client))
+        started = now()
+        syncing = asyncio.create_task(_sync(account))
+        try:
+            await client.run(self._jobs(account), len(account.keys), there)
+        finally:
+            syncing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await syncing
+            note = {"started": started, "ended": now(), **run_figures(client)}
+            note["restarts"] = sum(server.restarts for server in self.servers)
+            with open(self.directory / RUNS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(note) + "\n")
+        return client
+
+    def _jobs(self, account: Account) -> Iterator[Job]:
+        """What is missing, the answers to one prompt together: a server computes the prompt once for them."""
+        n = self.config.n
+        missing = ~account.have.reshape(len(self.prompts), n)
+        for prompt in self.prompts.read(missing.any(axis=1)):
+            for index in np.flatnonzero(missing[prompt.number]).tolist():
+                position = prompt.number * n + index
+                yield Job(position, prompt, index, seed_of(account.keys[position : position + 1].tobytes()))
+
+
+async def _sync(account: Account) -> None:
+    while True:
+        await asyncio.sleep(SYNC_S)
+        await asyncio.to_thread(account.sync)
+
+
+def run_figures(client: Client) -> dict[str, Any]:
+    """What one run did, for runs.jsonl and done.json."""
+    stats, seconds = client.stats, time.monotonic() - client.stats.started
+    return {
+        "seconds": round(seconds, 1),
+        "answers": stats.answers,
+        "tokens_per_second": round(stats.tokens / max(seconds, 1e-3), 1),
+        "faults": dict(stats.faults),
+        "max_in_flight_reached": sum(endpoint.limit for endpoint in client.endpoints),
+    }
+
+
+def _headers(config: SourceConfig) -> dict[str, str]:
+    headers = {"Content-Type": "application/json"}
+    if config.api_key_env is None:
+        return headers
+    key = os.environ.get(config.api_key_env, "").strip()
+    if not key:
+        raise UserError(f"source {config.name}: api_key_env={config.api_key_env}: not set in the environment")
+    return headers | {"Authorization": f"Bearer {key}"}
+
+
+def _told(config: SourceConfig) -> dict[str, Any]:
+    """The source's whole section, as it was set."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
