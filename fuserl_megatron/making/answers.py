@@ -18,6 +18,7 @@ import numpy as np
 from fuserl_megatron.making.finished import account_directories, finished_lines, read_done
 from fuserl_megatron.making.parts import key_array, key_of
 from fuserl_megatron.records.files import rows
+from fuserl_megatron.records.format_reader import FormatReader
 from fuserl_megatron.records.inputs import Place, expand_inputs
 from fuserl_megatron.records.messages import (
     BadRecord,
@@ -91,8 +92,20 @@ def read_rows(names: Sequence[str]) -> Iterator[Answer]:
                     yield as_answer(place, line)
         else:
             for file in expand_inputs([name], "samples"):
-                for place, raw in rows(file, NEEDED, unread=()):
-                    yield as_answer(place, raw)
+                yield from _answers_of(file)
+
+
+def _answers_of(file: str) -> Iterator[Answer]:
+    """Our own records, or rows of any format that `fuserl build` knows (several answers a row in some)."""
+    reader = FormatReader(file, fields={"reward": "=0"})  # which is what is to be found
+    for place, raw in rows(file, (), unread=()):
+        row = raw if isinstance(raw, dict) else decode(place, raw)
+        if all(row.get(name) is not None for name in NEEDED):
+            yield as_answer(place, row)
+            continue
+        meta = {"meta": row["meta"]} if row.get("meta") is not None else {}
+        for record in reader.records(place, row):
+            yield as_answer(place, meta | record)
 
 
 def check_inputs(names: Sequence[str]) -> None:

@@ -86,8 +86,11 @@ class _Worker:
         except ValueError:
             raise EOFError from None
 
-    def end(self) -> int:
-        """Kill the process and everything in its group; returns its exit status."""
+    def end(self, gone: bool = False) -> int:
+        """Kill the process and everything in its group; returns its exit status. `gone`: its pipes are closed, which
+        comes a moment before the status."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=1 if gone else 0)
         code = self.process.poll()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -104,6 +107,7 @@ class RulePool:
         self.name, self.reward = name, reward
         self._settings = {
             "function": reward.function,
+            "setting": f"rewards.{name}.function",
             "arguments": reward.arguments,
             "memory_bytes": int(reward.memory_gib * GIB),
             "output_bytes": int(reward.output_mib * MIB),
@@ -203,10 +207,7 @@ class RulePool:
         self._selector.unregister(worker.process.stdout)
         with contextlib.suppress(KeyError):
             self._selector.unregister(worker.process.stdin)
-        if found is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(timeout=1)  # closed pipes come a moment before the status
-        code = worker.end()
+        code = worker.end(gone=found is None)
         self._workers.remove(worker)
         self.num_restarts += 1
         self._start()
@@ -228,11 +229,9 @@ class RulePool:
 
     def _greeted(self, worker: _Worker, hello: dict[str, Any]) -> None:
         if "sha256" not in hello:
-            why = hello.get("error") or f"its process ended ({_how(worker.end())})"
-            what = f"rewards.{self.name}.function={self.reward.function}: cannot be imported ({why})"
-            raise UserError(
-                f"{what}; it is written package.module:function, looked for here and among what is installed"
-            )
+            where = f"rewards.{self.name}.function={self.reward.function}"
+            why = hello.get("error") or f"its process ended ({_how(worker.end(gone=True))})"
+            raise UserError(hello.get("refused") or f"{where}: cannot be imported ({why})")
         worker.hello = hello
 
     def _first_hello(self) -> dict[str, Any]:

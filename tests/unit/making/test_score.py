@@ -305,6 +305,16 @@ def test_directories_of_samples_and_build(tmp_path):
         run(samples="samples")
 
 
+def test_rows_of_other_formats_are_answers_too():
+    pair = {"prompt": "q", "chosen": "good", "rejected": "poor one", "chosen_model": "a", "rejected_model": "b"}
+    write_records(Path("pairs.jsonl"), [pair | {"meta": {"id": 1}}])
+    run(samples="[pairs.jsonl]")
+    assert [(r["source"], r["reward"], r["meta"]) for r in records()] == [("a", 4, {"id": 1}), ("b", 8, {"id": 1})]
+    write_records(Path("bad.jsonl"), [{"prompt": "q", "source": "a"}])
+    with pytest.raises(UserError, match="bad.jsonl:1: field 'response' is missing"):
+        run(samples="[bad.jsonl]")
+
+
 def test_heldout_prompts_are_counted_and_dropped():
     prompts = ["What is the capital of France, and why?", "Short one", "Entirely unrelated words stand here now"]
     write_records(Path("answers.jsonl"), [{"prompt": p, "source": "a", "response": "r"} for p in prompts])
