@@ -310,6 +310,9 @@ def test_rows_of_other_formats_are_answers_too():
     write_records(Path("pairs.jsonl"), [pair | {"meta": {"id": 1}}])
     run(samples="[pairs.jsonl]")
     assert [(r["source"], r["reward"], r["meta"]) for r in records()] == [("a", 4, {"id": 1}), ("b", 8, {"id": 1})]
+    Path("folder").mkdir()
+    Path("pairs.jsonl").rename("folder/pairs.jsonl")
+    assert run(samples="folder")["answers"] == 2
     write_records(Path("bad.jsonl"), [{"prompt": "q", "source": "a"}])
     with pytest.raises(UserError, match="bad.jsonl:1: field 'response' is missing"):
         run(samples="[bad.jsonl]")
