@@ -17,10 +17,14 @@ from fuserl_megatron.making.held_out import WORDS, HeldOut
 from fuserl_megatron.making.prompts import Prompt, PromptList
 from fuserl_megatron.making.sample_display import Display
 from fuserl_megatron.making.sample_report import table, write_html
+from fuserl_megatron.making.servers import check_program
 from fuserl_megatron.making.source_run import SourceRun
 from fuserl_megatron.making.sources import Source
 from fuserl_megatron.runtime import stopping
 from fuserl_megatron.util.errors import UserError
+
+LEAST_S = 30.0
+"""Something is done at every start, or a job with too little time would be continued for ever."""
 
 
 def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
@@ -41,7 +45,7 @@ def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
         if len(done) == len(runs):
             write_html(output / "report.html", done)
             print(f"written: {output} (report.html has the figures)", flush=True)
-    if told:
+    if told and len(done) < len(runs):
         stopping.ask_for_more(output, f"stopped by {told}; everything that was answered is kept")
     return 0
 
@@ -59,6 +63,9 @@ def open_runs(config: SampleConfig, sources: list[SourceConfig]) -> list[SourceR
         UserError: prompts or demonstrations that cannot be used, or a key that is not in the environment.
     """
     asked = [Source(source) for source in sources]
+    for source in sources:
+        if not source.url:
+            check_program(source)
 
     def refuse(prompt: Prompt) -> str | None:
         return next((why for source in asked if (why := source.refuse(prompt.messages))), None)
@@ -97,7 +104,7 @@ class _Conductor:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         if end.isdigit():
             left = float(end) - time.time() - self.config.grace - stopping.MARGIN_S
-            loop.call_later(max(left, 0.0), self._stop, "the end of the SLURM job")
+            loop.call_later(max(left, LEAST_S), self._stop, "the end of the SLURM job")
         watching = asyncio.create_task(self._watch())
         self._asking = asyncio.create_task(self._ask_all())
         try:
