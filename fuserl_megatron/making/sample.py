@@ -95,6 +95,7 @@ class _Conductor:
         self.config, self.runs, self.display = config, runs, display
         self.told, self._told_at = "", 0.0
         self._errors: list[Exception] = []
+        self._is_looking = True
 
     async def run(self) -> str:
         """Returns the name of the signal, or what else ended the run early; empty when all is there."""
@@ -128,11 +129,12 @@ class _Conductor:
             for run in theirs:  # all of them, before any is asked
                 if run.needs_server:
                     await run.look(run.endpoints(), self.display.say)
+            self._is_looking = False
             await asyncio.gather(*map(self._one, theirs), self._one_after_the_other())
 
     async def _one_after_the_other(self) -> None:
         for run in self.runs:
-            if not run.source.config.url and not self.told:
+            if not run.source.config.url:
                 await self._one(run)
 
     async def _one(self, run: SourceRun) -> None:
@@ -161,9 +163,8 @@ class _Conductor:
         if self.told:
             return
         self.told, self._told_at = why, time.monotonic()
-        running = [run.client for run in self.runs if run.client is not None]
         self.display.say(f"{why}: up to {self.config.grace:g} s for what is under way; once more ends at once")
-        for client in running:
-            client.stop()
-        if not running:
-            self._asking.cancel()  # a server that starts, or a look at one
+        for run in self.runs:
+            run.stop()
+        if self._is_looking:
+            self._asking.cancel()
