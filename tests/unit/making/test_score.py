@@ -147,7 +147,22 @@ def test_more_answers_score_what_is_missing():
     assert len(records()) == 5 and len(calls()) == 6
 
 
-def test_another_plan_is_refused_and_rescore_throws_away():
+def stop_after(monkeypatch, count, *words):
+    """A run that ends when it has written so many rows."""
+    append = Account.append
+
+    def stopping(self, i, row):
+        if self.have.sum() == count:
+            raise KeyboardInterrupt
+        append(self, i, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Account, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(*words)
+
+
+def test_another_plan_is_refused_and_rescore_throws_away(monkeypatch):
     run()
     with pytest.raises(UserError, match=r"arguments.pause \S+ there, 0.001 here.*rescore=\[counted\]") as raised:
         run("rewards.counted.arguments.pause=0.001")
@@ -156,8 +171,12 @@ def test_another_plan_is_refused_and_rescore_throws_away():
     Path("my_rule.py").write_text(RULE + "# another version\n")
     with pytest.raises(UserError, match="code_sha256"):
         run()
+    stop_after(monkeypatch, 3, "rescore=[counted]")
+    assert not Path("scored/done.json").exists()
+    run("rescore=[counted]")  # goes on
+    assert len(calls()) == 5 + 4 + 2 and len(records()) == 5
     run("rescore=[counted]")
-    assert len(calls()) == 10
+    assert len(calls()) == 5 + 4 + 2 + 5
 
 
 def test_killed_runs_go_on_with_exactly_the_missing_rows():
