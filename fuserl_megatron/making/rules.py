@@ -172,18 +172,24 @@ class RulePool:
                 yield task, found
 
     def _answers(self, busy: list[_Worker]) -> Iterator[tuple[_Worker, Outcome | None]]:
-        """What came until somebody answered, ended or ran out of time; None for the last two."""
+        """What came until somebody answered, ended or ran out of time; None for a process that is gone."""
         watched = [worker for worker in self._workers if worker in busy or not worker.hello]
         wait = min(worker.deadline for worker in watched) - time.monotonic()
-        for entry, events in self._selector.select(max(wait, 0)):
-            worker = entry.data
-            if events & selectors.EVENT_WRITE:
-                worker.write()
-                self._listen(worker)
+        ready = self._selector.select(max(wait, 0))
+        for entry, events in ready:
+            if events & selectors.EVENT_WRITE and entry.data in self._workers:
+                entry.data.write()
+                self._listen(entry.data)
+        late = [worker for worker in watched if time.monotonic() >= worker.deadline]
+        for worker in dict.fromkeys([*(entry.data for entry, _ in ready), *late]):
+            if worker not in self._workers:
+                continue
             try:
                 found = worker.read()
             except EOFError:
                 found = {"gone": True}
+            if found is None and worker in late:  # not even now, should we ourselves have slept
+                found = self._too_late(worker)
             if found is None:
                 continue
             if not worker.hello:
@@ -192,15 +198,11 @@ class RulePool:
                 yield worker, None if "gone" in found else found
             elif "gone" in found:  # between two rows
                 self._replace(worker, {})
-        for worker in watched:
-            if worker in self._workers and time.monotonic() >= worker.deadline:
-                if not worker.hello:
-                    self._greeted(worker, {"error": f"nothing after {START_S:g} s"})
-                elif worker.task is not None:
-                    yield (
-                        worker,
-                        {"error": f"time limit: no answer within {self.reward.time_limit:g} s", "restart": True},
-                    )
+
+    def _too_late(self, worker: _Worker) -> Outcome:
+        if not worker.hello:
+            return {"error": f"nothing after {START_S:g} s"}
+        return {"error": f"time limit: no answer within {self.reward.time_limit:g} s", "restart": True}
 
     def _replace(self, worker: _Worker, found: Outcome | None) -> Outcome:
         """Put a fresh process in the place of one that is spoilt or gone; says of the latter how it ended."""

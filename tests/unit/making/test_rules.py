@@ -107,6 +107,15 @@ def test_a_number_with_parts_and_large_rows():
     assert found == {0: {"value": 1.0, "parts": {"style": 0.25}}, 1: {"value": 3e6}}
 
 
+def test_an_answer_that_we_were_slow_to_fetch_is_not_late():
+    with pool(time_limit=0.5) as rules:
+        coming = rules.outcomes((i, sample("Hi", "good")) for i in range(6))
+        found = [next(coming)]
+        time.sleep(0.7)
+        found += coming
+    assert dict(found) == {i: {"value": 2.0} for i in range(6)}
+
+
 def test_no_network_where_the_kernel_allows():
     import socket
 
