@@ -17,17 +17,36 @@ from fuserl_megatron.cli import (
     demo,
     doctor,
     evaluate,
+    keys,
     launch,
     nemo_config,
     parity,
     sample,
     score,
+    show,
+    stats,
     train,
     verify,
 )
 from fuserl_megatron.cli.exit_codes import exit_code
 
-COMMANDS = (sample, score, build, train, nemo_config, launch, evaluate, parity, convert, verify, doctor, demo)
+COMMANDS = (
+    sample,
+    score,
+    build,
+    show,
+    stats,
+    train,
+    nemo_config,
+    launch,
+    evaluate,
+    parity,
+    convert,
+    verify,
+    keys,
+    doctor,
+    demo,
+)
 """In the order of `fuserl --help`."""
 
 

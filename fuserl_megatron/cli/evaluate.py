@@ -3,9 +3,10 @@
 import argparse
 import contextlib
 
-from fuserl_megatron.cli.on_ranks import on_ranks, only_run_in
+from fuserl_megatron.cli.on_ranks import on_ranks
 from fuserl_megatron.cli.options import OVERRIDES, Jobs, add_command, add_config_options
 from fuserl_megatron.config.schema import Config
+from fuserl_megatron.train.preflight import lock_of
 from fuserl_megatron.util.hub import local_model
 from fuserl_megatron.util.own_rank import own_rank
 
@@ -41,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
         if before is not None:
             compare(config.data.path, "--before", before, (*config.run.disable_checks, "template_match"))
-        with only_run_in(config) if own_rank() == 0 else contextlib.nullcontext():
+        with lock_of(config) if own_rank() == 0 else contextlib.nullcontext():
             return evaluate(config, before)
 
     return on_ranks(options, figures, "evaluate", *([] if before is None else [f"--before={before}"]))

@@ -1,14 +1,11 @@
 """Commands that run on ranks: check everything once, then be a rank, or start the ranks."""
 
 import argparse
-import contextlib
 from collections.abc import Callable
-from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.launch.here import becomes_rank, num_ranks_of, start_ranks
 from fuserl_megatron.train.preflight import check, with_local_models
-from fuserl_megatron.util.locks import only_writer
 from fuserl_megatron.util.own_rank import own_rank
 
 
@@ -23,12 +20,6 @@ def on_ranks(options: argparse.Namespace, run: Callable[[Config], int], *words: 
         return start_ranks(options, num_ranks, *words)
     say_once(differences)
     return run(config)
-
-
-def only_run_in(config: Config) -> contextlib.AbstractContextManager:
-    """The lock of run.results_dir: two runs there would take each other's checkpoints for left-overs."""
-    directory = config.run.results_dir
-    return only_writer(Path(directory, ".lock"), directory, "choose another run.results_dir")
 
 
 def say_once(lines: list[str]) -> None:

@@ -5,11 +5,18 @@ import contextlib
 import os
 from pathlib import Path
 
-from fuserl_megatron.cli.on_ranks import only_run_in, say_once
+from fuserl_megatron.cli.on_ranks import say_once
 from fuserl_megatron.cli.options import OVERRIDES, Jobs, add_command, add_config_options
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.launch.here import becomes_rank, num_ranks_of, start_ranks
-from fuserl_megatron.train.preflight import check, check_reference, check_weight_files, laid_out, with_local_models
+from fuserl_megatron.train.preflight import (
+    check,
+    check_reference,
+    check_weight_files,
+    laid_out,
+    lock_of,
+    with_local_models,
+)
 from fuserl_megatron.util.own_rank import own_rank
 
 
@@ -59,7 +66,7 @@ def _train(options: argparse.Namespace) -> int:
     directory = Path(config.run.results_dir)
     with contextlib.ExitStack() as lock:  # given up before ranks start: rank 0 takes it then, wherever it was started
         if own_rank() == 0:
-            lock.enter_context(only_run_in(config))
+            lock.enter_context(lock_of(config))
             stopping.remove_marker(directory)
         num_ranks = num_ranks_of(options, config)
         _, differences = check(config, num_ranks)

@@ -22,6 +22,8 @@ from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.paths import did_you_mean
 from fuserl_megatron.util.text import nearest, one_line, shortened, show
 
+RECIPE_GROUPS = ("method", "scale")
+"""Of which a recipe is made."""
 TEXTS = ("cluster.setup", "system", "prompt_format", "separator", "sampling.stop")
 """Keys whose values may have several lines."""
 LAUNCH_GROUPS, SAMPLE_GROUPS, SCORE_GROUPS = {"cluster"}, {"source"}, {"reward"}
@@ -75,9 +77,11 @@ def compose_tree(
     try:
         with tempfile.TemporaryDirectory() as main:  # of the root file alone: hydra looks for it in one directory only
             shutil.copy(file, main)
+            write_recipes(Path(main), roots)
             overrides.append(f"hydra.searchpath=[{','.join(_in_quotes(f'file://{root}') for root in roots)}]")
             with initialize_config_dir(main, version_base="1.3", job_name="fuserl"):
                 composed = compose(file.stem, overrides)
+        OmegaConf.register_new_resolver("by_stage", _by_stage, replace=True)
         defaults = OmegaConf.create(plain(dataclasses.asdict(schema())))
         merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed, plain_values), resolve=True)
     except RecursionError:
@@ -87,6 +91,38 @@ def compose_tree(
     refuse_secrets(merged)
     refuse_control_characters(merged)
     return merged
+
+
+RECIPE = """\
+# @package _global_
+defaults:
+  - /method: {method}
+  - /scale: {scale}
+  - _self_
+run: {{name: {name}, results_dir: runs/{name}}}
+"""
+
+
+def recipes(roots: Sequence[Path]) -> dict[str, str]:
+    """Name -> yaml of every recipe: SCALE_METHOD, for each file of method/ and of scale/, a user's included."""
+    methods, scales = (
+        {file.stem for root in roots for file in (root / group).glob("*.yaml")} for group in RECIPE_GROUPS
+    )
+    names = {f"{scale}_{method}": (method, scale) for scale in sorted(scales) for method in sorted(methods)}
+    return {name: RECIPE.format(name=name, method=m, scale=s) for name, (m, s) in names.items()}
+
+
+def write_recipes(directory: Path, roots: Sequence[Path]) -> None:
+    """The group `recipe` of hydra, for one composition."""
+    (directory / "recipe").mkdir()
+    for name, text in recipes(roots).items():
+        if not any((root / "recipe" / f"{name}.yaml").is_file() for root in roots):  # a user's own file comes first
+            (directory / "recipe" / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+
+def _by_stage(stage: str, fusesft: Any, fusepo: Any) -> Any:
+    """`${by_stage:${objective.stage},A,B}` in a yaml file: A for FuseSFT, B for FusePO."""
+    return fusesft if stage == "fusesft" else fusepo
 
 
 def refuse_control_characters(values: dict[str, Any]) -> None:
@@ -113,8 +149,8 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
     from hydra.errors import HydraException
 
     keys, parser, checked, plain_values = all_keys(schema), OverridesParser.create(), [], {}
-    folders = {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
-    of_training = folders - LAUNCH_GROUPS - SAMPLE_GROUPS - SCORE_GROUPS
+    folders = {"recipe"} | {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
+    of_training = folders - LAUNCH_GROUPS - SAMPLE_GROUPS - SCORE_GROUPS - set(RECIPE_GROUPS)
     groups = {Config: of_training, LaunchConfig: folders & LAUNCH_GROUPS}.get(schema, set())
     for text in overrides:
         try:
@@ -150,7 +186,8 @@ def _in_quotes(text: str) -> str:
 
 
 def _check_choice(group: str, value: Any, roots: list[Path]) -> None:
-    options = sorted({file.stem for root in roots for file in (root / group).glob("*.yaml")})
+    made = recipes(roots) if group == "recipe" else ()
+    options = sorted({*made, *(file.stem for root in roots for file in (root / group).glob("*.yaml"))})
     if not isinstance(value, str) or value.removesuffix(".yaml") not in options:
         near = nearest(str(value), options) if isinstance(value, str) else ""
         raise UserError(f"{group}={show(value)}: no such choice.{near} There are: {', '.join(options)}.")

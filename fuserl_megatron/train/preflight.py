@@ -3,6 +3,7 @@
 Rooms are imported inside the functions, after everything that can be checked without them.
 """
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -10,7 +11,14 @@ from fuserl_megatron.config.facts import replica_ranks, row_settings
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.hub import local_model
+from fuserl_megatron.util.locks import only_writer
 from fuserl_megatron.util.paths import did_you_mean
+
+
+def lock_of(config: Config) -> contextlib.AbstractContextManager:
+    """The lock of run.results_dir: two runs there would take each other's checkpoints for left-overs."""
+    directory = config.run.results_dir
+    return only_writer(Path(directory, ".lock"), directory, "choose another run.results_dir")
 
 
 def check(config: Config, num_ranks: int) -> tuple[list[str], list[str]]:

@@ -32,6 +32,7 @@ def test_the_wheel_carries_every_module_and_every_conf_file(wheel):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "fuserl_megatron").rglob("*.py")}
     conf = {f"fuserl_megatron/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
     conf |= {f"fuserl_megatron/{path.relative_to(ROOT)}" for path in (ROOT / "slurm").glob("*.sbatch")}
+    conf.add("fuserl_megatron/py.typed")
     assert modules | conf <= actual
     others = {name for name in actual - modules - conf if ".dist-info/" not in name}
     assert not others and any(name.endswith("licenses/LICENSE") for name in actual)

@@ -1,11 +1,21 @@
 import dataclasses
+import json
+import math
 import typing
 
 import pytest
 import yaml
 
-from fuserl_megatron.config.compose import LAUNCH_GROUPS, SAMPLE_GROUPS, SCORE_GROUPS, compose_tree, conf_dir
-from fuserl_megatron.config.keys import all_keys
+from fuserl_megatron.config.compose import (
+    LAUNCH_GROUPS,
+    RECIPE_GROUPS,
+    SAMPLE_GROUPS,
+    SCORE_GROUPS,
+    compose_tree,
+    conf_dir,
+    recipes,
+)
+from fuserl_megatron.config.keys import all_keys, leaves, plain
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
 from fuserl_megatron.config.sample_load import load_sample
@@ -90,7 +100,7 @@ def test_numbers_that_yaml_and_people_write():
 # --- every shipped file ---
 
 
-@pytest.mark.parametrize("file", GROUP_FILES, ids=str)
+@pytest.mark.parametrize("file", [file for file in GROUP_FILES if file.parent.name not in RECIPE_GROUPS], ids=str)
 def test_every_group_file_loads_and_validates(file):
     group, choice = file.parent.name, file.stem
     if group in SCORE_GROUPS:
@@ -127,6 +137,38 @@ def test_every_file_of_the_examples_loads_and_validates(file):
     config = load_config("train", PATHS, config_dir=file.parent, config_name=file.stem)
     model = config.model
     validate(config, model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
+
+
+RECIPES = json.loads((CONF.parent / "tests" / "assets" / "recipes.json").read_text())
+"""Name -> all that differs from the schema's defaults, written down when every recipe was a file of its own."""
+
+
+def test_recipes_are_every_method_at_every_scale():
+    assert set(recipes([CONF])) == set(RECIPES) and len(RECIPES) == 28
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_composed_has_the_settings_it_had_as_a_file(name):
+    config = load_config("train", [*PATHS, f"recipe={name}"])
+    given, default = (dict(leaves(plain(dataclasses.asdict(c)))) for c in (config, load_config("train", PATHS)))
+    differs = {key: "inf" if value == math.inf else value for key, value in given.items() if value != default[key]}
+    assert differs == RECIPES[name]
+    validate(config, 4 * config.model.tensor_model_parallel_size)
+
+
+def test_a_method_and_a_recipe_of_one_s_own(tmp_path):
+    for name, text in {
+        "method/mine.yaml": "# @package _global_\ndefaults: [{override /objective: fusepo_dpo}]\noptim: {lr: 1.0e-6}\n",
+        "recipe/small_fusesft.yaml": "# @package _global_\noptim: {lr: 0.5}\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    large = load_config("train", [*PATHS, "recipe=llama31_8b_mine"], config_dir=tmp_path)
+    assert (large.optim.lr, large.objective.loss, large.run.name) == (1e-6, "dpo", "llama31_8b_mine")
+    assert load_config("train", [*PATHS, "recipe=small_mine"], config_dir=tmp_path).optim.lr == 1e-3
+    assert load_config("train", [*PATHS, "recipe=small_fusesft"], config_dir=tmp_path).optim.lr == 0.5
+    with pytest.raises(UserError, match="recipe=small_fusesf: no such choice. Did you mean small_fusesft"):
+        load_config("train", [*PATHS, "recipe=small_fusesf"])
 
 
 def test_recipes_are_the_published_ones():
