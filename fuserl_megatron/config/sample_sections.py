@@ -89,6 +89,8 @@ class SourceConfig:
     """How prompts must begin: auto takes the tokenizer's word for whether there is a begin-of-text token."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How answers are drawn."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The name under which sampling.max_tokens is sent; some paid models take the second one only."""
     send_seed: bool = True
     """Every request has a seed of its own; false for a server that refuses the field."""
     max_in_flight: int = 256

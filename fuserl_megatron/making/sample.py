@@ -17,10 +17,14 @@ from fuserl_megatron.making.held_out import WORDS, HeldOut
 from fuserl_megatron.making.prompts import Prompt, PromptList
 from fuserl_megatron.making.sample_display import Display
 from fuserl_megatron.making.sample_report import table, write_html
+from fuserl_megatron.making.servers import check_program
 from fuserl_megatron.making.source_run import SourceRun
 from fuserl_megatron.making.sources import Source
 from fuserl_megatron.runtime import stopping
 from fuserl_megatron.util.errors import UserError
+
+LEAST_S = 30.0
+"""Something is done at every start, or a job with too little time would be continued for ever."""
 
 
 def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
@@ -41,7 +45,7 @@ def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
         if len(done) == len(runs):
             write_html(output / "report.html", done)
             print(f"written: {output} (report.html has the figures)", flush=True)
-    if told:
+    if told and len(done) < len(runs):
         stopping.ask_for_more(output, f"stopped by {told}; everything that was answered is kept")
     return 0
 
@@ -59,6 +63,9 @@ def open_runs(config: SampleConfig, sources: list[SourceConfig]) -> list[SourceR
         UserError: prompts or demonstrations that cannot be used, or a key that is not in the environment.
     """
     asked = [Source(source) for source in sources]
+    for source in sources:
+        if not source.url:
+            check_program(source)
 
     def refuse(prompt: Prompt) -> str | None:
         return next((why for source in asked if (why := source.refuse(prompt.messages))), None)
@@ -88,6 +95,7 @@ class _Conductor:
         self.config, self.runs, self.display = config, runs, display
         self.told, self._told_at = "", 0.0
         self._errors: list[Exception] = []
+        self._is_looking = True
 
     async def run(self) -> str:
         """Returns the name of the signal, or what else ended the run early; empty when all is there."""
@@ -97,7 +105,7 @@ class _Conductor:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         if end.isdigit():
             left = float(end) - time.time() - self.config.grace - stopping.MARGIN_S
-            loop.call_later(max(left, 0.0), self._stop, "the end of the SLURM job")
+            loop.call_later(max(left, LEAST_S), self._stop, "the end of the SLURM job")
         watching = asyncio.create_task(self._watch())
         self._asking = asyncio.create_task(self._ask_all())
         try:
@@ -121,11 +129,12 @@ class _Conductor:
             for run in theirs:  # all of them, before any is asked
                 if run.needs_server:
                     await run.look(run.endpoints(), self.display.say)
+            self._is_looking = False
             await asyncio.gather(*map(self._one, theirs), self._one_after_the_other())
 
     async def _one_after_the_other(self) -> None:
         for run in self.runs:
-            if not run.source.config.url and not self.told:
+            if not run.source.config.url:
                 await self._one(run)
 
     async def _one(self, run: SourceRun) -> None:
@@ -154,9 +163,8 @@ class _Conductor:
         if self.told:
             return
         self.told, self._told_at = why, time.monotonic()
-        running = [run.client for run in self.runs if run.client is not None]
         self.display.say(f"{why}: up to {self.config.grace:g} s for what is under way; once more ends at once")
-        for client in running:
-            client.stop()
-        if not running:
-            self._asking.cancel()  # a server that starts, or a look at one
+        for run in self.runs:
+            run.stop()
+        if self._is_looking:
+            self._asking.cancel()

@@ -274,6 +274,22 @@ def test_more_than_one_choice_is_refused(settings, stub):
     refused(config, source, "2 choices where one was asked for")
 
 
+def test_an_answer_that_the_server_gave_up_is_asked_for_again(settings, stub):
+    """What vLLM says of what is under way when it is told to end: status 200, the beginning of an answer."""
+    given_up = {"choices": [{"message": {"content": "half"}, "finish_reason": "abort"}]}
+    first = iter(range(5))
+
+    def gives_up(body):
+        if body["max_completion_tokens"] == 100 and next(first, None) is not None:
+            return web.json_response(given_up)
+
+    stub.script = gives_up
+    config, source = settings(10, n=1, source={"max_tokens_field": "max_completion_tokens"})
+    sample(config, [source])
+    rows = rows_of(config)
+    assert len(rows) == 10 and {row["finish_reason"] for row in rows} <= {"stop", "length"}
+
+
 def test_completion_with_demonstrations_keeps_the_plain_prompt(settings, stub, tmp_path):
     shown = tmp_path / "shown.jsonl"
     shown.write_text('{"prompt": "1+1?", "response": "2"}\n{"prompt": "2+2?", "response": "4"}\n')
