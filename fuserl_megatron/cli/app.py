@@ -23,12 +23,30 @@ from fuserl_megatron.cli import (
     parity,
     sample,
     score,
+    show,
+    stats,
     train,
     verify,
 )
 from fuserl_megatron.cli.exit_codes import exit_code
 
-COMMANDS = (sample, score, build, train, nemo_config, launch, evaluate, parity, convert, verify, keys, doctor, demo)
+COMMANDS = (
+    sample,
+    score,
+    build,
+    show,
+    stats,
+    train,
+    nemo_config,
+    launch,
+    evaluate,
+    parity,
+    convert,
+    verify,
+    keys,
+    doctor,
+    demo,
+)
 """In the order of `fuserl --help`."""
 
 

@@ -22,9 +22,9 @@ def add(jobs: Jobs) -> None:
   fuserl build inputs=[runs/x/scored] output=fused tokenizer=models/target reward_temperature=0.01
 
 A reward is a file of conf/reward/ (armorm, skywork_v2_8b, endpoint, exact, numeric, format, json, keywords, length,
-math_verify, if_verifiable) or of reward/ in your own --config-dir; rewards.NAME.KEY=VALUE sets a key of one. The same
-command again goes on where a run stopped, with one more reward scores that one alone, with other combine.* or policy.*
-joins anew. Keys, types and defaults: fuserl_megatron/config/score_sections.py; docs/scoring.md has the whole story.
+number, math_verify, if_verifiable) or of reward/ in your own --config-dir; rewards.NAME.KEY=VALUE sets a key of one.
+The same command again goes on where a run stopped, with one more reward scores that one alone, with other combine.* or
+policy.* joins anew. Keys and defaults: fuserl_megatron/config/score_sections.py; docs/scoring.md has the whole story.
 """,
     )
     command.add_argument("--dry-run", action="store_true", help="read the answers, say what would be scored, stop")

@@ -38,6 +38,8 @@ from fuserl_megatron.util.text import show
 
 PART_BYTES = 64 * 2**20
 """A part takes no further row from this size on."""
+CHUNK = 2**16
+"""Keys looked up at one time."""
 PLAN, DONE, ORDER, FAILURES = "plan.json", "done.json", "order.npy", "failures.jsonl"
 
 
@@ -102,7 +104,7 @@ class Account:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The expected rows that are there, in their order."""
-        return (json.loads(line) for _, line in read_places(self.directory, self._places[self.have]))
+        return (json.loads(line) for _, line in read_places(self.directory, self._read_order()))
 
     def begin(self) -> None:
         """Before the first row: note the plan, take an earlier done.json away, begin failures.jsonl anew."""
@@ -161,15 +163,19 @@ class Account:
         for number in range(self._part + 1):
             file = part_file(self.directory, number)
             parts.append({"name": file.name, "bytes": file.stat().st_size, "sha256": file_sha256(file)})
-        order = io.BytesIO()
-        np.save(order, self._places[self.have])
-        write_file(self.directory / ORDER, [order.getbuffer()])
+        places = self._read_order()
+        head = io.BytesIO()
+        np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(places))
+        write_file(self.directory / ORDER, [head.getvalue(), memoryview(places).cast("B")])  # np.save would copy it
         counts = {"rows": int(self.have.sum()), "expected": len(self.keys), "failed": int(self.failed.sum())}
         about = {"plan_id": self.plan.id, "keys_sha256": self._keys_sha256(), **counts, "extra": self.extra}
         done = {**about, "finished": now(), **facts, "parts": parts}
         write_file(self.directory / DONE, [json.dumps(done, indent=2).encode() + b"\n"])
         sync_path(self.directory)
         return done
+
+    def _read_order(self) -> np.ndarray:
+        return self._places if self.have.all() else self._places[self.have]
 
     def _read(self) -> None:
         found = scan(self.directory)
@@ -180,11 +186,13 @@ class Account:
             self.torn = f"{file}: its last line was not whole: {cut} bytes cut off, the row is made again"
         if len(self.keys) and len(found.keys):
             order = np.argsort(self.keys, kind="stable")
-            at = np.minimum(np.searchsorted(self.keys, found.keys, sorter=order), len(order) - 1)
-            position = order[at]
-            expected = self.keys[position] == found.keys
-            self.have[position[expected]] = True
-            self._places[position[expected]] = found.places[expected]
+            for start in range(0, len(found.keys), CHUNK):
+                keys = found.keys[start : start + CHUNK]
+                at = np.minimum(np.searchsorted(self.keys, keys, sorter=order), len(order) - 1)
+                position = order[at]
+                expected = self.keys[position] == keys
+                self.have[position[expected]] = True
+                self._places[position[expected]] = found.places[start : start + CHUNK][expected]
         self.extra = len(found.keys) - int(self.have.sum())
         self._part = max(num_parts(self.directory) - 1, 0)
         self._line = int((found.places[:, 0] == self._part).sum())

@@ -122,6 +122,11 @@ def length(
     return -slope * (min(away, cap) if cap else away) / 100
 
 
+def number(prompt: Any, response: str, record: dict, field: str = "reward") -> float:
+    """A number that the record has already, such as the reward of an earlier scoring."""
+    return float(lookup(record, field))
+
+
 def math_verify(prompt: Any, response: str, record: dict, field: str = "meta.answer") -> float:
     """1 where the `math-verify` package finds the answer equal to the expected one (`pip install math-verify`).
 

@@ -28,7 +28,7 @@ def key_array(keys: Iterable[bytes]) -> np.ndarray:
     joined = bytearray()
     for key in keys:
         joined += key
-    return np.frombuffer(bytes(joined), "S16")
+    return np.frombuffer(joined, "S16")
 
 
 @dataclass
@@ -90,7 +90,7 @@ def scan(directory: Path) -> Scan:
         if len(keys) * 2 != len(hexadecimal):  # fromhex lets white space pass
             raise UserError(f"{file}: holds a row whose key is not 32 hexadecimal digits; it was edited or is damaged")
         found += keys
-    scanned = Scan(np.frombuffer(bytes(found), "S16"), np.frombuffer(places, np.int64).reshape(-1, 4), torn)
+    scanned = Scan(np.frombuffer(found, "S16"), np.frombuffer(places, np.int64).reshape(-1, 4), torn)
     _refuse_duplicates(directory, scanned)
     return scanned
 
@@ -111,10 +111,12 @@ def read_places(directory: Path, places: np.ndarray) -> Iterator[tuple[tuple[str
 
 
 def _refuse_duplicates(directory: Path, scanned: Scan) -> None:
+    in_order = np.sort(scanned.keys)
+    if not (in_order[1:] == in_order[:-1]).any():
+        return
     order = np.argsort(scanned.keys, kind="stable")
     same = np.flatnonzero(scanned.keys[order[1:]] == scanned.keys[order[:-1]])
-    if len(same):
-        first, second = (scanned.places[order[same[0] + i]] for i in (0, 1))
-        one, two = (f"{part_file(directory, p[0])}:{p[1]}" for p in (first, second))
-        more = f" ({len(same)} such rows)" if len(same) > 1 else ""
-        raise UserError(f"{two}: the same row as {one}{more}; take one of the lines out")
+    first, second = (scanned.places[order[same[0] + i]] for i in (0, 1))
+    one, two = (f"{part_file(directory, p[0])}:{p[1]}" for p in (first, second))
+    more = f" ({len(same)} such rows)" if len(same) > 1 else ""
+    raise UserError(f"{two}: the same row as {one}{more}; take one of the lines out")

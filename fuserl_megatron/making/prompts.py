@@ -50,7 +50,7 @@ class PromptList:
         ids: [prompts] of 16 bytes, in order of first appearance.
         longest: the prompts with the most characters, the longest first.
         num_characters: of all prompts together.
-        counts: rows, duplicates, skipped (and bad_KIND for each kind of bad record), ignored_FIELD.
+        counts: rows, duplicates, overlapping, skipped (and bad_KIND for each kind of bad record), ignored_FIELD.
     """
 
     def __init__(
@@ -58,13 +58,16 @@ class PromptList:
         inputs: Sequence[str],
         on_bad_record: str = "stop",
         refuse: Callable[[Prompt], str | None] | None = None,
+        is_left_out: Callable[[Prompt], bool] = lambda prompt: False,
+        key: str = "prompts",
     ):
-        """`refuse` says what is wrong with a prompt that is a good one otherwise; None where nothing is.
+        """`refuse` says what is wrong with a prompt that is a good one otherwise, or None; `is_left_out` is whether it
+        is to be left out and counted as `overlapping`; `key` is the setting that names the inputs.
 
         Raises:
             UserError: an input that cannot be read, a bad record under on_bad_record=stop, or no prompt at all.
         """
-        self.names = expand_inputs(inputs, "prompts")
+        self.names = expand_inputs(inputs, key)
         self.counts: Counter[str] = Counter()
         ids, lengths, usable, longest = bytearray(), array("q"), bytearray(), {}
         for name in self.names:
@@ -81,7 +84,10 @@ class PromptList:
                     self.counts.update(("skipped", f"bad_{bad.kind}"))
                     usable.append(False)
                     continue
-                usable.append(True)
+                usable.append(not is_left_out(prompt))
+                if not usable[-1]:
+                    self.counts["overlapping"] += 1
+                    continue
                 ids += bytes.fromhex(prompt.id)
                 lengths.append(prompt.num_characters)
                 longest[prompt.id] = prompt
@@ -100,6 +106,10 @@ class PromptList:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def all(self) -> Iterator[Prompt]:
+        """Every prompt, as `read` gives it."""
+        return self.read(np.ones(len(self), bool))
 
     def read(self, wanted: np.ndarray) -> Iterator[Prompt]:
         """The prompts whose number `wanted` [prompts] says yes to, in order.

@@ -14,11 +14,11 @@ from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
 from fuserl_megatron.making.accounting import DONE, check_plan
 from fuserl_megatron.making.finished import account_directories, read_plan
 from fuserl_megatron.making.parts import num_parts, part_file, scan
-from fuserl_megatron.making.report_page import columns
 from fuserl_megatron.making.sample import need_aiohttp, open_runs
 from fuserl_megatron.making.sample_display import PROGRESS, Display, duration, line_of
 from fuserl_megatron.making.source_run import RUNS, SourceRun
 from fuserl_megatron.util.json_files import read_json
+from fuserl_megatron.util.report_page import columns
 from fuserl_megatron.util.whole_directory import size
 
 CHARACTERS_PER_TOKEN = 4
@@ -42,9 +42,6 @@ def dry_run(config: SampleConfig, sources: list[SourceConfig]) -> int:
     counts = prompts.counts
     print(f"prompts: {len(prompts):,} of {counts['rows']:,} rows, {counts['duplicates']:,} duplicates", end="")
     print(f", {counts['skipped']:,} left out")
-    for name, count in counts.items():
-        if name.startswith("ignored_"):
-            print(f"prompts: field {name.removeprefix('ignored_')!r} of {count:,} rows is not read; put it into meta")
     display = Display(Path(config.output))
     for run in runs:
         if run.source.config.url:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fuserl_megatron.config.keys import leaves
 from fuserl_megatron.config.score_sections import REFUSALS
-from fuserl_megatron.making.report_page import columns, histogram, write_page
+from fuserl_megatron.util.report_page import columns, histogram, write_page
 from fuserl_megatron.util.text import show
 
 CUT_WARNING = 0.05

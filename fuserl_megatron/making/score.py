@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ REPORT = "report.json"
 FORMAT = "fuserl scored responses"
 ALIKE = 20
 """So many failures in a row from the start, all for one reason, are no trouble of single rows."""
-SYNC_S = 1.0
+SYNC_S, LINE_S = 1.0, 60.0
 Say = Callable[[str], None]
 
 
@@ -111,12 +112,13 @@ def score_one(prepared: Prepared, name: str, progress: bool = True, say: Say = p
     with open_reward(name, reward) as scorer:
         for line in scorer.warnings():
             say(f"WARNING: {line}")
-        plan = Plan({"reward": asked(reward), "found": scorer.settings()}, scorer.notes())
+        notes = scorer.notes() | {"answers": len(keys)}
+        plan = Plan({"reward": asked(reward), "found": scorer.settings()}, notes)
         with _opened(directory, plan, keys, name) as account:
             if account.torn:
                 say(account.torn)
             if not account.is_finished():
-                _fill(prepared, name, account, scorer, progress)
+                _fill(prepared, name, account, scorer, progress, say)
     return {"settings": plan.settings, "notes": plan.notes}
 
 
@@ -149,8 +151,9 @@ def _opened(directory: Path, plan: Plan, keys: np.ndarray, name: str) -> Account
     return Account(directory, plan, keys)
 
 
-def _fill(prepared: Prepared, name: str, account: Account, scorer: Any, progress: bool) -> None:
-    started, synced, written = time.monotonic(), time.monotonic(), 0
+def _fill(prepared: Prepared, name: str, account: Account, scorer: Any, progress: bool, say: Say) -> None:
+    started = synced = told = time.monotonic()
+    written = 0
     missing = np.zeros(len(account.keys), bool)
     missing[account.missing()] = True
     first: list[tuple[int, dict[str, Any]]] = []  # held back until one has a value: a broken rule must leave no rows
@@ -169,12 +172,23 @@ def _fill(prepared: Prepared, name: str, account: Account, scorer: Any, progress
         if time.monotonic() - synced > SYNC_S:
             account.sync()
             synced = time.monotonic()
+            if synced - told > LINE_S and not sys.stderr.isatty():  # where a bar is drawn nobody needs lines
+                told = synced
+                say(_line(name, written, int(missing.sum()), synced - started))
     if first and not account.have.any():
         raise UserError(f"rewards.{name}: no answer has a value: {first[0][1]['error']}")
     for held in first:
         account.append(*held)
     facts = {"seconds": round(time.monotonic() - started, 3), "scored": written + len(first)}
     account.finish({**facts, "restarts": getattr(scorer, "num_restarts", 0)})
+
+
+def _line(name: str, written: int, total: int, seconds: float) -> str:
+    """A sign of life in a log."""
+    pace = written / seconds
+    return (
+        f"reward {name}: {written:,} of {total:,}, {pace:.3g} a second, {(total - written) / pace / 60:,.0f} min to go"
+    )
 
 
 def _refuse_all_alike(name: str, reward: Reward, held: list[tuple[int, dict[str, Any]]]) -> None:

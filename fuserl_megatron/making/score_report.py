@@ -11,7 +11,7 @@ import numpy as np
 
 from fuserl_megatron.making.answers import CUT, DUPLICATE, EMPTY, HELDOUT, REFUSED, AnswerTable, count_flags
 from fuserl_megatron.making.join import Values, group_moments
-from fuserl_megatron.making.report_page import bars, columns, histogram, write_page
+from fuserl_megatron.util.report_page import bars, columns, histogram, write_page
 from fuserl_megatron.util.text import printable
 
 MANY_CUT = 0.05

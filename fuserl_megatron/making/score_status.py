@@ -42,8 +42,8 @@ def status(config: ScoreConfig) -> list[str]:
             lines.append(f"reward {directory.name}: not begun")
             continue
         done = read_json(directory / DONE) if (directory / DONE).is_file() else None
-        rows = len(scan(directory).keys)
-        lines.append(f"reward {directory.name}: {rows:,} rows, {'finished' if done else 'not finished'}")
+        rows, answers = len(scan(directory).keys), read_json(directory / PLAN)["notes"].get("answers", 0)
+        lines.append(f"reward {directory.name}: {rows:,} of {answers:,}, {'finished' if done else 'not finished'}")
     done = read_json(output / DONE) if (output / DONE).is_file() else None
     lines.append(f"{RECORDS}: {done['records']:,} records" if done else f"{RECORDS}: not joined yet")
     return lines

@@ -56,10 +56,10 @@ class SourceRun:
 
     def keys(self) -> np.ndarray:
         """[prompts x n] the names of all answers, prompt by prompt."""
-        plan, name = self.plan, self.source.name
+        plan_id, name = self.plan.id, self.source.name
         ids = self.prompts.ids.tobytes()
         texts = (ids[at : at + 16].hex() for at in range(0, len(ids), 16))
-        return key_array(key_of_answer(plan, name, text, i) for text in texts for i in range(self.config.n))
+        return key_array(key_of_answer(plan_id, name, text, i) for text in texts for i in range(self.config.n))
 
     def open(self, stack: contextlib.ExitStack, say: Callable[[str], None]) -> None:
         """Take the directory for as long as `stack` is open, and find out what is missing there.

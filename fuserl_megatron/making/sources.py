@@ -150,9 +150,9 @@ def row_of(source: Source, prompt: Prompt, index: int, answer: dict[str, Any], h
     return row if prompt.meta is None else row | {"meta": prompt.meta}
 
 
-def key_of_answer(plan: Plan, source: str, prompt_id: str, index: int) -> bytes:
+def key_of_answer(plan_id: str, source: str, prompt_id: str, index: int) -> bytes:
     """The name of one answer."""
-    return key_of(plan.id, source, prompt_id, index)
+    return key_of(plan_id, source, prompt_id, index)
 
 
 def seed_of(key: bytes) -> int:

@@ -66,6 +66,26 @@ class TokenizedResponse:
     """What the template did to the text: None, "stripped" (white space around it), "rewrapped" or "cut"."""
 
 
+def load_tokenizer(path: str) -> tuple[Any, str]:
+    """Transformers' tokenizer of a directory or hub name, and the directory.
+
+    Raises:
+        UserError: it is no directory, or nothing that transformers can open.
+    """
+    from transformers import AutoTokenizer
+
+    path = local_model(path, weights=False)
+    if not os.path.isdir(path):
+        near = did_you_mean(path) or ": give the directory that holds tokenizer.json"
+        raise UserError(f"tokenizer: {path} is not a directory{near}")
+    if exported := export_of_run(path):
+        raise UserError(f"tokenizer: {path} holds none{exported}")
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False), path
+    except Exception as error:  # transformers raises whatever its many loaders raise
+        raise UserError(f"tokenizer: {path} cannot be opened as a tokenizer ({first_line(error)})") from None
+
+
 class ChatTokenizer:
     """A Hugging Face tokenizer with its chat template (or another one) and a length limit.
 
@@ -96,18 +116,7 @@ class ChatTokenizer:
             UserError: no tokenizer there, a template that does not parse or does not print the response, an argument
                 that the template does not read, no eos token.
         """
-        from transformers import AutoTokenizer
-
-        path = local_model(path, weights=False)
-        if not os.path.isdir(path):
-            near = did_you_mean(path) or ": give the directory that holds tokenizer.json"
-            raise UserError(f"tokenizer: {path} is not a directory{near}")
-        if exported := export_of_run(path):
-            raise UserError(f"tokenizer: {path} holds none{exported}")
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever its many loaders raise
-            raise UserError(f"tokenizer: {path} cannot be opened as a tokenizer ({first_line(error)})") from None
+        self.tokenizer, path = load_tokenizer(path)
         self.tokenizer.model_max_length = int(1e30)  # the limit is ours; keeps transformers from warning about its own
         self.max_length, self.template_kwargs = max_length, dict(chat_template_kwargs or {})
         self.template = _template_text(self.tokenizer, path, chat_template)

@@ -63,6 +63,12 @@ def place(tmp_path_factory):
     text = "".join(json.dumps(r) + "\n" for r in records)
     for name in ("scored", "a", "b", "ultrafeedback_part1", "ultrafeedback_part2", "part1", "part2", "heldout"):
         (root / f"{name}.jsonl").write_text(text)
+    (root / "docs").mkdir()
+    ratings = [dict(question=f"p{p}", answer={"text": "x"}, scores=[{"overall": p}], judge="j") for p in range(4)]
+    (root / "ratings.json").write_text(json.dumps(ratings))
+    (root / "sft").mkdir()
+    chats = [{"messages": [{"role": r, "content": f"{r}{p}"} for r in ("user", "assistant")]} for p in range(4)]
+    (root / "sft" / "llama70b.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     import pyarrow as pa
     import pyarrow.parquet
 

@@ -76,6 +76,12 @@ def test_keywords_and_length():
     assert rules.length("", "abc", {}, unit="characters", slope=-100) == 3
 
 
+def test_number():
+    assert (
+        rules.number("", "r", {"reward": 3}) == 3 and rules.number("", "r", record("2.5"), field="meta.answer") == 2.5
+    )
+
+
 def test_math_verify():
     pytest.importorskip("math_verify")
     assert rules.math_verify("", "so $x = \\frac{2}{4}$", record("\\frac{1}{2}")) == 1

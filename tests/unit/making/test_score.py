@@ -338,7 +338,7 @@ def test_command_line(capsys):
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["a", "3", "3", "0.0%", "0", "0.0%", "1", "3", "100.0%", "4.667"] in lines
     assert main(["score", "--status", "output=scored"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["reward counted: 5 rows, finished", "records.jsonl: 5 records"]
+    assert capsys.readouterr().out.splitlines() == ["reward counted: 5 of 5, finished", "records.jsonl: 5 records"]
     assert main(["score", *words, "rewards.counted.time_limt=3"]) == 2
     assert "Did you mean time_limit?" in capsys.readouterr().err
     Path("elsewhere").mkdir()
