@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
-from fuserl_megatron.making.held_out import WORDS, HeldOut
+from fuserl_megatron.making.answers import heldout_marks, marks
 from fuserl_megatron.making.prompts import Prompt, PromptList
 from fuserl_megatron.making.sample_display import Display
 from fuserl_megatron.making.sample_report import table, write_html
@@ -70,18 +70,19 @@ def open_runs(config: SampleConfig, sources: list[SourceConfig]) -> list[SourceR
     def refuse(prompt: Prompt) -> str | None:
         return next((why for source in asked if (why := source.refuse(prompt.messages))), None)
 
-    held_out, shared = HeldOut(config.held_out) if config.held_out else None, 0
+    known = heldout_marks(config.heldout, config.heldout_ngram) if config.heldout else set()
+    num_overlapping = 0
 
     def is_left_out(prompt: Prompt) -> bool:
-        nonlocal shared
-        overlaps = held_out is not None and held_out.shares(prompt)
-        shared += overlaps
-        return overlaps and config.on_overlap == "drop"
+        nonlocal num_overlapping
+        overlaps = bool(known) and not known.isdisjoint(marks(prompt.messages, config.heldout_ngram))
+        num_overlapping += overlaps
+        return overlaps and config.heldout_action == "drop"
 
     prompts = PromptList(config.prompts, config.on_bad_record, refuse, is_left_out)
-    if held_out is not None:
-        what = "left out" if config.on_overlap == "drop" else "kept; on_overlap=drop leaves them out"
-        print(f"prompts: {shared:,} share a run of {WORDS} words with held_out: {what}", flush=True)
+    if config.heldout:
+        what = "left out" if config.heldout_action == "drop" else "kept (heldout_action=drop leaves them out)"
+        print(f"prompts: {num_overlapping:,} overlap with held-out ones: {what}", flush=True)
     for name, count in prompts.counts.items():
         if name.startswith("ignored_"):
             print(f"prompts: field {name.removeprefix('ignored_')!r} of {count:,} rows is not read; put it into meta")

@@ -363,6 +363,15 @@ def test_dry_run_counts_and_writes_nothing(settings, stub, capsys):
         dry_run(grown, [source])
 
 
+@pytest.mark.parametrize(("action", "answers"), [("count", 10), ("drop", 8)])
+def test_prompts_that_a_test_set_has(settings, stub, prompts, capsys, action, answers):
+    test_set = prompts(2, "test.jsonl")
+    config, source = settings(10, n=1, heldout=(test_set,), heldout_action=action)
+    sample(config, [source])
+    assert len(rows_of(config)) == answers
+    assert "prompts: 2 overlap with held-out ones" in capsys.readouterr().out
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(settings, stub, monkeypatch):
     key = "k-1234567890abcdef"
     monkeypatch.setenv("MY_SERVICE", key)
