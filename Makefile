@@ -12,7 +12,7 @@ SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed test-others test-slow test-durability fuzz test-gpu test-nemo test-servers test-vllm bench lint clean
+.PHONY: help venv demo test test-distributed test-others test-slow test-durability fuzz test-gpu test-nemo test-servers test-vllm bench docs lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
@@ -66,8 +66,13 @@ bench: $(INSTALLED)  ## every script in benchmarks/, in short (its --help says h
 lint: $(INSTALLED)  ## ruff
 	$(BIN)/ruff check .
 
+docs:  ## the documentation as a site (site/), in an environment of its own (.venv-docs)
+	@test -x $(VENV)-docs/bin/mkdocs || { $(PYTHON) -m venv $(VENV)-docs && \
+	  $(VENV)-docs/bin/pip install --quiet --disable-pip-version-check mkdocs-material==9.8.2; }
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
+
 clean:  ## remove the virtual environment
-	rm -rf $(VENV) $(VENV)-nemo $(VENV)-servers $(VENV)-vllm
+	rm -rf $(VENV) $(VENV)-nemo $(VENV)-docs site $(VENV)-servers $(VENV)-vllm
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found: install python3.11, or type make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }

@@ -22,10 +22,10 @@ from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.paths import did_you_mean
 from fuserl_megatron.util.text import nearest, one_line, shortened, show
 
-RECIPE_GROUPS = ("method", "scale")
-"""Of which a recipe is made."""
 TEXTS = ("cluster.setup", "system", "prompt_format", "separator", "sampling.stop")
 """Keys whose values may have several lines."""
+RECIPE_GROUPS = ("method", "scale")
+"""Of which a recipe is made."""
 LAUNCH_GROUPS, SAMPLE_GROUPS, SCORE_GROUPS = {"cluster"}, {"source"}, {"reward"}
 """Groups of `fuserl launch`, `fuserl sample` and `fuserl score`; the others belong to a training run."""
 
@@ -150,7 +150,7 @@ def _check_overrides(schema: type, overrides: Sequence[str], roots: list[Path]) 
 
     keys, parser, checked, plain_values = all_keys(schema), OverridesParser.create(), [], {}
     folders = {"recipe"} | {folder.name for root in roots for folder in root.iterdir() if folder.is_dir()}
-    of_training = folders - LAUNCH_GROUPS - SAMPLE_GROUPS - SCORE_GROUPS - set(RECIPE_GROUPS)
+    of_training = folders - {*RECIPE_GROUPS, *LAUNCH_GROUPS, *SAMPLE_GROUPS, *SCORE_GROUPS}
     groups = {Config: of_training, LaunchConfig: folders & LAUNCH_GROUPS}.get(schema, set())
     for text in overrides:
         try:

@@ -11,6 +11,11 @@ from fuserl_megatron.config.peer_names import peer_advice
 from fuserl_megatron.util.text import nearest
 
 
+def plain_type(field: dataclasses.Field) -> Any:
+    """A field's type without its range."""
+    return typing.get_args(field.type)[0] if typing.get_origin(field.type) is typing.Annotated else field.type
+
+
 @functools.cache
 def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
     """Every key of the schema with its full path, sections included."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fuserl_megatron.config.compose import compose_tree
-from fuserl_megatron.config.keys import about_key, all_keys, plain
+from fuserl_megatron.config.keys import about_key, all_keys, plain, plain_type
 from fuserl_megatron.config.run_directory import fold
 from fuserl_megatron.config.sample_sections import SampleConfig
 from fuserl_megatron.config.schema import BuildConfig, Config
@@ -86,7 +86,7 @@ def _map_section(schema: type, values: Any, prefix: str, known: set[str], later:
         full = f"{prefix}{name}"
         if name not in fields:
             raise UserError(f"{full}: no such key.{about_key(full, known)}")
-        kind = fields[name].type
+        kind = plain_type(fields[name])
         if dataclasses.is_dataclass(kind):
             given[name] = _map_section(kind, value, f"{full}.", known)
         else:

@@ -1,12 +1,9 @@
-"""Rules that a run's settings must keep, each with a value that would work: numbers, trainer, validation, optimizer."""
+"""Rules between a run's settings, each with a value that would work: trainer, validation, optimizer."""
 
 import dataclasses
-import math
-from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NoReturn
 
-from fuserl_megatron.config.keys import seconds_of
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import show
@@ -15,73 +12,6 @@ from fuserl_megatron.util.text import show
 def refuse(config: Any, field: str, rule: str, works: Any) -> NoReturn:
     """A `UserError` that names field, value, rule and a value that would work."""
     raise UserError(f"{field}={show(attrgetter(field)(config))}: {rule}; {field}={show(works)} would work.")
-
-
-def _is_duration(text: str) -> bool:
-    try:
-        return seconds_of(text) > 0
-    except ValueError:
-        return False
-
-
-def check_numbers(config: Config) -> None:
-    """Ranges of single values."""
-
-    def check(holds: Callable[[Any], bool], rule: str, examples: dict[str, Any]) -> None:
-        for field, works in examples.items():
-            value = attrgetter(field)(config)
-            if value is not None and not holds(value):
-                refuse(config, field, rule, works)
-
-    checkpoint = "exp_manager.checkpoint_callback_params"
-    at_least_one = {
-        "trainer.max_epochs": 1,
-        "trainer.max_steps": 100,
-        "trainer.log_every_n_steps": 1,
-        "model.tensor_model_parallel_size": 1,
-        "model.pipeline_model_parallel_size": 1,
-        "model.context_parallel_size": 1,
-        "model.make_vocab_size_divisible_by": 128,
-        "model.recompute_num_layers": 1,
-        "model.logprob_chunk_size": 1024,
-        "data.micro_batch_size": 1,
-        "data.global_batch_size": 128,
-        "objective.top_m": 4,
-        "trainer.val_check_interval": 100,
-        "trainer.limit_val_prompts": 256,
-        "exp_manager.early_stopping_callback_params.patience": 3,
-    }
-    positive = {
-        "trainer.distributed_timeout_minutes": 30.0,
-        f"{checkpoint}.train_time_interval": 60.0,
-        "optim.lr": 5e-6,
-        "optim.eps": 1e-8,
-        "objective.beta": 0.1,
-    }
-    not_negative = {
-        "run.seed": 1234,
-        "trainer.gradient_clip_val": 1.0,
-        "trainer.hang_timeout_minutes": 20.0,
-        "optim.weight_decay": 0.0,
-        "optim.sched.min_lr": 0.0,
-        "optim.sched.warmup_steps": 0,
-        f"{checkpoint}.every_n_train_steps": 500,
-        f"{checkpoint}.save_retries": 2,
-        "exp_manager.early_stopping_callback_params.min_delta": 0.0,
-        "objective.min_reward_gap": 0.01,
-        "objective.max_reward_gap": 0.1,
-    }
-    check(lambda value: value >= 1, "must be at least 1", at_least_one)
-    check(lambda value: value >= 2, "must be at least 2, or null", {"model.virtual_pipeline_model_parallel_size": None})
-    check(lambda value: value > 0 and math.isfinite(value), "must be a positive number", positive)
-    check(lambda value: value >= 0 and math.isfinite(value), "must not be negative or infinite", not_negative)
-    check(lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for all", {f"{checkpoint}.save_top_k": 2})
-    check(lambda value: value >= 0, "must be positive, 0 or inf", {"data.reward_temperature": 0.01})
-    check(_is_duration, "must be DD:HH:MM:SS", {"exp_manager.max_time_per_run": "00:03:50:00"})
-    check(lambda value: value >= 2, "a row must hold a prompt and a response", {"data.seq_length": 2048})
-    check(lambda value: 0 <= value < 1, "must lie in [0, 1)", {"optim.sched.warmup_ratio": 0.1})
-    check(lambda value: 0 < value <= 1, "must lie in (0, 1]", {"optim.optimizer_offload_fraction": 1.0})
-    check(lambda value: all(0 <= beta < 1 for beta in value), "must lie in [0, 1)", {"optim.betas": (0.9, 0.95)})
 
 
 def check_trainer(config: Config) -> None:

@@ -1,7 +1,9 @@
 """Settings of a run around its model: sections run, trainer, exp_manager. See `schema.py`."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from fuserl_megatron.config.ranges import DURATION, Range, at_least, not_negative, positive
 
 # fmt: off
 Check = Literal["first_step_loss", "prompt_weights", "mask_coverage", "group_integrity", "reference_hash",
@@ -17,7 +19,7 @@ class RunConfig:
     """Shown in logs and written into the model card."""
     results_dir: str = "runs/fuserl"
     """Everything the run writes: resolved config, logs, metrics, checkpoints, the exported model under hf/."""
-    seed: int = 1234
+    seed: Annotated[int, not_negative()] = 1234
     """Seeds the data order. Nothing else in training is random (dropout is 0)."""
     export: bool = True
     """Write a Hugging Face directory to results_dir/hf at the end: the best checkpoint's where one is monitored."""
@@ -34,21 +36,21 @@ class TrainerConfig:
     precision: Literal["32", "bf16", "fp8_delayed", "fp8_current", "fp8_blockwise", "fp8_mxfp8"] = "bf16"
     """Number format of the weights and activations. With bf16 the optimizer keeps fp32 master weights. fp8_*: bf16 with
     the layers' matrix products in FP8, by Transformer Engine's recipe of that name (CUDA; mxfp8: Blackwell)."""
-    max_epochs: int | None = 1
+    max_epochs: Annotated[int | None, at_least(1)] = 1
     """Passes over the prompts; null leaves max_steps alone to decide."""
-    max_steps: int | None = None
+    max_steps: Annotated[int | None, at_least(1, 100)] = None
     """Optimizer steps; the smaller of both limits ends the run."""
-    gradient_clip_val: float = 1.0
+    gradient_clip_val: Annotated[float, not_negative()] = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    log_every_n_steps: int = 1
+    log_every_n_steps: Annotated[int, at_least(1)] = 1
     """Steps between lines of the step log. metrics.jsonl always has every step."""
-    val_check_interval: int | None = None
+    val_check_interval: Annotated[int | None, at_least(1, 100)] = None
     """Steps between validations on data.validation_path; null validates at step 0 and at the end only."""
-    limit_val_prompts: int | None = None
+    limit_val_prompts: Annotated[int | None, at_least(1, 256)] = None
     """Validate on the first so many prompts; null takes all."""
-    distributed_timeout_minutes: float = 30.0
+    distributed_timeout_minutes: Annotated[float, positive()] = 30.0
     """How long a collective may wait for a rank before the run is given up."""
-    hang_timeout_minutes: float = 20.0
+    hang_timeout_minutes: Annotated[float, not_negative()] = 20.0
     """Minutes without a step, a batch of validation or a save, once the model is ready, until every rank writes its
     stacks to results_dir/logs and ends; 0: never. Keep it below distributed_timeout_minutes, which ends a run without
     stacks, and above the time that the first step or one save takes."""
@@ -58,17 +60,17 @@ class TrainerConfig:
 class CheckpointConfig:
     """NeMo's exp_manager.checkpoint_callback_params."""
 
-    every_n_train_steps: int | None = 500
+    every_n_train_steps: Annotated[int | None, not_negative()] = 500
     """Steps between checkpoints, and one at the end. 0: only at the end; null, with train_time_interval null as well:
     none at all (the export is then all there is)."""
-    train_time_interval: float | None = None
+    train_time_interval: Annotated[float | None, positive(60.0)] = None
     """Minutes between checkpoints, taken at the first step boundary after them, and one at the end; may stand beside
     every_n_train_steps."""
     async_save: bool = False
     """Copy the state into the host's memory and write it while training goes on; it gets its name at a later step."""
-    save_retries: int = 2
+    save_retries: Annotated[int, not_negative()] = 2
     """How often a checkpoint that could not be written is tried again before the run goes on without it."""
-    save_top_k: int = 2
+    save_top_k: Annotated[int, Range(lambda value: value == -1 or value >= 1, "must be at least 1, or -1 for all")] = 2
     """How many checkpoints are kept, the newest, or with monitor the best (and the newest besides); -1 keeps all."""
     monitor: str | None = None
     """Validation metric that says which checkpoint is best (val_loss, val_accuracy, ...); null: no best one."""
@@ -80,9 +82,9 @@ class CheckpointConfig:
 class EarlyStoppingConfig:
     """NeMo's early_stopping_callback_params; the metric is checkpoint_callback_params.monitor."""
 
-    patience: int | None = None
+    patience: Annotated[int | None, at_least(1, 3)] = None
     """Validations in a row without a new best value after which the run ends; null never ends it."""
-    min_delta: float = 0.0
+    min_delta: Annotated[float, not_negative()] = 0.0
     """How much better a value must be to count as a new best one."""
 
 
@@ -131,7 +133,7 @@ class ExpManagerConfig:
     create_preemption_callback: bool = True
     """On SIGUSR1 or SIGTERM save, write the file REQUEUE, and end with exit code 0 (docs/durability.md). false: the
     signals kill the run."""
-    max_time_per_run: str | None = None
+    max_time_per_run: Annotated[str | None, DURATION] = None
     """DD:HH:MM:SS after which a start of the run stops as on a signal: early enough for one more step and a save, by
     what they took so far. A SLURM job stops before its end in the same way, without this setting."""
     create_tensorboard_logger: bool = True

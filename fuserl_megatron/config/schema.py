@@ -5,8 +5,9 @@ exp_manager lie in `run_sections.py`. `load.py` maps the hydra tree in conf/ ont
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from fuserl_megatron.config.ranges import SHARES, Range, at_least, not_negative, positive, share
 from fuserl_megatron.config.run_sections import CheckpointConfig as CheckpointConfig
 from fuserl_megatron.config.run_sections import EarlyStoppingConfig as EarlyStoppingConfig
 from fuserl_megatron.config.run_sections import ExpManagerConfig as ExpManagerConfig
@@ -22,13 +23,13 @@ class ModelConfig:
     """Hugging Face directory, or hub name (org/name), of the target's starting weights (safetensors)."""
     tokenizer: str | None = None
     """Directory or hub name of the tokenizer that the exported model carries; null takes model.path."""
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: Annotated[int, at_least(1)] = 1
     """Ranks over which each layer's matrices are split."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: Annotated[int, at_least(1)] = 1
     """Ranks over which the layers are split."""
-    virtual_pipeline_model_parallel_size: int | None = None
+    virtual_pipeline_model_parallel_size: Annotated[int | None, at_least(2, rule="must be at least 2, or null")] = None
     """Model chunks per pipeline rank (interleaved schedule); null for one."""
-    context_parallel_size: int = 1
+    context_parallel_size: Annotated[int, at_least(1)] = 1
     """Ranks over which one row's tokens are split."""
     sequence_parallel: bool = False
     """Split norms and dropouts of tensor-parallel ranks along the tokens (saves activation memory; needs TP > 1)."""
@@ -40,13 +41,13 @@ class ModelConfig:
     fp8_params: bool = False
     """With trainer.precision=fp8_*: keep the layers' weights themselves in FP8 (master weights stay fp32). Needs the
     distributed optimizer."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Annotated[int, at_least(1)] = 128
     """The vocabulary is padded to a multiple of this times TP. Padded rows never leave the trainer."""
     recompute_granularity: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: none, core attention only, or whole layers."""
-    recompute_num_layers: int = 1
+    recompute_num_layers: Annotated[int, at_least(1)] = 1
     """With full: layers per recomputed unit."""
-    logprob_chunk_size: int = 1024
+    logprob_chunk_size: Annotated[int, at_least(1)] = 1024
     """Scored tokens whose logits exist at one time (fp32, vocabulary / TP wide)."""
 
 
@@ -68,15 +69,15 @@ class DataConfig:
     """Directory written by `fuserl build`."""
     validation_path: str | None = None
     """Another such directory, of held-out prompts; null trains without validation."""
-    seq_length: int = 2048
+    seq_length: Annotated[int, at_least(2, rule="a row must hold a prompt and a response")] = 2048
     """Tokens per row."""
-    micro_batch_size: int = 1
+    micro_batch_size: Annotated[int, at_least(1)] = 1
     """Rows per micro-batch (per data-parallel rank)."""
-    global_batch_size: int = 128
+    global_batch_size: Annotated[int, at_least(1)] = 128
     """Prompts (groups) per optimizer step, over all ranks."""
     shuffle: bool = True
     """Permute the prompts anew each epoch, as a function of (seed, epoch) alone."""
-    reward_temperature: float | None = None
+    reward_temperature: Annotated[float | None, at_least(0, 0.01, rule="must be positive, 0 or inf")] = None
     """Overrides the temperature the data set was built with; null keeps it."""
     on_too_long: Literal["stop", "skip", "truncate"] = "stop"
     """Prompts that do not fit a row or micro-batch with what must lie together: stop with file and line, leave them
@@ -93,14 +94,14 @@ class ObjectiveConfig:
     """The two stages of FuseRL."""
     selection: Literal["per_source", "top_m"] | None = None
     """FuseSFT: each source's best response with the source's weight (default), or the pool's top_m by reward."""
-    top_m: int | None = None
+    top_m: Annotated[int | None, at_least(1, 4)] = None
     """FuseSFT with selection=top_m: responses per prompt (4 when null)."""
     nll_reduction: Literal["token_mean", "token_sum", "weighted_token_mean"] | None = None
     """FuseSFT: mean over a response's tokens (default), their sum, or one weighted mean over the batch's tokens."""
     loss: str | None = None
     """FusePO: the loss, by its name in docs/math.md, or package.module:object for one of your own. Of the options
     below each takes some (null: its default), and the others are refused."""
-    beta: float | None = None
+    beta: Annotated[float | None, positive(0.1)] = None
     """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo)."""
     label_smoothing: float | None = None
     """cdpo, robust (required): the share of pairs that are the wrong way round, in [0, 0.5)."""
@@ -131,9 +132,9 @@ class ObjectiveConfig:
     reference_mode: Literal["cache", "resident", "swap"] | None = None
     """FusePO: score the reference once onto disk (cache, the default), hold it as a second model and score every step
     (resident), or hold one model whose weights are swapped with the CPU's for that (swap)."""
-    min_reward_gap: float | None = None
+    min_reward_gap: Annotated[float | None, not_negative(0.01)] = None
     """FusePO: pairs whose reward gap is smaller are dropped and counted."""
-    max_reward_gap: float | None = None
+    max_reward_gap: Annotated[float | None, not_negative(0.1)] = None
     """FusePO: pairs whose reward gap is larger are dropped and counted."""
 
 
@@ -143,11 +144,11 @@ class SchedConfig:
 
     name: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape after the warm-up."""
-    warmup_steps: int | None = None
+    warmup_steps: Annotated[int | None, not_negative(0)] = None
     """Steps of linear warm-up; null uses warmup_ratio."""
-    warmup_ratio: float = 0.1
+    warmup_ratio: Annotated[float, share()] = 0.1
     """Share of all steps spent warming up when warmup_steps is null."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, not_negative()] = 0.0
     """Learning rate that cosine and linear reach just after the last step."""
 
 
@@ -157,13 +158,13 @@ class OptimConfig:
 
     name: Literal["adamw"] = "adamw"
     """Decoupled weight decay; norms and biases are not decayed."""
-    lr: float = 5e-6
+    lr: Annotated[float, positive()] = 5e-6
     """Peak learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, not_negative()] = 0.0
     """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: Annotated[tuple[float, float], SHARES] = (0.9, 0.95)
     """Adam's moment decays."""
-    eps: float = 1e-8
+    eps: Annotated[float, positive()] = 1e-8
     """Adam's epsilon."""
     use_distributed_optimizer: bool = False
     """Split the optimizer's state over the data-parallel ranks."""
@@ -181,7 +182,7 @@ class OptimConfig:
     """With it: format of Adam's second moment."""
     optimizer_cpu_offload: bool = False
     """Keep optimizer states in the host's memory and step there (CUDA; needs use_precision_aware_optimizer)."""
-    optimizer_offload_fraction: float = 1.0
+    optimizer_offload_fraction: Annotated[float, Range(lambda value: 0 < value <= 1, "must lie in (0, 1]")] = 1.0
     """With it: share of the states that is moved."""
     sched: SchedConfig = field(default_factory=SchedConfig)
     """Warm-up and decay."""
@@ -245,7 +246,7 @@ class BuildConfig:
     """A source's score from the rewards of its responses."""
     reward_standardization: Literal["none", "prompt", "dataset"] = "none"
     """Rewards to zero mean and unit deviation before the softmax."""
-    max_length: int = 2048
+    max_length: Annotated[int, at_least(2, rule="must hold a prompt and a response")] = 2048
     """Longest prompt + response in tokens. Responses are cut on the right; a prompt without room is a bad record."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """stop at the first bad record with file and line, or skip: write it with the reason to rejected.jsonl."""

@@ -7,9 +7,9 @@ comes back as plain lines, which `fuserl train` prints.
 from fuserl_megatron.config.facts import batch_fact, layout_fact, steps_fact, steps_per_epoch, total_steps, warmup_steps
 from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_data_set, check_layout, check_model
 from fuserl_megatron.config.objective import check_objective, open_loss
+from fuserl_megatron.config.ranges import check_ranges
 from fuserl_megatron.config.rules import (
     check_manager,
-    check_numbers,
     check_optimizer,
     check_trainer,
     check_validation,
@@ -40,7 +40,7 @@ def validate(
     Raises:
         UserError: the first rule that does not hold.
     """
-    check_numbers(config)
+    check_ranges(config)
     check_trainer(config)
     check_objective(config.objective)
     if config.exp_manager.metrics:
@@ -73,8 +73,7 @@ def validate_build(config: BuildConfig) -> None:
     if not config.inputs:
         raise UserError("inputs=[]: needs at least one file of scored responses; type inputs=[responses.jsonl].")
     _check_temperature(config)
-    if config.max_length < 2:
-        refuse(config, "max_length", "must hold a prompt and a response", 2048)
+    check_ranges(config)
     for name in TEMPLATE_ARGUMENTS.intersection(config.chat_template_kwargs):
         raise UserError(f"chat_template_kwargs.{name}: the data set gives the template this one; leave it out.")
     if len(set(config.sources)) != len(config.sources):

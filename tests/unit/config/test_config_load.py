@@ -15,7 +15,7 @@ from fuserl_megatron.config.compose import (
     conf_dir,
     recipes,
 )
-from fuserl_megatron.config.keys import all_keys, leaves, plain
+from fuserl_megatron.config.keys import all_keys, leaves, plain, plain_type
 from fuserl_megatron.config.launch_sections import LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
 from fuserl_megatron.config.sample_load import load_sample
@@ -300,7 +300,7 @@ def test_every_key_can_be_set_on_the_command_line():
 def test_every_field_has_a_type_that_is_checked(schema):
     def types(section):
         for field in dataclasses.fields(section):
-            yield from types(field.type) if dataclasses.is_dataclass(field.type) else [field.type]
+            yield from types(field.type) if dataclasses.is_dataclass(field.type) else [plain_type(field)]
 
     plain = {int, float, bool, str, type(None)}
     for kind in types(schema):
