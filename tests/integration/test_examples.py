@@ -70,6 +70,8 @@ def place(tmp_path_factory):
     scored.mkdir(parents=True)
     (scored / "records.jsonl").write_text(text)
     (scored / "done.json").write_text(json.dumps({"format": "fuserl scored responses", "bytes": len(text)}))
+    for name in ("fusesft", "fusepo"):
+        (root / "runs" / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (root / "docs").mkdir()
     ratings = [dict(question=f"p{p}", answer={"text": "x"}, scores=[{"overall": p}], judge="j") for p in range(4)]
     (root / "ratings.json").write_text(json.dumps(ratings))

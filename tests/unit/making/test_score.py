@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from making_helpers import save_reward_model, write_records
+from making_helpers import write_records
 
 from fuserl_megatron.cli.app import main
 from fuserl_megatron.config.load import from_dict
@@ -22,6 +22,7 @@ from fuserl_megatron.making.finished import finished_rows
 from fuserl_megatron.making.parts import key_array, key_of, scan
 from fuserl_megatron.records.grouping import load_groups
 from fuserl_megatron.records.records import Rejects
+from fuserl_megatron.testing.tiny import save_tiny_reward_model
 from fuserl_megatron.util.errors import UserError
 
 RULE = """
@@ -45,7 +46,7 @@ RECORDS = [{"prompt": p, "source": s, "response": r} for p, s, r in ANSWERS]
 @pytest.fixture(scope="module")
 def reward_model_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("reward_model")
-    save_reward_model(directory)
+    save_tiny_reward_model(directory)
     return str(directory)
 
 
