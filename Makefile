@@ -70,8 +70,10 @@ bench: $(INSTALLED)  ## every script in benchmarks/, in short (its --help says h
 	@test -n "$(BENCHMARKS)" || { echo "make bench: there are no scripts in benchmarks/ yet" >&2; exit 2; }
 	@set -e; for script in $(BENCHMARKS); do echo "$$script --quick"; $(BIN)/python $$script --quick; done
 
-lint: $(INSTALLED)  ## ruff
+lint: $(INSTALLED)  ## ruff, its format, and the types
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy
 
 docs:  ## the documentation as a site (site/), in an environment of its own (.venv-docs)
 	@test -x $(VENV)-docs/bin/mkdocs || { $(PYTHON) -m venv $(VENV)-docs && \

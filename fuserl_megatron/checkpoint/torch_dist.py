@@ -21,7 +21,7 @@ import pickle
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
@@ -88,11 +88,13 @@ def numbers_of(file: BinaryIO, start: int, length: int, numel: int) -> tuple[tor
     Raises:
         ValueError: and what the loader raises, when it is not one contiguous tensor of `numel` numbers.
     """
-    tensor = _without_numbers(_create_file_view(file, start, length))
+    view: Any = _create_file_view(cast(io.IOBase, file), start, length)
+    tensor = _without_numbers(view)
     storage = tensor.untyped_storage()
     if (tensor.numel(), storage.nbytes()) != (numel, numel * tensor.itemsize) or not tensor.is_contiguous():
         raise ValueError(f"not one contiguous tensor of {numel} numbers")
-    return tensor.dtype, start + storage._checkpoint_offset
+    offset: Any = storage._checkpoint_offset
+    return tensor.dtype, start + offset
 
 
 def _without_numbers(file: BinaryIO) -> torch.Tensor:
@@ -250,7 +252,7 @@ class DistWriter:
     def __enter__(self) -> "DistWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_: Any) -> None:
         self.close()
 
     def close(self) -> None:

@@ -67,8 +67,8 @@ def compose_tree(
     if not primary.is_dir():
         raise UserError(f"--config-dir {config_dir}: no such directory{did_you_mean(primary)}.")
     roots = [primary] if primary == shipped else [primary, shipped]
-    file = next((root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()), None)
-    if file is None:
+    root_file = next((root / f"{name}.yaml" for root in roots if (root / f"{name}.yaml").is_file()), None)
+    if root_file is None:
         found = sorted({file.stem for root in roots for file in root.glob("*.yaml")})
         raise UserError(
             f"--config-name {name}: no {name}.yaml in {' or '.join(map(str, roots))}.{nearest(name, found)}"
@@ -76,16 +76,16 @@ def compose_tree(
     overrides, plain_values = _check_overrides(schema, overrides, roots)
     try:
         with tempfile.TemporaryDirectory() as main:  # of the root file alone: hydra looks for it in one directory only
-            shutil.copy(file, main)
+            shutil.copy(root_file, main)
             write_recipes(Path(main), roots)
             overrides.append(f"hydra.searchpath=[{','.join(_in_quotes(f'file://{root}') for root in roots)}]")
             with initialize_config_dir(main, version_base="1.3", job_name="fuserl"):
-                composed = compose(file.stem, overrides)
+                composed = compose(root_file.stem, overrides)
         OmegaConf.register_new_resolver("by_stage", _by_stage, replace=True)
         defaults = OmegaConf.create(plain(dataclasses.asdict(schema())))
-        merged = OmegaConf.to_container(OmegaConf.merge(defaults, composed, plain_values), resolve=True)
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(defaults, composed, plain_values), resolve=True)
     except RecursionError:
-        raise UserError(f"{file}: nested too deep, or an anchor that holds itself.") from None
+        raise UserError(f"{root_file}: nested too deep, or an anchor that holds itself.") from None
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise UserError(one_line(error)) from error
     refuse_secrets(merged)

@@ -22,7 +22,7 @@ def all_keys(schema: type, prefix: str = "") -> tuple[str, ...]:
     keys = []
     for field in dataclasses.fields(schema):
         keys.append(prefix + field.name)
-        if dataclasses.is_dataclass(field.type):
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
             keys.extend(all_keys(field.type, f"{prefix}{field.name}."))
     return tuple(keys)
 
@@ -31,7 +31,9 @@ def holds_own_names(key: str, schema: type) -> bool:
     """Whether a key lies in one that holds names of the user's own (`chat_template_kwargs.enable_thinking`)."""
     section, _, rest = key.partition(".")
     kind = {field.name: field.type for field in dataclasses.fields(schema)}.get(section)
-    return holds_own_names(rest, kind) if dataclasses.is_dataclass(kind) else typing.get_origin(kind) is dict
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return holds_own_names(rest, kind)
+    return typing.get_origin(kind) is dict
 
 
 def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

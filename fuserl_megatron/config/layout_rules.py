@@ -12,24 +12,57 @@ from fuserl_megatron.util.errors import UserError
 class ModelShape(Protocol):
     """What the checks ask of a model (`convert.hf_config.read_config` gives it). Counts, not bytes."""
 
-    num_layers: int
-    hidden_size: int
-    head_dim: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    vocab_size: int
-    max_position_embeddings: int
-    sliding_window: int | None
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def head_dim(self) -> int:
+        """Of one attention head."""
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """MLP channels."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def num_query_groups(self) -> int:
+        """Key/value heads."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Without padding."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Longest sequence in tokens."""
+
+    @property
+    def sliding_window(self) -> int | None:
+        """Tokens that attention looks back; None: all."""
 
 
 class DataSet(Protocol):
     """What the checks ask of a fused data set (its manifest)."""
 
-    num_prompts: int
-    max_token_id: int
-    tokens: dict[str, float]
-    """Has total_max: tokens of the longest prompt + response."""
+    @property
+    def num_prompts(self) -> int:
+        """Groups."""
+
+    @property
+    def max_token_id(self) -> int:
+        """The model's vocabulary must be larger."""
+
+    @property
+    def tokens(self) -> dict[str, float]:
+        """Has total_max: tokens of the longest prompt + response."""
 
 
 def check_layout(config: Config, world_size: int) -> int:

@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.keys import about_key, all_keys, plain, plain_type
@@ -21,7 +21,8 @@ from fuserl_megatron.config.schema import BuildConfig, Config
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import nearest, show
 
-SCHEMAS = {"train": Config, "build": BuildConfig, "sample": SampleConfig}
+Place = str | Path | None
+SCHEMAS: dict[str, type] = {"train": Config, "build": BuildConfig, "sample": SampleConfig}
 EXAMPLES = {
     "model.path": "model.path=/models/Llama-3.1-8B-Instruct",
     "data.path": "data.path=/data/fused (the directory `fuserl build` wrote)",
@@ -33,10 +34,32 @@ EXAMPLES = {
 BY_BUILD = "auto is worked out by `fuserl build`; null takes the data set's own temperature, a number overrides it."
 
 
+@overload
+def load_config(
+    kind: Literal["train"], overrides: Sequence[str] = ..., config_dir: Place = ..., config_name: str | None = ...
+) -> Config: ...
+
+
+@overload
+def load_config(
+    kind: Literal["build"],
+    overrides: Sequence[str] = ...,
+    config_dir: Place = ...,
+    config_name: str | None = ...,
+    later: Collection[str] = ...,
+) -> BuildConfig: ...
+
+
+@overload
+def load_config(
+    kind: Literal["sample"], overrides: Sequence[str] = ..., config_dir: Place = ..., config_name: str | None = ...
+) -> SampleConfig: ...
+
+
 def load_config(
     kind: Literal["train", "build", "sample"],
     overrides: Sequence[str] = (),
-    config_dir: str | Path | None = None,
+    config_dir: Place = None,
     config_name: str | None = None,
     later: Collection[str] = (),
 ) -> Config | BuildConfig | SampleConfig:
@@ -87,7 +110,7 @@ def _map_section(schema: type, values: Any, prefix: str, known: set[str], later:
         if name not in fields:
             raise UserError(f"{full}: no such key.{about_key(full, known)}")
         kind = plain_type(fields[name])
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             given[name] = _map_section(kind, value, f"{full}.", known)
         else:
             given[name] = _convert(kind, value, full, fields[name].default)

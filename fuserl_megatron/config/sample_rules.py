@@ -36,7 +36,7 @@ def check_source(config: SourceConfig) -> None:
         UserError: the first rule that does not hold.
     """
     _refuse_keys(config)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.@+-]*", config.name):
+    if not re.fullmatch(r"[A-Za-z0-9][\w.@+-]*", config.name or ""):
         rule = "becomes a folder: letters, digits and . _ - @ + without blanks"
         raise UserError(f"name={config.name}: {rule}; name=llama70b would work")
     at_least_one = {

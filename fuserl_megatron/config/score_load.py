@@ -73,7 +73,7 @@ def load_reward(name: str, overrides: Sequence[str] = (), config_dir: str | Path
         raise UserError(
             f"rewards: no {name}.yaml in conf/reward.{nearest(name, known)} There are {', '.join(known)}; {own}."
         )
-    kind = given[-1] if given else _kind_in(file)
+    kind = given[-1] if given or file is None else _kind_in(file)
     if kind not in KINDS:
         raise UserError(f"rewards.{name}.kind={show(kind)}: not one of {', '.join(KINDS)}.{nearest(str(kind), KINDS)}")
     if kind == "endpoint" and (wrong := [text for text in overrides if text in ("api=score", "api=rerank")]):

@@ -67,7 +67,8 @@ def in_parts(
     Returns:
         What `work` returned, part by part. The first error in any of them stops the others and is raised.
     """
-    parts, before = [[] for _ in range(min(threads, usable_cores()))], 0
+    parts: list[list[str]] = [[] for _ in range(min(threads, usable_cores()))]
+    before = 0
     shapes = hf_shapes(shape)
     sizes = {name: sum(math.prod(shapes[hf]) for hf in hf_names(name, shape)) for name in megatron_names(shape)}
     total = sum(sizes.values())

@@ -101,7 +101,7 @@ FAMILIES = {
     ),
 }
 
-REFUSED = {
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "hidden_act": (("silu", "swish"), "only silu (SwiGLU) is"),
     "pretraining_tp": ((1,), "set it to 1; it only changes the order of summation in old transformers"),
     "quantization_config": ((), "convert the model to bfloat16 or float32 weights first"),

@@ -133,6 +133,7 @@ def hf_tensors_from_megatron(
     names = hf_names(megatron_name, shape)
     if row.megatron == "output_layer.weight" and shape.tie_word_embeddings:
         return []
+    parts: Sequence[torch.Tensor]
     if row.rule == "qkv":
         parts = split_qkv(full, shape)
     elif row.rule == "gate_up":

@@ -51,7 +51,7 @@ def _rope(rope: RopeParameters) -> tuple[list[str], list[str]]:
         case "llama3":
             said = ", ".join(f"{name} {value:g} instead of {_LLAMA3[name]}" for name, value in other.items())
             return ["--use-rope-scaling"], [f"its Llama 3 RoPE scaling is fixed, and this model has {said}"]
-        case "linear" if float(rope.factor).is_integer():
+        case "linear" if rope.factor is not None and float(rope.factor).is_integer():
             return ["--rotary-seq-len-interpolation-factor", str(int(rope.factor))], []
         case "linear" | "yarn":
             return [], [f"it has no RoPE scaling of type {rope.type} with this model's numbers"]

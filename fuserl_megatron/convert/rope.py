@@ -127,7 +127,7 @@ def rope_inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch
         case "default" | "dynamic":
             return 1.0 / periods_D2, 1.0
         case "linear":
-            return 1.0 / periods_D2 / rope.factor, 1.0
+            return 1.0 / periods_D2 / _stated(rope.factor), 1.0
         case "llama3":
             return _llama3(rope, 1.0 / periods_D2), 1.0
         case "yarn":
@@ -135,27 +135,35 @@ def rope_inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch
     raise ValueError(f"rope type {rope.type!r} is not one of default, linear, dynamic, yarn, llama3")
 
 
+def _stated(number: float | None) -> float:
+    """A number that this type of RoPE has: `read_rope` saw to it."""
+    assert number is not None
+    return number
+
+
 def _llama3(rope: RopeParameters, inv_freq_D2: torch.Tensor) -> torch.Tensor:
     """Long wavelengths are divided by `factor`, short ones kept, those between interpolated."""
-    original = rope.original_max_position_embeddings
-    low, high = rope.low_freq_factor, rope.high_freq_factor
+    original, factor = _stated(rope.original_max_position_embeddings), _stated(rope.factor)
+    low, high = _stated(rope.low_freq_factor), _stated(rope.high_freq_factor)
     wavelength_D2 = 2 * math.pi / inv_freq_D2
     is_long_D2 = wavelength_D2 > original / low
     is_short_D2 = wavelength_D2 < original / high
-    scaled_D2 = torch.where(is_long_D2, inv_freq_D2 / rope.factor, inv_freq_D2)
+    scaled_D2 = torch.where(is_long_D2, inv_freq_D2 / factor, inv_freq_D2)
     share_D2 = (original / wavelength_D2 - low) / (high - low)
-    between_D2 = (1 - share_D2) * scaled_D2 / rope.factor + share_D2 * scaled_D2
+    between_D2 = (1 - share_D2) * scaled_D2 / factor + share_D2 * scaled_D2
     return torch.where(is_long_D2 | is_short_D2, scaled_D2, between_D2)
 
 
 def _yarn(rope: RopeParameters, head_dim: int, periods_D2: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Dimensions turning often in the original context are kept, slow ones interpolated, a ramp between."""
-    original = rope.original_max_position_embeddings
+    original = _stated(rope.original_max_position_embeddings)
     factor = rope.max_position_embeddings / original if rope.factor is None else rope.factor
 
     def dimension_with(turns: float) -> float:
         return (head_dim * math.log(original / (turns * 2 * math.pi))) / (2 * math.log(rope.theta))
 
+    first: float
+    last: float
     first, last = dimension_with(rope.beta_fast or 32), dimension_with(rope.beta_slow or 1)
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)

@@ -52,11 +52,9 @@ class ShardReader:
                     said = f"puts it in {weight_map[name]}" if name in weight_map else "does not list it"
                     raise UserError(f"{file}: holds {name} but the index {said}; fetch both again")
                 self.tensors[name] = tensor
-        for name in weight_map or ():
+        for name, promised in (weight_map or {}).items():
             if name not in self.tensors:
-                raise UserError(
-                    f"{self.directory / weight_map[name]}: lacks {name}, which the index promises; fetch it again"
-                )
+                raise UserError(f"{self.directory / promised}: lacks {name}, which the index promises; fetch it again")
 
     def _headers(self, file: Path) -> dict[str, StoredTensor]:
         if file.suffix == ".safetensors":
@@ -277,4 +275,7 @@ def read_parameter(
             reader.read(name, dim, first, last, out=half)
         return out
     parts = [reader.read(*cut) for cut in cuts]
-    return merge_qkv(*parts, shape) if row.rule == "qkv" else parts[0]
+    if row.rule != "qkv":
+        return parts[0]
+    q, k, v = parts
+    return merge_qkv(q, k, v, shape)

@@ -4,11 +4,13 @@ Shapes: G prompts kept, N sequences (responses used), P pairs or triples, K sour
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
-from fuserl_megatron.data.dataset import FusedDataset
+from fuserl_megatron.data.dataset import FusedDataset, Manifest
 from fuserl_megatron.objectives.spec import Unit
 
 
@@ -37,7 +39,7 @@ class PreparedSet:
         fitted: what data.on_too_long left out or cut, as a short hash (too_long.py); None: nothing.
     """
 
-    dataset: FusedDataset
+    dataset: "FusedDataset | CutResponses | NextPrompts"
     reward_temperature: float
     group_ids: np.ndarray
     sequence_offsets: np.ndarray
@@ -111,6 +113,15 @@ def kept_prompts(prepared: PreparedSet, keep_G: np.ndarray) -> PreparedSet:
 class CutResponses:
     """A data set some of whose responses are shorter: they end early, without their end of turn."""
 
+    path: Path
+    manifest: Manifest
+    sources: list[str]
+    num_groups: int
+    num_responses: int
+    prompt_lengths: np.ndarray
+    prompt: Callable[[int], np.ndarray]
+    place: Callable[[int], str]
+
     def __init__(self, dataset: FusedDataset, response_ids: np.ndarray, lengths_N: np.ndarray):
         """Cut the responses ([N] ids) to these lengths."""
         self._inner, self.path, self.manifest, self.sources = dataset, dataset.path, dataset.manifest, dataset.sources
@@ -135,10 +146,18 @@ class NextPrompts:
     A response that would make the row longer than any of the data set's own is cut.
     """
 
+    path: Path
+    manifest: Manifest
+    sources: list[str]
+    num_groups: int
+    num_responses: int
+    prompt_lengths: np.ndarray
+
     def __init__(self, prepared: PreparedSet):
         """Pair every group kept with the one after it."""
         self._inner = prepared.dataset
-        self._next = np.arange(self._inner.num_groups)
+        self.path, self.num_groups = self._inner.path, self._inner.num_groups
+        self._next = np.arange(self.num_groups)
         self._next[prepared.group_ids] = np.roll(prepared.group_ids, -1)
         self.manifest, self.sources = self._inner.manifest, self._inner.sources
         self.num_responses = self._inner.num_responses

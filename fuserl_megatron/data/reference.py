@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class ReferenceCache:
     def __init__(self, directory: Path, key: str, num_responses: int, complete: bool, writable: bool):
         """Use `open_or_create` or `open`."""
         self.directory, self.key, self.num_responses, self.complete = directory, key, num_responses, complete
-        mode = "r+" if writable else "r"
+        mode: Literal["r+", "r"] = "r+" if writable else "r"
         self._logps = np.memmap(directory / DATA_FILE, dtype="<f4", mode=mode, shape=(num_responses,))
 
     @classmethod

@@ -84,7 +84,7 @@ class GlobalBatchSampler:
         self.steps_per_epoch = -(-prepared.num_prompts // data.global_batch_size)
         self._decide_sharing()
         check_sizes(prepared, data, self.share_prefix)
-        self._order = lru_cache(maxsize=2)(self._order)
+        self._order = lru_cache(maxsize=2)(self._shuffled)
 
     def step(self, step: int) -> StepPlan:
         """The plan of one optimizer step; steps count through all epochs."""
@@ -118,7 +118,7 @@ class GlobalBatchSampler:
             batches.append(assemble(self.prepared, items, rows, length, self.share_prefix))
         return batches
 
-    def _order(self, epoch: int) -> np.ndarray:
+    def _shuffled(self, epoch: int) -> np.ndarray:
         """The prompts of an epoch in order, a function of (seed, epoch)."""
         if not self.data.shuffle:
             return np.arange(self.prepared.num_prompts)

@@ -12,17 +12,19 @@ Shapes: G prompts, N sequences, R responses of the whole data set.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 
 from fuserl_megatron.config.schema import DataConfig
 from fuserl_megatron.data.assemble import Unit, chunks_of, units_of
+from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.packing import fits, group_chunks, measure_sharing
 from fuserl_megatron.data.prepared import CutResponses, PreparedSet, kept_prompts
 from fuserl_megatron.objectives.spec import Unit as LossUnit
 from fuserl_megatron.util.errors import UserError
 
-UNIT_WORDS = {
+UNIT_WORDS: dict[LossUnit | None, str] = {
     LossUnit.PAIRS: "a pair",
     LossUnit.TRIPLES: "a triple",
     LossUnit.ALL_RESPONSES: "all responses of a source",
@@ -71,7 +73,7 @@ def fitted(prepared: PreparedSet, data: DataConfig) -> PreparedSet:
     cut_N = kept_N & (lengths_N < prepared.lengths)
     counts = {"prompts_too_long": int((~keep_G).sum()), "responses_cut_to_fit": int(cut_N.sum())}
     if cut_N.any():
-        view = CutResponses(prepared.dataset, prepared.response_ids, lengths_N)
+        view = CutResponses(cast(FusedDataset, prepared.dataset), prepared.response_ids, lengths_N)
         prepared = replace(prepared, dataset=view, lengths=lengths_N)
     mark = hashlib.sha256(keep_G.tobytes() + lengths_N[kept_N].tobytes()).hexdigest()[:16]
     changed = replace(prepared, counts=prepared.counts | counts, fitted=f"{data.on_too_long} {mark}")

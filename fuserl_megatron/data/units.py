@@ -60,6 +60,12 @@ class Selection:
     pairs: PairTable | None = None
     """None for FuseSFT."""
 
+    @property
+    def pair_table(self) -> PairTable:
+        """Of FusePO."""
+        assert self.pairs is not None
+        return self.pairs
+
 
 def prepare_preference(selection: Selection) -> PreparedSet:
     """The prepared set of a FusePO loss.
@@ -80,7 +86,7 @@ def prepare_preference(selection: Selection) -> PreparedSet:
 
 def _pairs(selection: Selection, spec: LossSpec) -> PreparedSet:
     groups_P, sources_P, weights_GK, counts = _weighted_pairs(selection)
-    ids_P2 = selection.pairs.ids(groups_P, sources_P)
+    ids_P2 = selection.pair_table.ids(groups_P, sources_P)
     beside: dict[str, np.ndarray] = {}
     if "reward_gaps_P" in spec.needs:
         rewards_P2 = [torch.from_numpy(selection.dataset.rewards[ids_P]) for ids_P in ids_P2]
@@ -102,8 +108,8 @@ def _triples(selection: Selection) -> PreparedSet:
     present_GK = selection.table.mask_GKN.any(dim=2)
     others_GK = present_GK.clone()
     others_GK[:, target] = False
-    own_G, strong_G = selection.pairs.has_pair_GK[:, target], others_GK.any(dim=1)
-    counts = {k: v for k, v in selection.pairs.counts.items() if not k.startswith("prompts_")}
+    own_G, strong_G = selection.pair_table.has_pair_GK[:, target], others_GK.any(dim=1)
+    counts = {k: v for k, v in selection.pair_table.counts.items() if not k.startswith("prompts_")}
     counts |= {
         "prompts_without_own_pair": int((~own_G).sum()),
         "prompts_without_other_source": int((own_G & ~strong_G).sum()),
@@ -118,7 +124,7 @@ def _triples(selection: Selection) -> PreparedSet:
     best_G = torch.where(top_GR, ids_GR, torch.iinfo(torch.int64).max).amin(dim=1)
     groups_P = np.flatnonzero(kept_G.numpy())
     best_P = best_G.numpy()[groups_P]
-    ids_P3 = [*selection.pairs.ids(groups_P, target), best_P]
+    ids_P3 = [*selection.pair_table.ids(groups_P, target), best_P]
     sources_P = dataset.source_ids[best_P]
     weights_GK = torch.zeros_like(selection.scores_GK)
     weights_GK[groups_P, sources_P] = 1.0
@@ -127,7 +133,7 @@ def _triples(selection: Selection) -> PreparedSet:
 
 def _single_responses(selection: Selection) -> PreparedSet:
     groups_P, sources_P, weights_GK, counts = _weighted_pairs(selection)
-    chosen_P, rejected_P = selection.pairs.ids(groups_P, sources_P)
+    chosen_P, rejected_P = selection.pair_table.ids(groups_P, sources_P)
     ids_N = np.sort(np.concatenate([chosen_P, rejected_P]))
     groups_N = np.searchsorted(selection.dataset.response_offsets, ids_N, side="right") - 1
     weights_N = weights_GK.numpy()[groups_N, selection.dataset.source_ids[ids_N]] / 2
@@ -157,7 +163,7 @@ def _all_responses(selection: Selection) -> PreparedSet:
 
 def _weighted_pairs(selection: Selection) -> tuple[np.ndarray, np.ndarray, torch.Tensor, dict[str, int]]:
     """Groups and sources [P] of the pairs that count, the weights [G, K] over sources with a pair, what is dropped."""
-    counts, has_pair_GK = dict(selection.pairs.counts), selection.pairs.has_pair_GK
+    counts, has_pair_GK = dict(selection.pair_table.counts), selection.pair_table.has_pair_GK
     _stop_if_empty(selection.dataset, has_pair_GK.any(dim=1), counts, NEED_REWARDS)
     weights_GK = source_weights(selection.scores_GK, has_pair_GK, selection.reward_temperature)
     counts["zero_weight"] = int((has_pair_GK & (weights_GK == 0)).sum())

@@ -66,8 +66,10 @@ class _Chain:
         self.root = Path(config.run.results_dir)
         if len(set(config.stages)) != len(config.stages):
             raise UserError(f"stages={show(config.stages)}: a stage is named twice; name each once.")
-        self.wanted, self.notes, self.stages = set(config.stages), [], {}
-        self.target, self.trained = config.target, {}
+        self.wanted, self.target = set(config.stages), config.target
+        self.notes: list[str] = []
+        self.stages: dict[str, Stage] = {}
+        self.trained: dict[str, Config] = {}
         if not self.wanted:
             raise UserError("stages=[]: nothing to run; stages=[fusesft,fusepo] would work.")
         self.is_hf = (Path(local_model(config.target, weights=False)) / "config.json").is_file()
@@ -129,8 +131,8 @@ class _Chain:
                 "leave export out of stages, training then writes the best to hf/ itself."
             )
         to, options = str(self.root / name), self.config.export
-        words = ("--force", "--max-shard-size", options.max_shard_size)
-        words += ("--dtype", options.dtype) if options.dtype else ()
+        dtype = ("--dtype", options.dtype) if options.dtype else ()
+        words = ("--force", "--max-shard-size", options.max_shard_size, *dtype)
         self._add(name, ("fuserl", "convert", "megatron-to-hf", last.run.results_dir, to, *words))
 
     def _evaluate(self, name: str) -> None:
@@ -138,8 +140,8 @@ class _Chain:
         last = self._last("there is no trained model to evaluate") if self.trained else None
         model = str(self.root / "export") if "export" in self.stages else f"{last.run.results_dir}/hf" if last else None
         if command := settings.pop("command", None):
-            words = shlex.split(value_of(command))
-            self._add(name, tuple(word.replace("{model}", model or self.target) for word in words))
+            program = shlex.split(value_of(command))
+            self._add(name, tuple(word.replace("{model}", model or self.target) for word in program))
             return
         before = "fusepo" if "fusepo" in self.trained else "fusesft"
         words = self._words({}, "train", before) if last else self._words({}, "train")
@@ -151,7 +153,7 @@ class _Chain:
             defaults["objective.reference"] = last.objective.reference or last.model.path
         words |= {key: override(key, value) for key, value in defaults.items() if value is not None} | settings
         config = self._compose(name, words)
-        compare = ("--before", before_model) if before_model not in (None, "null", "None") else ()
+        compare = ("--before", before_model) if before_model and before_model not in ("null", "None") else ()
         self._add(name, ("fuserl", "evaluate", *compare), config, config.run.results_dir)
 
     def _po_defaults(self) -> dict[str, Any]:
@@ -212,15 +214,18 @@ class _Chain:
         """
         words = [word for key, word in self.sections.get(name, {}).items() if key.startswith("cluster.")]
         values = compose_tree(LaunchConfig, "config", words)["cluster"] if words else {}
-        trains = isinstance(config, Config)
-        alone = {} if trains else dict(nodes=1, ntasks_per_node=1, gpus_per_node=None)
+        alone = {} if isinstance(config, Config) else dict(nodes=1, ntasks_per_node=1, gpus_per_node=None)
         changed = {key: values[key] for key in (key_of(word).partition(".")[2] for word in words)}
         merged = dataclasses.asdict(self.config.cluster) | alone | changed
         cluster = from_dict(LaunchConfig, {"target": "-", "cluster": merged}).cluster
         if cluster.type != self.config.cluster.type:
             raise UserError(f"cluster.type={cluster.type}: is the same for all stages; write cluster={cluster.type}.")
         _check_cluster(cluster)
-        if trains and cluster.type == "local" and cluster.ntasks_per_node is cluster.gpus_per_node is None:
+        if (
+            isinstance(config, Config)
+            and cluster.type == "local"
+            and cluster.ntasks_per_node is cluster.gpus_per_node is None
+        ):
             return dataclasses.replace(cluster, ntasks_per_node=replica_ranks(config.model))
         return cluster
 

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.machine import usable_cores
@@ -126,7 +127,7 @@ class _Group:
         """Of the ranks but 0, from the first error or traceback on; noise when another rank met a user error."""
 
     def start(self, rank: int, command: Sequence[str], environ: dict[str, str]) -> None:
-        stdio = {}
+        stdio: dict[str, Any] = {}
         if rank:
             stdio = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(
@@ -139,7 +140,7 @@ class _Group:
 
     def _pump(self, rank: int, process: subprocess.Popen) -> None:
         held, since = self.last_words, 0.0
-        for line in process.stdout:
+        for line in process.stdout or ():
             if rank not in held and (line.startswith(ERROR_PREFIX) or TRACEBACK in line):
                 held[rank], since = [], time.monotonic()
             words = [line.rstrip()]
@@ -178,7 +179,7 @@ class _Group:
                 print(*errors or [f"{ERROR_PREFIX} rank {first} ended with exit code 2"], sep="\n", file=sys.stderr)
             return USER_ERROR
         self._print_last_words()
-        code = codes[first]
+        code = codes[first] or 0
         if first == 0 and code == 1 and not any(process.returncode for process in self.ranks[1:]):
             return code  # a check that came out negative: rank 0 has said so, and the others were done
         print(f"{ERROR_PREFIX} rank {first} ended first, {_cause(code)}; the other ranks were ended.", file=sys.stderr)

@@ -48,7 +48,8 @@ def load_sections(
 
 def _by_section(overrides: Sequence[str]) -> tuple[list[str], dict[str, dict[str, str]]]:
     """The launcher's own overrides, and those of each section by key, the section's name taken off."""
-    own, words = [], {}
+    own: list[str] = []
+    words: dict[str, dict[str, str]] = {}
     known = [*SECTIONS, *ORDER, *(field.name for field in dataclasses.fields(LaunchConfig))]
     for text in overrides:
         key = key_of(text)

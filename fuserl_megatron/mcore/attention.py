@@ -113,9 +113,11 @@ def _sdpa(q, k, v, scale, **mask):
 def _by_band(q, k, v, visible: Visibility, scale: float):
     """Each band of queries, all rows at once, against the bands from the first to the last that it sees."""
     # split, not slices: the gradient is put together once
-    q_bands, k_bands, v_bands = (t.split(visible.band, dim=2) for t in (q, k, v))
+    band = visible.band
+    assert band is not None
+    q_bands, k_bands, v_bands = (t.split(band, dim=2) for t in (q, k, v))
     masks, parts = visible.band_masks(q.dtype), []
-    for i, first in enumerate(visible.first_bands(visible.band)):
+    for i, first in enumerate(visible.first_bands(band)):
         keys, values = (torch.cat(bands[first : i + 1], dim=2) for bands in (k_bands, v_bands))
         parts.append(_sdpa(q_bands[i], keys, values, scale, attn_mask=masks[i]))
     return torch.cat(parts, dim=2)

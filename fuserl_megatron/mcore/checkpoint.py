@@ -93,7 +93,8 @@ def load(target: TargetModel, folder: Path, optimizer: ChainedOptimizer | None =
     Raises:
         UserError: on every rank: the checkpoint does not fit the model, cannot be read, or names anything foreign.
     """
-    state, problem = None, None
+    state: dict[str, Any] = {}
+    problem: str | None = None
     try:
         state = load_state(_state(target, optimizer, is_loading=True), folder, advice)
     except UserError as error:

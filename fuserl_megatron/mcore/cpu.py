@@ -18,6 +18,7 @@ and is left out (`no_requests`), and torch leaves the backward pass out by itsel
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -72,11 +73,12 @@ def enable() -> bool:
     if _mode is None:
         import megatron.core.tensor_parallel.random as core_random
 
-        torch.cuda.current_device = lambda: _CPU
-        torch.cuda.synchronize = lambda *args, **kwargs: None
-        torch.cuda.current_stream = lambda *args, **kwargs: _InertStream()
-        torch.cuda.manual_seed = torch.manual_seed
-        torch.cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+        cuda: Any = torch.cuda
+        cuda.current_device = lambda: _CPU
+        cuda.synchronize = lambda *args, **kwargs: None
+        cuda.current_stream = lambda *args, **kwargs: _InertStream()
+        cuda.manual_seed = torch.manual_seed
+        cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
         _mode = _CoreOnCpu()

@@ -8,6 +8,7 @@ and checkpoints expect it.
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,8 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         # core sums the gradients of so marked parameters over TP; without the mark they are silently wrong
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark: Any = self.weight
+        mark.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., H] -> [..., H]."""

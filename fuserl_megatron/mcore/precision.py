@@ -11,6 +11,7 @@ are scaled into 8 bits before each product. The recipes differ in where the scal
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core.fp8_utils import is_float8tensor
@@ -37,7 +38,7 @@ def fp8_fields(precision: str, fp8_params: bool) -> dict:
     recipe = RECIPES.get(precision)
     if recipe is None:
         return {}
-    fields = dict(fp8="hybrid" if recipe in ("delayed", "tensorwise") else "e4m3", fp8_recipe=recipe)
+    fields: dict[str, Any] = dict(fp8="hybrid" if recipe in ("delayed", "tensorwise") else "e4m3", fp8_recipe=recipe)
     if recipe == "delayed":
         fields |= dict(fp8_margin=0, fp8_amax_history_len=1024, fp8_amax_compute_algo="max")
     return fields | dict(fp8_param=fp8_params)

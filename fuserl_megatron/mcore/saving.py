@@ -72,7 +72,8 @@ class Saving:
 
     def start(self) -> None:
         """Write what was taken, from the beginning: also after a failure."""
-        self._problem, self._written = None, None
+        self._problem: Exception | None = None
+        self._written: tuple[DistWriter, dict[str, Any]] | None = None
         partial, problem = None, None
         if self.layout.is_main:
             name = iteration_directory(self.root, self.iteration).name
@@ -123,6 +124,7 @@ class Saving:
         if self._thread.is_alive():
             self._thread.join()
         self._all_or_none()
+        assert self._written is not None
         writer, files = self._written
         parts: list[Any] = [None] * self.layout.world_size
         dist.gather_object((writer.index, files), parts if self.layout.is_main else None, dst=0)

@@ -59,7 +59,7 @@ class Engine:
     place: Callable[[int], str] = str
     """Where a response was read, for messages: file:line of its id."""
     wrapped: list = field(default_factory=list)
-    optimizer: object = None
+    optimizer: Any = None
     clock: Clock = field(default_factory=Clock)
 
     @property
@@ -118,7 +118,7 @@ def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, for
     device, cp_size, cp_rank = engine.layout.device, engine.layout.cp_size, engine.layout.cp_rank
     config, backend = engine.target.config, engine.target.attention_backend
     width = config.num_attention_heads * config.kv_channels // engine.layout.tp_size
-    kept = []  # what the layers were handed, until every backward pass is done
+    kept: list[Visibility] = []  # what the layers were handed, until every backward pass is done
 
     def forward_step(iterator, model):
         batch = next(iterator)

@@ -99,6 +99,7 @@ class Visibility:
         """
         if dtype not in self._masks:
             segments, parents, size = self.segment_ids_BS, self.parent_ids_BS, self.band
+            assert size is not None
             columns_S, masks = torch.arange(segments.shape[1]), []
             for i, first in enumerate(self.first_bands(size)):
                 q, k = slice(i * size, (i + 1) * size), slice(first * size, (i + 1) * size)

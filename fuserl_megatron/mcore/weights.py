@@ -71,6 +71,7 @@ def gather_hf_tensors(
             full = _gather_over_tp(name, value(parameter), tp_group, layout)
         full = _to_rank_zero(full, layout)
         if layout.is_main:
+            assert full is not None
             yield from hf_tensors_from_megatron(name, full, target.shape)
 
 
@@ -90,7 +91,7 @@ def _to_rank_zero(full: torch.Tensor | None, layout: Layout) -> torch.Tensor | N
     holder = torch.tensor([layout.rank if full is not None else layout.world_size], device=layout.device)
     dist.all_reduce(holder, op=dist.ReduceOp.MIN)
     source = int(holder)
-    box = [full.cpu() if layout.rank == source else None]
+    box = [full.cpu() if full is not None and layout.rank == source else None]
     if source and layout.rank == source:
         dist.send_object_list(box, dst=0, device=layout.device)
     elif source and layout.is_main:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.metrics.trackers import Trackers
@@ -94,7 +95,9 @@ class RunLog:
     def __init__(self, config: Config, directory: Path, total: int, first_step: int, active: bool):
         self.config, self.total, self.first, self.active = config, total, first_step, active
         self.started = time.monotonic()
-        self._bar = self._file = self._trackers = None
+        self._bar: Any = None
+        self._file: Lines | None = None
+        self._trackers: Trackers | None = None
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -111,7 +114,7 @@ class RunLog:
 
     def step(self, record: dict) -> None:
         """Log one step. The record has step (from 1), loss, grad_norm, lr, seconds, rates, metrics and more."""
-        if not self.active:
+        if self._file is None or self._trackers is None:
             return
         record = record | {"memory_gb": round(peak_memory_gb(), 3)}
         finite = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in record.items()}
@@ -131,7 +134,8 @@ class RunLog:
         ]
         parts = [f"validation after step {step}", f"loss {metrics['val_loss']:9.5f}", *shown]
         self._print(" | ".join([*parts, f"{metrics['val_prompts']} prompts"]))
-        self._trackers.log(metrics, step)
+        if self._trackers is not None:
+            self._trackers.log(metrics, step)
 
     def _line(self, record: dict) -> str:
         done = record["step"] - self.first
@@ -160,6 +164,6 @@ class RunLog:
         """End the bar, the files and the trackers, which are told whether the run is complete."""
         if self._bar:
             self._bar.stop()
-        if self.active:
+        if self._file is not None and self._trackers is not None:
             self._trackers.close(complete)
             self._file.close()

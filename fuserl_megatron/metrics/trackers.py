@@ -11,7 +11,9 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fuserl_megatron.config.keys import leaves
 from fuserl_megatron.config.schema import Config
@@ -24,7 +26,7 @@ class TensorBoard:
     def __init__(self, config: Config, directory: Path, first_step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
+        self.writer: Any = SummaryWriter(str(directory / "tensorboard"), purge_step=first_step or None)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """One step."""
@@ -114,24 +116,31 @@ class Trackers:
 
     def __init__(self, config: Config, directory: Path, first_step: int, say: Callable[[str], None]):
         """Open them; `first_step` steps are done already."""
-        self.say, self.open, manager = say, [], config.exp_manager
-        wanted = {TensorBoard: manager.create_tensorboard_logger}
-        wanted |= {Wandb: manager.create_wandb_logger, Mlflow: manager.create_mlflow_logger}
+        self.say, manager = say, config.exp_manager
+        self.open: list[TensorBoard | Wandb | Mlflow] = []
+        wanted: dict[type[TensorBoard | Wandb | Mlflow], bool] = {
+            TensorBoard: manager.create_tensorboard_logger,
+            Wandb: manager.create_wandb_logger,
+            Mlflow: manager.create_mlflow_logger,
+        }
         for kind in (kind for kind, is_wanted in wanted.items() if is_wanted):
-            self._guarded(kind.__name__, lambda kind=kind: self.open.append(kind(config, directory, first_step)))
+            self._guarded(kind.__name__, partial(self._open, kind, config, directory, first_step))
 
     def log(self, record: dict, step: int) -> None:
         """The record's finite numbers, after `step` steps."""
         values = {k: v for k, v in record.items() if isinstance(v, int | float) and math.isfinite(v) and k != "step"}
         for tracker in list(self.open):
-            if not self._guarded(type(tracker).__name__, lambda t=tracker: t.log(values, step)):
+            if not self._guarded(type(tracker).__name__, partial(tracker.log, values, step)):
                 self.open.remove(tracker)
 
     def close(self, complete: bool) -> None:
         """End them; `complete`: the run came to its end, nothing is left to do."""
         for tracker in self.open:
-            self._guarded(type(tracker).__name__, lambda t=tracker: t.close(complete))
+            self._guarded(type(tracker).__name__, partial(tracker.close, complete))
         self.open = []
+
+    def _open(self, kind: type[TensorBoard | Wandb | Mlflow], config: Config, directory: Path, first_step: int) -> None:
+        self.open.append(kind(config, directory, first_step))
 
     def _guarded(self, name: str, action: Callable[[], None]) -> bool:
         try:

@@ -4,7 +4,7 @@ import operator
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from fuserl_megatron.config.facts import replica_ranks
 from fuserl_megatron.config.load import from_dict
@@ -21,7 +21,8 @@ class Fate(NamedTuple):
 
     nemo: str
     value: str
-    status: Literal["mapped", "ignored", "unsupported"]
+    status: str
+    """mapped, ignored or unsupported."""
     why: str
     """Our key and value, or the reason."""
 
@@ -44,7 +45,8 @@ def convert(path: str | Path) -> tuple[dict[str, Any], list[Fate]]:
     refuse_secrets({key: value for key, value in leaves.items() if isinstance(value, str)})
     stage = _stage(leaves, path)
     ours: dict[str, Any] = {"objective.stage": stage}
-    said_by, fates = {}, []
+    said_by: dict[str, str] = {}
+    fates: list[Fate] = []
     for key, value in leaves.items():
         status, why, settings = _fate(key, value, leaves)
         for name, setting in settings.items():
@@ -163,7 +165,7 @@ def _leaves(path: str | Path) -> Iterator[tuple[str, Any]]:
         OmegaConf.register_new_resolver("multiply", operator.mul)
 
     def walk(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
-        for key in node:
+        for key in map(str, node):
             try:
                 value = node[key]
             except OmegaConfBaseException as error:
@@ -177,7 +179,7 @@ def _leaves(path: str | Path) -> Iterator[tuple[str, Any]]:
     yield from walk(loaded, "")
 
 
-def _stage(leaves: dict[str, Any], path: str | Path) -> Literal["fusesft", "fusepo"]:
+def _stage(leaves: dict[str, Any], path: str | Path) -> str:
     kinds = {"sft": "fusesft", "dpo": "fusepo"}
     found = [kind for kind in kinds if any(key.startswith(f"trainer.{kind}.") for key in leaves)]
     if len(found) != 1:

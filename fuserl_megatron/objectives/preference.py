@@ -54,7 +54,7 @@ def implicit_rewards(policy: Sides, reference: Sides, beta: float, lengths: Side
     """The implicit rewards b h of both sides; b h / |y| with lengths."""
     log_ratios = [logps_P - reference_P for logps_P, reference_P in zip(policy, reference, strict=True)]
     if lengths is not None:
-        log_ratios = map(mean_logps, log_ratios, lengths)
+        log_ratios = list(map(mean_logps, log_ratios, lengths))
     chosen_P, rejected_P = (beta * log_ratios_P for log_ratios_P in log_ratios)
     return chosen_P, rejected_P
 

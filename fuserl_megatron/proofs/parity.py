@@ -14,6 +14,7 @@ import dataclasses
 import gc
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import psutil
@@ -46,6 +47,8 @@ GROUPS = {"embedding": ("embed_tokens",), "qkv": ("q_proj", "k_proj", "v_proj"),
 # fmt: on
 Step = tuple[float, float, Iterable[tuple[str, torch.Tensor]]]
 """Loss; gradient norm as training clips by it (NaN alone); gradients by Hugging Face name (on rank 0)."""
+Collected = tuple[float, float, dict[str, torch.Tensor]]
+"""The same, all gradients at hand."""
 
 
 def parity(config: Config, *, steps: int = 1, threshold: float | None = None) -> int:
@@ -89,7 +92,7 @@ def parity(config: Config, *, steps: int = 1, threshold: float | None = None) ->
 def _compared(config: Config) -> Config:
     """The run without what splits, defers or stores its numbers."""
     switches = ("use_precision_aware_optimizer", "use_distributed_optimizer", "overlap_grad_reduce")
-    whole = dict.fromkeys((*switches, "overlap_param_gather"), False)
+    whole: dict[str, Any] = dict.fromkeys((*switches, "overlap_param_gather"), False)
     objective = config.objective
     if uses_reference(objective):
         objective = dataclasses.replace(objective, reference_mode="swap")
@@ -150,7 +153,7 @@ def _steps(
         yield loss, norm, weights.gather_hf_tensors(target, layout, _gradient)
 
 
-def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+def _gradient(parameter: Any) -> torch.Tensor:
     """DDP's fp32 sum, a copy because the next step clears its buffer; what autograd left where there is no DDP."""
     return parameter.main_grad.clone() if hasattr(parameter, "main_grad") else parameter.grad
 
@@ -176,11 +179,11 @@ def _relative(difference: float, size: float) -> float:
     return math.inf if math.isnan(error) else error
 
 
-def _worst(layout: Iterable[Step], alone: Iterable[Step]) -> dict[str, tuple[float, str]]:
+def _worst(layout: Iterable[Collected], alone: Iterable[Step]) -> dict[str, tuple[float, str]]:
     """For loss, gradient norm and each group: max|a - e| / max|e|, the worst over tensors and steps, and its place."""
     rows: dict[str, tuple[float, str]] = {}
     for (loss, norm, gradients), (expected_loss, _, expected_gradients) in zip(layout, alone, strict=True):
-        errors, squares, gradients = [], 0.0, dict(gradients)
+        errors, squares = [], 0.0
         for name, expected in expected_gradients:
             group = next(group for group, parts in GROUPS.items() if any(part in name for part in parts))
             difference = (gradients[name].double() - expected.cpu()).abs().max().item()

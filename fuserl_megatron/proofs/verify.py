@@ -110,7 +110,8 @@ def compare_tensors(a: Side, b: Side) -> dict[str, Any]:
     """Every tensor of both, one parameter at a time; the same dtype is compared bit for bit, others by value."""
     in_a, in_b = megatron_names(a.shape), megatron_names(b.shape)
     only = {"a": a.extra_names(), "b": b.extra_names()}
-    compared, dtypes, different, not_finite = 0, set(), {}, {"a": [], "b": []}
+    compared, dtypes, different = 0, set(), {}
+    not_finite: dict[str, list[str]] = {"a": [], "b": []}
     for name in dict.fromkeys(in_a + in_b):
         first, second = a.tensors(name) if name in in_a else {}, b.tensors(name) if name in in_b else {}
         for side, tensors in (("a", first), ("b", second)):

@@ -7,6 +7,7 @@ Shapes: B rows, S tokens per row, T tokens, V vocabulary, H hidden.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -130,10 +131,10 @@ class MegatronSide:
 
         model = ModelConfig(path=str(self._config_dir), transformer_impl="local")
         layout = parallel.initialize(model, TrainerConfig(accelerator="cpu", precision="32"))
-        self._target = build_model(self.shape, model, layout, torch.float32)
+        self._target: Any = build_model(self.shape, model, layout, torch.float32)
         checkpoint.load(self._target, self._folder, advice="; is it of this model?")
-        self._chunk = self._target.chunks[0].eval()
-        self._attention = [m for m in self._chunk.modules() if isinstance(m, SegmentAttention)]
+        self._chunk: Any = self._target.chunks[0].eval()
+        self._attention: Any = [m for m in self._chunk.modules() if isinstance(m, SegmentAttention)]
 
     def _hidden(self, ids_BS: torch.Tensor, positions_BS: torch.Tensor, visible_BSS: torch.Tensor) -> torch.Tensor:
         self._chunk.rotary_pos_emb.positions_BS = positions_BS

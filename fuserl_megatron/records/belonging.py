@@ -38,10 +38,21 @@ from fuserl_megatron.util.errors import UserError
 class Stage(Protocol):
     """What is asked of a stage of `fuserl launch`."""
 
-    name: str
-    trains: bool
-    config: str
-    results_dir: str
+    @property
+    def name(self) -> str:
+        """As in the list of stages."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether its settings are those of a training run."""
+
+    @property
+    def config(self) -> str:
+        """Its frozen settings as yaml."""
+
+    @property
+    def results_dir(self) -> str:
+        """Where it writes."""
 
 
 def check_run(config: Config) -> list[str]:
@@ -186,7 +197,8 @@ def _rendering_problem(manifest: Manifest, model: str) -> str | None:
         mine = ChatTokenizer(model, chat_template_kwargs=manifest.template_kwargs or {})
     except UserError as error:
         return str(error)
+    told = (manifest.identity or {})["conversations"]
     for name, case in CONVERSATIONS.items():
-        if manifest.identity["conversations"].get(name) not in (None, conversation_hash(mine, *case)):
+        if told.get(name) not in (None, conversation_hash(mine, *case)):
             return f"a conversation of the kind '{name}' is rendered otherwise"
     return None

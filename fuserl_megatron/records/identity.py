@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.data.dataset import FusedDataset
+from fuserl_megatron.records.messages import BadRecord
 from fuserl_megatron.records.tokenize import BadPrompt, ChatTokenizer
 from fuserl_megatron.util.hub import TOKENIZER_FILES, local_model
 
@@ -94,9 +95,9 @@ def conversation_hash(tokenizer: ChatTokenizer, messages: tuple[tuple[str, str],
     try:
         prompt = tokenizer.encode_prompt(messages)
         (answer,) = tokenizer.encode_responses(prompt, [(response, PLACE)])
-        return digest([prompt.tokens, answer.tokens])
-    except (BadPrompt, AttributeError):  # a template that refuses it, or the response as a bad record
+    except BadPrompt:
         return "refused"
+    return "refused" if isinstance(answer, BadRecord) else digest([prompt.tokens, answer.tokens])
 
 
 def _without_template(content: bytes) -> bytes:

@@ -94,7 +94,7 @@ def _message(place: Place, name: str, message: Any, last: bool) -> Message:
         # an empty system or tool message means something; an empty last message is no question
         check = text_field if last and role != "tool" else encodable
         content = check(place, f"{name}.content", content, "prompt")
-    return (role, content, _json(place, name, given, "prompt")) if given else (role, content)
+    return (role, content, _json(place, name, given, "prompt")) if given else (role, str(content))
 
 
 def _no_message(place: Place, name: str, value: Any) -> BadRecord:

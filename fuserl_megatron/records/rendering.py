@@ -49,7 +49,7 @@ class Renderer:
     def __init__(self, template: ChatTemplate | None, marks: Marks):
         """Without a template a prompt is its only message, and a response stands as it is."""
         self.template, self._marks = template, marks
-        self._closing = lru_cache(self._closing)
+        self._closing = lru_cache(self._find_closing)
 
     def ask(self, messages: Messages, tools: str = "") -> str:
         """The text of a prompt: what the model is given.
@@ -62,7 +62,7 @@ class Renderer:
         if len(messages) > 1 or tools:
             problem = "several messages or tools, but the tokenizer has no chat template: set chat_template"
             raise BadPrompt("needs_chat_template", problem)
-        return messages[0][1]
+        return messages[0][1] or ""
 
     def surround(self, messages: Messages, tools: str = "", text: str | None = None) -> RenderedPrompt:
         """What stands around a response to a prompt (`text`: its rendering, if there is one already).
@@ -137,14 +137,18 @@ class Renderer:
         problem = f"the chat template's generation prompt {ends}; set chat_template"
         raise BadPrompt("generation_prompt_mismatch", problem)
 
+    def _rendered(self, messages: Messages, tools: str, ask: bool) -> str:
+        assert self.template is not None
+        return self.template.render(messages, tools, ask)
+
     def _split(self, messages: Messages, tools: str, ask: bool, marker: str) -> tuple[str, str]:
-        before, found, after = self.template.render(messages, tools, ask).rpartition(marker)
+        before, found, after = self._rendered(messages, tools, ask).rpartition(marker)
         if not found:
             whose = "the assistant's response" if marker == MARKER else "the last message as it is"
             raise BadPrompt("template_hides_response", f"the chat template does not print {whose}")
         return before, after
 
-    def _closing(self, after: str) -> tuple[str, int]:
+    def _find_closing(self, after: str) -> tuple[str, int]:
         """Text after the response that is scored with it, and the id of the stop token (see `Marks.closing`)."""
 
         def without_header(after: str) -> str:
@@ -176,7 +180,7 @@ class Renderer:
 
     def _same_text(self, messages: Messages, tools: str, text: str) -> bool:
         try:
-            return self.template.render(messages, tools, True) == text
+            return self._rendered(messages, tools, True) == text
         except BadPrompt:
             return False
 

@@ -69,6 +69,7 @@ def _measured(name: str) -> dict[str, Any]:
         raise UserError(f"calibration: {name} {what}: name a file with one labelled pair a line")
     number, right, ties = 0, 0, 0
     for place, line in rows(name):
+        assert isinstance(line, bytes)  # of JSONL
         pair = decode(place, line)
         chosen, rejected = (number_field(place, pair, field, PAIR_FIELDS) for field in PAIR_FIELDS)
         number, right, ties = number + 1, right + (chosen > rejected), ties + (chosen == rejected)

@@ -94,7 +94,7 @@ def charge_filter(name: str, value: Any, given: list) -> None:
         charge(numbers)
 
 
-def charge_method(owner: str | bytes | int, name: str, args: tuple, given: list) -> None:
+def charge_method(owner: Any, name: str, args: tuple, given: list) -> None:
     """Methods of texts and numbers that make more than they are given."""
     numbers = sum(map(count_of, given))
     if name == "join" and args:

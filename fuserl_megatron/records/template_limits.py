@@ -110,7 +110,7 @@ class _Counting(NodeTransformer):
     def __init__(self, env: LimitedEnvironment):
         self.env = env
 
-    def counted(self, node: nodes.Expr, name: str) -> nodes.Filter:
+    def counted(self, node: Any, name: str) -> nodes.Filter:
         return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno, environment=self.env)
 
     def visit_For(self, node: nodes.For) -> nodes.For:
@@ -132,7 +132,7 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         return node if getattr(node, "ctx", "load") != "load" else self.counted(node, MADE)
 
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         return self.visit_made(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
 
     visit_List = visit_Dict = visit_Tuple = visit_Concat = visit_made

@@ -161,17 +161,19 @@ class ChatTokenizer:
     @property
     def template_hash(self) -> str | None:
         """sha256 of the template's text; None without a template."""
-        return None if self.template is None else self._renderer.template.hash
+        template = self._renderer.template
+        return None if template is None else template.hash
 
     def render_probe(self) -> list[tuple[str, list[int]]]:
         """(text, token ids) of a few fixed conversations: equal for two tokenizers that prepare data alike.
 
         Prompts and full renderings, under a fixed date. What the template refuses gives the kind of its refusal.
         """
-        template, texts = self._compiled(PROBE_DATE), []
+        template = self._compiled(PROBE_DATE)
+        texts: list[str] = []
         for messages in PROBES:
             if template is None:
-                texts += [messages[-1][1], PROBE_ANSWER]
+                texts += [messages[-1][1] or "", PROBE_ANSWER]
                 continue
             for chat, ask in ((messages, True), ((*messages, ("assistant", PROBE_ANSWER)), False)):
                 try:
@@ -217,7 +219,7 @@ class ChatTokenizer:
         self, prompt: TokenizedPrompt, responses: list[tuple[str, Place]]
     ) -> list[TokenizedResponse | BadRecord]:
         """The scored tokens of each (text, place), or what is wrong with it."""
-        results: list[TokenizedResponse | BadRecord | tuple[str, str | None]] = []
+        results: list[Any] = []
         lead, closing = prompt.rendered.lead, prompt.rendered.closing
         for response, place in responses:
             try:

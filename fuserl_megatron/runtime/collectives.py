@@ -12,7 +12,9 @@ from fuserl_megatron.util.errors import UserError
 class Ranks(Protocol):
     """What a layout of ranks says of this one (mcore's Layout)."""
 
-    device: torch.device
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
 
     @property
     def is_main(self) -> bool:
@@ -42,7 +44,7 @@ def from_main_rank(value, device: torch.device):
 
 def from_all_ranks(value: Any) -> list[Any]:
     """Every rank's picklable value, on every rank."""
-    found = [None] * dist.get_world_size()
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 

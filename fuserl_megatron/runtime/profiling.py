@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fuserl_megatron.config.schema import ExpManagerConfig
 from fuserl_megatron.metrics.run_log import say
@@ -15,7 +16,7 @@ class StepProfiler:
         self.first, self.last = settings.profile_steps or (0, 0)
         folder = Path(settings.profile_dir) if settings.profile_dir else results_dir / "profile"
         self.file, self.rank = folder / f"rank{rank}.json", rank
-        self._profiler = None
+        self._profiler: Any = None
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:

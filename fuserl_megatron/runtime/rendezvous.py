@@ -9,6 +9,7 @@ import datetime
 import os
 import re
 import socket
+from typing import Any
 
 import torch.distributed as dist
 
@@ -17,8 +18,8 @@ from fuserl_megatron.util.errors import UserError
 
 def first_host(nodelist: str) -> str:
     """The first host of SLURM's short form: `gpu[03-05,9],login1` begins with gpu03. Empty for an empty list."""
-    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0] if first else "")
 
 
 def rendezvous_from_slurm() -> None:
@@ -65,7 +66,8 @@ def _listen(address: str, port: int) -> socket.socket:
     """A socket that listens on the interface of this address; where that is a loopback one (Debian gives a host's own
     name 127.0.1.1), other machines could not reach it, so it listens on all of them."""
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        found: Any = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, place = found
         if address != "127.0.0.1" and (place[0].startswith("127.") or place[0] == "::1"):
             place = ("", port)
         listening = socket.socket(family, kind, protocol)

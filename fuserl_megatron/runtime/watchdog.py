@@ -48,8 +48,11 @@ class Watchdog:
         """
         self.limit_s, self.directory, self.rank = 60 * minutes, directory, rank
         self._start_limit_s = max(self.limit_s, 60 * start_minutes)
-        self._step, self._last, self._beat = None, time.monotonic(), 0.0
-        self._closed, self._file, self._guardian = threading.Event(), None, None
+        self._step: int | None = None
+        self._last, self._beat = time.monotonic(), 0.0
+        self._closed = threading.Event()
+        self._file: IO[str] | None = None
+        self._guardian: subprocess.Popen | None = None
         if self.limit_s:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
@@ -90,8 +93,9 @@ class Watchdog:
     def _watch(self) -> None:
         slice_s, seen, idle = min(1.0, self.limit_s / 20), self._last, 0.0
         while not self._closed.wait(slice_s):
-            with contextlib.suppress(OSError, AttributeError):  # not started yet, or killed
-                self._guardian.stdin.write(b".")
+            if self._guardian is not None and self._guardian.stdin is not None:
+                with contextlib.suppress(OSError):  # killed
+                    self._guardian.stdin.write(b".")
             idle = idle + slice_s if seen == self._last else 0.0
             seen = self._last
             if idle >= self._limit():
@@ -120,7 +124,7 @@ class Watchdog:
         """No more watching."""
         self._closed.set()
         self._write_heartbeat()
-        if self._guardian:
+        if self._guardian and self._guardian.stdin:
             faulthandler.unregister(signal.SIGUSR2)
             self._guardian.stdin.close()
             self._guardian.wait()
@@ -147,10 +151,10 @@ def own_log(directory: Path, environ: Mapping[str, str] = os.environ) -> Iterato
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     before = [os.dup(number) for number in (1, 2)]
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         for number in (1, 2):
-            os.dup2(file, number)
+            os.dup2(handle, number)
         print(f"--- rank {rank}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
         yield
     except BaseException:
@@ -162,4 +166,4 @@ def own_log(directory: Path, environ: Mapping[str, str] = os.environ) -> Iterato
         for number, kept in zip((1, 2), before, strict=True):
             os.dup2(kept, number)
             os.close(kept)
-        os.close(file)
+        os.close(handle)

@@ -109,7 +109,8 @@ class Ranks:
                 MASTER_PORT=port,
             )
             connection.send_bytes(pickle.dumps((environment, list(sys.path), function, args)))
-        results, failed = [], []
+        results: list[Any] = []
+        failed: list[str] = []
         for rank, (_, connection) in enumerate(self._workers[:world_size]):
             if not connection.poll(timeout if not failed else 5.0):
                 failed.append(f"rank {rank}: no answer")
@@ -125,7 +126,7 @@ class Ranks:
         """End all workers; a later `run` starts new ones."""
         for process, connection in self._workers:
             if kill:
-                others = _children(process.pid)
+                others = _children(process.pid or 0)
                 process.kill()
                 for other in others:  # core's process for the results of a save outlives a killed rank
                     with contextlib.suppress(ProcessLookupError):

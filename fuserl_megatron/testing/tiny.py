@@ -121,8 +121,7 @@ def save_tiny_reward_model(
     save_char_tokenizer(directory, chat_template=template)
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **LLAMA | {"num_hidden_layers": 2} | fields,
-        num_labels=num_labels,
+        **LLAMA | {"num_hidden_layers": 2, "num_labels": num_labels} | fields,
         pad_token_id=1,
         eos_token_id=1,
         bos_token_id=None,

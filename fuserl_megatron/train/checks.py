@@ -121,9 +121,10 @@ def _group_integrity(batch: PackedBatch, unit: Unit | None, place: Callable[[int
             same_P = same_P & (batch.prompt_ids_N[end] == batch.prompt_ids_N[chosen])
         if not bool((same_P & (chosen != rejected)).all()):
             p = int((~(same_P & (chosen != rejected))).int().argmax())
-            ends = [_response(batch, int(end[p]), place) for end in (chosen, rejected)]
-            return f"responses {ends[0]} and {ends[1]} are no pair"
+            first, second = (_response(batch, int(end[p]), place) for end in (chosen, rejected))
+            return f"responses {first} and {second} are no pair"
     if unit is Unit.ALL_RESPONSES:
+        assert batch.advantages_N is not None and batch.group_ids_N is not None
         sums_N = torch.zeros_like(batch.advantages_N).index_add(0, batch.group_ids_N, batch.advantages_N)
         scale = max(float(batch.advantages_N.abs().max()), 1e-30)
         if bool((sums_N.abs() > 1e-9 * scale * batch.num_sequences).any()):

@@ -46,7 +46,6 @@ def export(config: Config, engine: Engine, dataset: FusedDataset, destination: P
     started = time.monotonic()
     tokenizer = config.model.tokenizer or config.model.path
     gather_parameters(engine.wrapped)
-    options = dict(source_dir=tokenizer, lineage=lineage, chat=chat)
-    weights.export_hf(engine.target, engine.layout, str(destination), **options)
+    weights.export_hf(engine.target, engine.layout, str(destination), source_dir=tokenizer, lineage=lineage, chat=chat)
     seconds = time.monotonic() - started
     say(f"\nHugging Face model written to {destination} in {seconds:.1f} s", engine.layout.is_main)

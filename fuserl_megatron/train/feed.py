@@ -173,7 +173,7 @@ def step_values(config: Config, engine: Engine, feed: Feed, plan: StepPlan, step
     """What the loss needs of the global batch of this step (counted from 0) beside the micro-batches."""
     needed = step_inputs(config)
     if "alpha" in needed:
-        return StepValues(alpha=wrpo_alpha(step, total, config.objective.alpha_end))
+        return StepValues(alpha=wrpo_alpha(step, total, config.objective.alpha_end or 0.0))
     if "kl" in needed:
         return StepValues(kl=_kto_kl(engine, feed.mismatched, plan))
     return StepValues()
@@ -186,5 +186,6 @@ def _kto_kl(engine: Engine, feed: Feed | None, plan: StepPlan) -> float:
     batches = feed.sampler.micro_batches(feed.sampler.plan(plan.prompts), engine.layout.dp_rank)
     ids_N, logps_N = score(engine, batches)
     order_N = ids_N.argsort()  # ranks hand in their parts in an order that depends on the layout
+    assert feed.reference is not None
     reference_N = feed.reference.scores(batches).lookup(ids_N[order_N])
     return kto_kl(logps_N[order_N], reference_N).item()

@@ -139,7 +139,8 @@ def _run(
             log.validation(step, metrics)
         return history.decisions(step, layout)
 
-    step, stop, kept = done, False, []
+    kept: list[int] = []
+    step, stop = done, False
     try:
         stopping.check()
         if (
@@ -170,7 +171,7 @@ def _run(
         if saver.wait():
             where = f"saved at step {saver.saved}" if saver.saved else "nothing saved"
             raise Stopped(f"after step {step} of {total}, {where}" if step else "") from None
-        say(saver.failure(), layout.is_main)
+        say(saver.failure() or "", layout.is_main)
         return 1
     except (NonFiniteError, InvariantError) as error:
         saver.wait()

@@ -153,15 +153,20 @@ def _score_missing(
     layout, started, num_scored = engine.layout, time.monotonic(), 0
 
     def write(ids: torch.Tensor, logps: torch.Tensor) -> None:
+        assert cache is not None  # of rank 0
         cache.write(ids, logps, prepared.dataset.place)
         cache.flush()
+
+    def finish() -> None:
+        assert cache is not None
+        cache.finish(prepared.response_ids)
 
     for plan in sampler.scoring_plans(missing):
         between_batches()
         collectives.on_main_rank(layout, write, *score(engine, sampler.micro_batches(plan, layout.dp_rank)))
         num_scored += plan.num_sequences
     # nobody reads before everything is written, either
-    collectives.on_main_rank(layout, lambda: cache.finish(prepared.response_ids))
+    collectives.on_main_rank(layout, finish)
     seconds = time.monotonic() - started
     say(f"reference: {num_scored} sequences of {reference_path(config)} scored in {seconds:.1f} s", layout.is_main)
 

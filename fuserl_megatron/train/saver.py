@@ -42,7 +42,7 @@ class Saver:
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is to be written after this many steps by their number or by the clock of rank 0."""
         every, minutes = self.params.every_n_train_steps, self.params.train_time_interval
-        due = bool(every) and step % every == 0
+        due = every is not None and every > 0 and step % every == 0
         if minutes is None:
             return due
         late = self.engine.layout.is_main and time.monotonic() - self._since >= 60 * minutes
@@ -74,6 +74,7 @@ class Saver:
         return self._failed is None
 
     def _finish(self) -> None:
+        assert self._under_way is not None
         saving, kept = self._under_way
         keep = 1 if self.params.monitor is not None and self.params.save_top_k > 0 else self.params.save_top_k
         try:

@@ -71,7 +71,7 @@ def describe_start(
     objective = config.objective
     what = f"{objective.selection}, {objective.nll_reduction}"
     if objective.stage == "fusepo":
-        what = ", ".join([objective.loss, *(f"{name} {value}" for name, value in loss_options(objective).items())])
+        what = ", ".join([str(objective.loss), *(f"{name} {value}" for name, value in loss_options(objective).items())])
         if uses_reference(objective):
             what += f"; reference {objective.reference or config.model.path} ({objective.reference_mode})"
     say(f"objective  {objective.stage} ({what}); reward temperature {prepared.reward_temperature:g}")

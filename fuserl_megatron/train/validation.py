@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fuserl_megatron.config.objective import open_loss
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore.parallel import Layout
@@ -41,11 +43,11 @@ def validate(
         NonFiniteError: a loss that is not finite.
     """
     held_out = feed.prepared.dataset
-    loss = open_loss(config, held_out.sources)
-    engine = replace(
-        engine, loss=loss, metric_names=loss.metric_names, source_names=held_out.sources, place=held_out.place
-    )
-    sums, normalizer, totals_M2 = 0, 0.0, None
+    objective = open_loss(config, held_out.sources)
+    names = objective.metric_names
+    engine = replace(engine, loss=objective, metric_names=names, source_names=held_out.sources, place=held_out.place)
+    sums, normalizer = 0, 0.0
+    totals_M2: torch.Tensor | None = None
     for plan in feed.sampler.scoring_plans(first_prompts=config.trainer.limit_val_prompts):
         between_batches()
         values = step_values(config, engine, feed, plan, step, total)
@@ -53,6 +55,7 @@ def validate(
         totals_M2 = part_M2 if totals_M2 is None else totals_M2 + part_M2
         normalizer += plan.normalizer(config.objective.nll_reduction)
         sums += plan.num_prompts
+    assert totals_M2 is not None
     loss, metrics = reduced(engine, totals_M2)
     return {"val_loss": loss / normalizer, **{f"val_{k}": v for k, v in metrics.items()}, "val_prompts": sums}
 
@@ -66,7 +69,8 @@ class History:
         params = config.exp_manager.checkpoint_callback_params
         self.monitor, self.top_k, self.sign = params.monitor, params.save_top_k, 1.0 if params.mode == "min" else -1.0
         self.stopping = config.exp_manager.early_stopping_callback_params
-        self.records, self._lines = list(records), None
+        self.records = list(records)
+        self._lines: Lines | None = None
         if is_main:
             directory.mkdir(parents=True, exist_ok=True)
         if is_main and (self.records or self.path.exists()):  # a file is there only where something was validated

@@ -13,7 +13,7 @@ PIECE_BYTES = 3 * 2**17
 
 def read_into(file: BinaryIO, offset: int, out: torch.Tensor) -> bool:
     """Fill a contiguous tensor with a file's bytes from `offset` on; False when the file ends before."""
-    view, done = memoryview(out.view(-1).view(torch.uint8).numpy()), 0
+    view, done = out.view(-1).view(torch.uint8).numpy().data, 0
     while done < len(view):
         count = os.preadv(file.fileno(), [view[done : done + 2**30]], offset + done)
         if count == 0:
@@ -28,7 +28,7 @@ def write_at(handle: int, offset: int, window: torch.Tensor) -> None:
     Without the hint all of them would wait for the closing fsync. The kernel then also forgets them, so that a large
     model does not push everything else out of the page cache.
     """
-    view = memoryview(window.view(-1).view(torch.uint8).numpy())
+    view = window.view(-1).view(torch.uint8).numpy().data
     done = 0
     while done < len(view):
         begun = done

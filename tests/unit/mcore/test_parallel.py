@@ -114,7 +114,7 @@ def test_ranks_of_one_machine_listen_on_the_loopback_interface_alone(environment
     """A store on every interface lets whoever reaches the machine stop a run."""
     with reserved_port() as reserved:
         port = reserved.getsockname()[1]
-        ranks = [
+        started = [
             subprocess.Popen(
                 [sys.executable, "-c", RANK],
                 env=ranks.rank_environment(rank, 2, port, environment),
@@ -124,10 +124,10 @@ def test_ranks_of_one_machine_listen_on_the_loopback_interface_alone(environment
             for rank in range(2)
         ]
     try:
-        assert [rank.stdout.readline() for rank in ranks] == [b"met\n"] * 2
-        assert [listening_addresses(rank.pid) for rank in ranks] == [{"0100007F"}] * 2
+        assert [rank.stdout.readline() for rank in started] == [b"met\n"] * 2
+        assert [listening_addresses(rank.pid) for rank in started] == [{"0100007F"}] * 2
     finally:
-        for rank in ranks:
+        for rank in started:
             rank.communicate()
             rank.wait()
 
