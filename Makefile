@@ -12,7 +12,7 @@ SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-distributed test-others test-slow test-durability fuzz test-gpu test-nemo test-servers test-vllm bench docs lint clean
+.PHONY: help venv demo test test-fast test-distributed test-others test-slow test-durability fuzz test-gpu test-nemo test-servers test-vllm bench docs lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
@@ -24,6 +24,13 @@ demo: $(INSTALLED)  ## the skills experiment: build, FuseSFT, FusePO, export, ev
 
 test: lint  ## lint and all tests but the slow and the GPU ones
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-distributed test-others
+
+# the pure tests: no ranks, few processes
+FAST := $(addprefix tests/unit/,objectives config util metrics data test_imports.py test_math_doc.py \
+	records/test_formats.py records/test_records.py convert/test_layout.py)
+
+test-fast: lint  ## what a change of one file needs: lint and the pure tests, in a minute
+	$(PYTEST) -n 2 -m "not slow and not gpu" $(FAST)
 
 # Side by side, for ranks of a test wait for each other half of the time. Its report comes in one piece, at its end.
 test-distributed: $(INSTALLED)

@@ -89,6 +89,8 @@ class SourceConfig:
     """How prompts must begin: auto takes the tokenizer's word for whether there is a begin-of-text token."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How answers are drawn."""
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """The name under which sampling.max_tokens is sent; some paid models take the second one only."""
     send_seed: bool = True
     """Every request has a seed of its own; false for a server that refuses the field."""
     max_in_flight: int = 256
@@ -118,10 +120,12 @@ class SampleConfig:
     """Another number gives other answers. Every request's own seed follows from this, the prompt and the source."""
     on_bad_record: Literal["stop", "skip"] = "stop"
     """stop at the first prompt that cannot be used with file and line, or leave such prompts out and count them."""
-    held_out: tuple[str, ...] = ()
-    """Files of prompts (as `prompts`) that a test will ask. Prompts that share 13 words in a row are counted."""
-    on_overlap: Literal["count", "drop"] = "count"
-    """drop: such prompts are left out."""
+    heldout: tuple[str, ...] = ()
+    """Files with prompts that must not be trained on: prompts that overlap with one are counted."""
+    heldout_ngram: int = 13
+    """Words in a row that two prompts must share to overlap; shorter prompts must be the same."""
+    heldout_action: Literal["count", "drop"] = "count"
+    """drop: prompts that overlap are left out."""
     on_too_long: Literal["stop", "allow"] = "stop"
     """stop before sampling when the longest prompt and max_tokens exceed the server's context; allow: such answers are
     cut, or fail, and are counted."""

@@ -128,7 +128,7 @@ class ScoreConfig:
     """One directory of scored responses (`fuserl score`)."""
 
     samples: tuple[str, ...] = ()
-    """Directories that `fuserl sample` wrote, or JSONL or parquet files of records (prompt, source, response)."""
+    """Directories that `fuserl sample` wrote, or files of records (prompt, source, response) in any known format."""
     output: str = "???"
     """Directory to write; `fuserl build inputs=[output]` reads it."""
     rewards: tuple[str, ...] = ()

@@ -66,6 +66,8 @@ class ShardReader:
         if self._pickled is None or self._pickled[0] != file:
             try:
                 loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            except MemoryError:  # no fault of the files
+                raise
             except Exception as error:  # the unpickler raises many kinds; the user needs the file's name
                 reason = str(error).strip().split("\n")[0]
                 raise UserError(

@@ -166,7 +166,8 @@ class Account:
         places = self._read_order()
         head = io.BytesIO()
         np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(places))
-        write_file(self.directory / ORDER, [head.getvalue(), memoryview(places).cast("B")])  # np.save would copy it
+        content = memoryview(places).cast("B") if len(places) else b""  # np.save would copy it
+        write_file(self.directory / ORDER, [head.getvalue(), content])
         counts = {"rows": int(self.have.sum()), "expected": len(self.keys), "failed": int(self.failed.sum())}
         about = {"plan_id": self.plan.id, "keys_sha256": self._keys_sha256(), **counts, "extra": self.extra}
         done = {**about, "finished": now(), **facts, "parts": parts}

@@ -11,13 +11,16 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fuserl_megatron.making.accounting import PLAN
 from fuserl_megatron.making.finished import account_directories, finished_lines, read_done
 from fuserl_megatron.making.parts import key_array, key_of
 from fuserl_megatron.records.files import rows
+from fuserl_megatron.records.format_reader import FormatReader
 from fuserl_megatron.records.inputs import Place, expand_inputs
 from fuserl_megatron.records.messages import (
     BadRecord,
@@ -85,14 +88,32 @@ def read_rows(names: Sequence[str]) -> Iterator[Answer]:
         UserError: no such input, an unfinished directory, a row that is no sample; with file and line.
     """
     for name in names:
-        if os.path.isdir(name):
-            for directory in account_directories(name):
-                for place, line in finished_lines(directory):
-                    yield as_answer(place, line)
-        else:
-            for file in expand_inputs([name], "samples"):
-                for place, raw in rows(file, NEEDED, unread=()):
-                    yield as_answer(place, raw)
+        directories, files = _found(name)
+        for directory in directories:
+            for place, line in finished_lines(directory):
+                yield as_answer(place, line)
+        for file in files:
+            yield from _answers_of(file)
+
+
+def _found(name: str) -> tuple[list[Path], list[str]]:
+    """The directories of `fuserl sample` that are meant, or else files."""
+    if os.path.isdir(name) and any(list(Path(name).glob(pattern)) for pattern in (PLAN, f"*/{PLAN}")):
+        return account_directories(name), []
+    return [], expand_inputs([name], "samples")
+
+
+def _answers_of(file: str) -> Iterator[Answer]:
+    """Our own records, or rows of any format that `fuserl build` knows (several answers a row in some)."""
+    reader = FormatReader(file, fields={"reward": "=0"})  # which is what is to be found
+    for place, raw in rows(file, (), unread=()):
+        row = raw if isinstance(raw, dict) else decode(place, raw)
+        if all(row.get(name) is not None for name in NEEDED):
+            yield as_answer(place, row)
+            continue
+        meta = {"meta": row["meta"]} if row.get("meta") is not None else {}
+        for record in reader.records(place, row):
+            yield as_answer(place, meta | record)
 
 
 def check_inputs(names: Sequence[str]) -> None:
@@ -102,11 +123,8 @@ def check_inputs(names: Sequence[str]) -> None:
         UserError: as of `read_rows`, but for single rows.
     """
     for name in names:
-        if os.path.isdir(name):
-            for directory in account_directories(name):
-                read_done(directory)
-        else:
-            expand_inputs([name], "samples")
+        for directory in _found(name)[0]:
+            read_done(directory)
 
 
 def answers(names: Sequence[str], table: AnswerTable) -> Iterator[Answer]:

@@ -186,7 +186,7 @@ class Client:
             try:
                 answer = self.source.answer(reply)
             except BadReply as bad:
-                fault = Fault("permanent", str(bad), "bad_reply")
+                fault = Fault("broken", str(bad), "bad_reply")
             else:
                 seconds = time.monotonic() - started
                 self._answered(job, endpoint, answer, seconds)

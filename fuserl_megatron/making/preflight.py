@@ -59,7 +59,7 @@ class Preflight:
         version = await self._get(self.endpoint.root + "/version")
         found.version = version.get("version") if isinstance(version, dict) else None
         reply = await self._probe(body, known)
-        tokenizer = load_tokenizer(self.config)
+        tokenizer = await asyncio.to_thread(load_tokenizer, self.config)
         tokens = await self._tokens(body, reply, tokenizer)
         found.facts.append(Proof(self.config, tokenizer).check(tokens))
         found.context = context or tokens.context
@@ -108,7 +108,8 @@ class Preflight:
 
     async def _probe(self, body: dict[str, Any], known: set[str]) -> dict[str, Any]:
         """One short answer, with the ids of the prompt where the server can give them."""
-        asked = body | {"max_tokens": min(PROBE_TOKENS, body["max_tokens"])}
+        limit = self.config.max_tokens_field
+        asked = body | {limit: min(PROBE_TOKENS, body[limit])}
         asked.pop("min_tokens", None)
         if "return_token_ids" in known:
             asked["return_token_ids"] = True

@@ -59,15 +59,14 @@ class PromptList:
         on_bad_record: str = "stop",
         refuse: Callable[[Prompt], str | None] | None = None,
         is_left_out: Callable[[Prompt], bool] = lambda prompt: False,
-        key: str = "prompts",
     ):
         """`refuse` says what is wrong with a prompt that is a good one otherwise, or None; `is_left_out` is whether it
-        is to be left out and counted as `overlapping`; `key` is the setting that names the inputs.
+        is to be left out and counted as `overlapping`.
 
         Raises:
             UserError: an input that cannot be read, a bad record under on_bad_record=stop, or no prompt at all.
         """
-        self.names = expand_inputs(inputs, key)
+        self.names = expand_inputs(inputs, "prompts")
         self.counts: Counter[str] = Counter()
         ids, lengths, usable, longest = bytearray(), array("q"), bytearray(), {}
         for name in self.names:
@@ -106,10 +105,6 @@ class PromptList:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    def all(self) -> Iterator[Prompt]:
-        """Every prompt, as `read` gives it."""
-        return self.read(np.ones(len(self), bool))
 
     def read(self, wanted: np.ndarray) -> Iterator[Prompt]:
         """The prompts whose number `wanted` [prompts] says yes to, in order.

@@ -2,14 +2,13 @@
 
 It speaks over two pipes: a request is a line of JSON on standard input, an answer a line on standard output. Before
 the rule's module is imported both are moved to other numbers, so nothing that the rule reads or prints gets into them.
-The rule runs in the main thread (many set an alarm, which works nowhere else). Imports nothing of ours: it starts fast.
+The rule runs in the main thread (many set an alarm, which works nowhere else). Imports hardly anything: it starts fast.
 """
 
 import contextlib
 import ctypes
 import errno
 import hashlib
-import importlib
 import json
 import math
 import os
@@ -20,6 +19,9 @@ import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
+
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.named import load_named
 
 NEW_USER, NEW_PIDS, NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000
 """Flags of unshare(2)."""
@@ -48,9 +50,9 @@ def main() -> None:
         answers.write(json.dumps(found).encode() + b"\n")
 
     try:
-        function, about = _load(settings["function"])
-    except BaseException as error:
-        answer({"error": _words(error)})
+        function, about = _load(settings["function"], settings["setting"])
+    except UserError as error:
+        answer({"refused": str(error)})
         return
     _limit_memory(settings["memory_bytes"])
     answer(isolation | about)
@@ -125,16 +127,16 @@ def _has_children() -> bool:
     return True
 
 
-def _load(name: str) -> tuple[Callable, dict[str, Any]]:
-    """The rule, and what identifies its code."""
-    module_name, _, function_name = name.partition(":")
-    module = importlib.import_module(module_name)
-    function = module
-    for part in function_name.split("."):
-        function = getattr(function, part)
+def _load(name: str, setting: str) -> tuple[Callable, dict[str, Any]]:
+    """The rule, and what identifies its code.
+
+    Raises:
+        UserError: it is not there, or no function.
+    """
+    function = load_named(name, setting)
     if not callable(function):
-        raise TypeError(f"{name} is of type {type(function).__name__}, no function")
-    file = getattr(module, "__file__", None)
+        raise UserError(f"{setting}={name}: is of type {type(function).__name__}, no function.")
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     with open(file, "rb") if file else contextlib.nullcontext() as source:
         sha256 = hashlib.file_digest(source, "sha256").hexdigest() if file else None
     return function, {"file": file, "sha256": sha256}

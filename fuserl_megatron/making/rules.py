@@ -86,8 +86,11 @@ class _Worker:
         except ValueError:
             raise EOFError from None
 
-    def end(self) -> int:
-        """Kill the process and everything in its group; returns its exit status."""
+    def end(self, gone: bool = False) -> int:
+        """Kill the process and everything in its group; returns its exit status. `gone`: its pipes are closed, which
+        comes a moment before the status."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=1 if gone else 0)
         code = self.process.poll()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -104,6 +107,7 @@ class RulePool:
         self.name, self.reward = name, reward
         self._settings = {
             "function": reward.function,
+            "setting": f"rewards.{name}.function",
             "arguments": reward.arguments,
             "memory_bytes": int(reward.memory_gib * GIB),
             "output_bytes": int(reward.output_mib * MIB),
@@ -168,18 +172,24 @@ class RulePool:
                 yield task, found
 
     def _answers(self, busy: list[_Worker]) -> Iterator[tuple[_Worker, Outcome | None]]:
-        """What came until somebody answered, ended or ran out of time; None for the last two."""
+        """What came until somebody answered, ended or ran out of time; None for a process that is gone."""
         watched = [worker for worker in self._workers if worker in busy or not worker.hello]
         wait = min(worker.deadline for worker in watched) - time.monotonic()
-        for entry, events in self._selector.select(max(wait, 0)):
-            worker = entry.data
-            if events & selectors.EVENT_WRITE:
-                worker.write()
-                self._listen(worker)
+        ready = self._selector.select(max(wait, 0))
+        for entry, events in ready:
+            if events & selectors.EVENT_WRITE and entry.data in self._workers:
+                entry.data.write()
+                self._listen(entry.data)
+        late = [worker for worker in watched if time.monotonic() >= worker.deadline]
+        for worker in dict.fromkeys([*(entry.data for entry, _ in ready), *late]):
+            if worker not in self._workers:
+                continue
             try:
                 found = worker.read()
             except EOFError:
                 found = {"gone": True}
+            if found is None and worker in late:  # not even now, should we ourselves have slept
+                found = self._too_late(worker)
             if found is None:
                 continue
             if not worker.hello:
@@ -188,25 +198,18 @@ class RulePool:
                 yield worker, None if "gone" in found else found
             elif "gone" in found:  # between two rows
                 self._replace(worker, {})
-        for worker in watched:
-            if worker in self._workers and time.monotonic() >= worker.deadline:
-                if not worker.hello:
-                    self._greeted(worker, {"error": f"nothing after {START_S:g} s"})
-                elif worker.task is not None:
-                    yield (
-                        worker,
-                        {"error": f"time limit: no answer within {self.reward.time_limit:g} s", "restart": True},
-                    )
+
+    def _too_late(self, worker: _Worker) -> Outcome:
+        if not worker.hello:
+            return {"error": f"nothing after {START_S:g} s"}
+        return {"error": f"time limit: no answer within {self.reward.time_limit:g} s", "restart": True}
 
     def _replace(self, worker: _Worker, found: Outcome | None) -> Outcome:
         """Put a fresh process in the place of one that is spoilt or gone; says of the latter how it ended."""
         self._selector.unregister(worker.process.stdout)
         with contextlib.suppress(KeyError):
             self._selector.unregister(worker.process.stdin)
-        if found is None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                worker.process.wait(timeout=1)  # closed pipes come a moment before the status
-        code = worker.end()
+        code = worker.end(gone=found is None)
         self._workers.remove(worker)
         self.num_restarts += 1
         self._start()
@@ -228,11 +231,9 @@ class RulePool:
 
     def _greeted(self, worker: _Worker, hello: dict[str, Any]) -> None:
         if "sha256" not in hello:
-            why = hello.get("error") or f"its process ended ({_how(worker.end())})"
-            what = f"rewards.{self.name}.function={self.reward.function}: cannot be imported ({why})"
-            raise UserError(
-                f"{what}; it is written package.module:function, looked for here and among what is installed"
-            )
+            where = f"rewards.{self.name}.function={self.reward.function}"
+            why = hello.get("error") or f"its process ended ({_how(worker.end(gone=True))})"
+            raise UserError(hello.get("refused") or f"{where}: cannot be imported ({why})")
         worker.hello = hello
 
     def _first_hello(self) -> dict[str, Any]:

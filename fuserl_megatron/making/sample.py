@@ -13,14 +13,18 @@ import time
 from pathlib import Path
 
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
-from fuserl_megatron.making.held_out import WORDS, HeldOut
+from fuserl_megatron.making.answers import heldout_marks, marks
 from fuserl_megatron.making.prompts import Prompt, PromptList
 from fuserl_megatron.making.sample_display import Display
 from fuserl_megatron.making.sample_report import table, write_html
+from fuserl_megatron.making.servers import check_program
 from fuserl_megatron.making.source_run import SourceRun
 from fuserl_megatron.making.sources import Source
 from fuserl_megatron.runtime import stopping
 from fuserl_megatron.util.errors import UserError
+
+LEAST_S = 30.0
+"""Something is done at every start, or a job with too little time would be continued for ever."""
 
 
 def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
@@ -41,7 +45,7 @@ def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
         if len(done) == len(runs):
             write_html(output / "report.html", done)
             print(f"written: {output} (report.html has the figures)", flush=True)
-    if told:
+    if told and len(done) < len(runs):
         stopping.ask_for_more(output, f"stopped by {told}; everything that was answered is kept")
     return 0
 
@@ -59,22 +63,26 @@ def open_runs(config: SampleConfig, sources: list[SourceConfig]) -> list[SourceR
         UserError: prompts or demonstrations that cannot be used, or a key that is not in the environment.
     """
     asked = [Source(source) for source in sources]
+    for source in sources:
+        if not source.url:
+            check_program(source)
 
     def refuse(prompt: Prompt) -> str | None:
         return next((why for source in asked if (why := source.refuse(prompt.messages))), None)
 
-    held_out, shared = HeldOut(config.held_out) if config.held_out else None, 0
+    known = heldout_marks(config.heldout, config.heldout_ngram) if config.heldout else set()
+    num_overlapping = 0
 
     def is_left_out(prompt: Prompt) -> bool:
-        nonlocal shared
-        overlaps = held_out is not None and held_out.shares(prompt)
-        shared += overlaps
-        return overlaps and config.on_overlap == "drop"
+        nonlocal num_overlapping
+        overlaps = bool(known) and not known.isdisjoint(marks(prompt.messages, config.heldout_ngram))
+        num_overlapping += overlaps
+        return overlaps and config.heldout_action == "drop"
 
     prompts = PromptList(config.prompts, config.on_bad_record, refuse, is_left_out)
-    if held_out is not None:
-        what = "left out" if config.on_overlap == "drop" else "kept; on_overlap=drop leaves them out"
-        print(f"prompts: {shared:,} share a run of {WORDS} words with held_out: {what}", flush=True)
+    if config.heldout:
+        what = "left out" if config.heldout_action == "drop" else "kept (heldout_action=drop leaves them out)"
+        print(f"prompts: {num_overlapping:,} overlap with held-out ones: {what}", flush=True)
     for name, count in prompts.counts.items():
         if name.startswith("ignored_"):
             print(f"prompts: field {name.removeprefix('ignored_')!r} of {count:,} rows is not read; put it into meta")
@@ -88,6 +96,7 @@ class _Conductor:
         self.config, self.runs, self.display = config, runs, display
         self.told, self._told_at = "", 0.0
         self._errors: list[Exception] = []
+        self._is_looking = True
 
     async def run(self) -> str:
         """Returns the name of the signal, or what else ended the run early; empty when all is there."""
@@ -97,7 +106,7 @@ class _Conductor:
         end = os.environ.get("SLURM_JOB_END_TIME", "")
         if end.isdigit():
             left = float(end) - time.time() - self.config.grace - stopping.MARGIN_S
-            loop.call_later(max(left, 0.0), self._stop, "the end of the SLURM job")
+            loop.call_later(max(left, LEAST_S), self._stop, "the end of the SLURM job")
         watching = asyncio.create_task(self._watch())
         self._asking = asyncio.create_task(self._ask_all())
         try:
@@ -121,11 +130,12 @@ class _Conductor:
             for run in theirs:  # all of them, before any is asked
                 if run.needs_server:
                     await run.look(run.endpoints(), self.display.say)
+            self._is_looking = False
             await asyncio.gather(*map(self._one, theirs), self._one_after_the_other())
 
     async def _one_after_the_other(self) -> None:
         for run in self.runs:
-            if not run.source.config.url and not self.told:
+            if not run.source.config.url:
                 await self._one(run)
 
     async def _one(self, run: SourceRun) -> None:
@@ -154,9 +164,8 @@ class _Conductor:
         if self.told:
             return
         self.told, self._told_at = why, time.monotonic()
-        running = [run.client for run in self.runs if run.client is not None]
         self.display.say(f"{why}: up to {self.config.grace:g} s for what is under way; once more ends at once")
-        for client in running:
-            client.stop()
-        if not running:
-            self._asking.cancel()  # a server that starts, or a look at one
+        for run in self.runs:
+            run.stop()
+        if self._is_looking:
+            self._asking.cancel()

@@ -93,8 +93,6 @@ def score(
     _check_output(output)
     with only_writer(output / ".lock", config.output, "choose another output"):
         prepared = prepare(config, rewards, progress)
-        for name in config.rescore:
-            shutil.rmtree(output / REWARDS / name, ignore_errors=True)
         plans = {name: score_one(prepared, name, progress, say) for name in prepared.rewards}
         return _join(prepared, plans, say)
 
@@ -107,17 +105,21 @@ def score_one(prepared: Prepared, name: str, progress: bool = True, say: Say = p
     """
     reward, directory = prepared.rewards[name], prepared.directories[name]
     keys = prepared.table.keys[prepared.keep]
-    if found := _complete(reward, directory, keys):
+    anew = name in prepared.config.rescore
+    if not anew and (found := _complete(reward, directory, keys)):
         return found
     with open_reward(name, reward) as scorer:
         for line in scorer.warnings():
             say(f"WARNING: {line}")
         notes = scorer.notes() | {"answers": len(keys)}
         plan = Plan({"reward": asked(reward), "found": scorer.settings()}, notes)
-        with _opened(directory, plan, keys, name) as account:
+        with _opened(directory, plan, keys, name, anew) as account:
             if account.torn:
                 say(account.torn)
             if not account.is_finished():
+                Path(prepared.config.output, DONE).unlink(
+                    missing_ok=True
+                )  # what was joined before is not what is asked
                 _fill(prepared, name, account, scorer, progress, say)
     return {"settings": plan.settings, "notes": plan.notes}
 
@@ -139,11 +141,17 @@ def _complete(reward: Reward, directory: Path, keys: np.ndarray) -> dict[str, An
     return there
 
 
-def _opened(directory: Path, plan: Plan, keys: np.ndarray, name: str) -> Account:
-    """The account, or why it is not ours with the way out that a reward has."""
+def _opened(directory: Path, plan: Plan, keys: np.ndarray, name: str, anew: bool) -> Account:
+    """The account, or why it is not ours with the way out that a reward has. `anew` throws away what is there, unless
+    it is the unfinished beginning of the same: a command that was stopped goes on."""
     try:
         check_plan(directory, plan)
+        if anew and (directory / DONE).is_file():
+            shutil.rmtree(directory)
     except UserError as error:
+        if anew:
+            shutil.rmtree(directory)
+            return Account(directory, plan, keys)
         what = str(error).removesuffix("; choose another output")
         raise UserError(
             f"{what}; type rescore=[{name}] to throw its values away, or give the reward another name"

@@ -49,12 +49,10 @@ class OwnServer:
         """Start it and wait until it answers. Called in the main thread: the kernel ends it with the one that calls.
 
         Raises:
-            UserError: no such program, it ended, or it does not answer in time; with the last line of its log.
+            UserError: it ended, or it does not answer in time; with the last line of its log.
         """
         port = free_port()
         words = command_of(self.config, port)
-        if shutil.which(words[0]) is None:
-            raise UserError(f"{self.config.name}: {words[0]} is not on PATH; install it, or give the url of a server")
         self.url = f"http://127.0.0.1:{port}/v1"
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
@@ -126,6 +124,13 @@ class OwnServer:
             lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
         errors = [line for line in lines if "error" in line.lower()] or lines
         return redact(printable((errors or ["it wrote nothing"])[-1][:300])) + f"; see {self.log}"
+
+
+def check_program(config: SourceConfig) -> None:
+    """Raises UserError where the program that starts a server is not there."""
+    program = command_of(config, 0)[0]
+    if shutil.which(program) is None:
+        raise UserError(f"{config.name}: {program} is not on PATH; install it, or give the url of a server that runs")
 
 
 def command_of(config: SourceConfig, port: int) -> list[str]:

@@ -53,6 +53,8 @@ class SourceRun:
         notes = {"prompts": prompts.names, "num_prompts": len(prompts), **counts, "n": config.n}
         self.plan = source.plan(config, notes | {"settings": _told(source.config)})
         self.servers: list[OwnServer] = []
+        self._is_stopped = False
+        self._starting: asyncio.Task | None = None
 
     def keys(self) -> np.ndarray:
         """[prompts x n] the names of all answers, prompt by prompt."""
@@ -100,21 +102,36 @@ class SourceRun:
                     say(f"{self.source.name}: {endpoint.url}: {fact}")
         self.plan = dataclasses.replace(self.plan, notes=dict(self.plan.notes) | {"server_versions": sorted(versions)})
 
+    def stop(self) -> None:
+        """Send nothing more; a server that starts is ended."""
+        self._is_stopped = True
+        if self.client is not None:
+            self.client.stop()
+        elif self._starting is not None:
+            self._starting.cancel()
+
     async def ask(self, display: Display) -> None:
         """Have every answer that is missing, of servers that were looked at before, or of ours.
 
         Raises:
             UserError: servers or answers that fail. What came is kept.
         """
-        if self.done is not None:
+        if self.done is not None or self._is_stopped:
             return
         account, client = self.account, None
         if self.needs_server:
             try:
-                endpoints = self.endpoints() or await self._start(display)
+                endpoints = self.endpoints()
+                if not endpoints:
+                    self._starting = asyncio.create_task(self._start(display))
+                    endpoints = await self._starting
                 account.plan = self.plan
                 account.begin()
                 client = await self._ask(account, endpoints, display)
+            except asyncio.CancelledError:
+                if not self._is_stopped:
+                    raise
+                return
             finally:
                 for server in self.servers:
                     await server.stop()

@@ -23,6 +23,10 @@ VERSION = 1
 """Part of every plan: a change of what is asked for the same settings makes another plan."""
 
 
+GIVEN_UP = ("abort", "error", "cancelled")
+"""Finish reasons of a server that ended the answer itself, such as one that is being stopped."""
+
+
 class BadReply(Exception):
     """A reply with status 200 that is no answer; the message says why."""
 
@@ -64,7 +68,7 @@ class Source:
         prompt_tokens and tokens (null where the server does not count), model.
 
         Raises:
-            BadReply: not one choice, or no text in it.
+            BadReply: not one choice, no text in it, or one that the server gave up.
         """
         choices = reply.get("choices") if isinstance(reply, dict) else None
         if not isinstance(choices, list):
@@ -72,6 +76,8 @@ class Source:
         if len(choices) != 1:
             raise BadReply(f"{len(choices)} choices where one was asked for")
         choice, reasoning = choices[0], None
+        if choice.get("finish_reason") in GIVEN_UP:
+            raise BadReply(f"the server gave the answer up (finish_reason {choice['finish_reason']})")
         if self.config.kind == "chat":
             message = choice.get("message") or {}
             text = message.get("content") or ""
@@ -120,7 +126,7 @@ class Source:
 
     def _settings_of_requests(self) -> dict[str, Any]:
         config, sampling = self.config, dataclasses.asdict(self.config.sampling)
-        extra = sampling.pop("extra_body")
+        extra = sampling.pop("extra_body") | {config.max_tokens_field: sampling.pop("max_tokens")}
         body = {"model": config.model} | {key: value for key, value in sampling.items() if value not in (None, ())}
         if config.chat_template_kwargs:
             body["chat_template_kwargs"] = config.chat_template_kwargs

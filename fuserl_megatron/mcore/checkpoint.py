@@ -99,6 +99,8 @@ def load(target: TargetModel, folder: Path, optimizer: ChainedOptimizer | None =
         state = load_state(_state(target, optimizer, is_loading=True), folder, advice)
     except UserError as error:
         problem = str(error)
+    except MemoryError:  # no fault of the files
+        raise
     except Exception as error:  # a checkpoint of another kind surfaces as many kinds of errors
         problem = f"{folder}: cannot be loaded ({first_line(error)}){advice}"
     problem = next(filter(None, from_all_ranks(problem)), None)  # the others would wait for this rank

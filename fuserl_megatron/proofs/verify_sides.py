@@ -215,6 +215,8 @@ def tokenizer_of(side: Side):
 
     try:
         return AutoTokenizer.from_pretrained(side.tokenizer_dir, trust_remote_code=False)
+    except MemoryError:  # no fault of the files
+        raise
     except Exception as error:  # broken tokenizer files raise anything
         raise UserError(
             f"{side.tokenizer_dir}: the tokenizer cannot be opened ({error}); copy its files again"

@@ -162,6 +162,8 @@ def _hub_rows(name: str, needed: Needed) -> Iterator[tuple[Place, dict[str, Any]
     hub_name, _, split = name.partition(":")
     try:
         table = datasets.load_dataset(hub_name, split=split or "train")
+    except MemoryError:  # no fault of the files
+        raise
     except Exception as error:  # the hub client raises a dozen unrelated classes; all mean that there is no data
         what = f"no file of that name here, and the hub gave no data set ({first_line(error)})"
         raise UserError(f"{name}: {what}; without a network connection give a local file") from None

@@ -82,6 +82,8 @@ def load_tokenizer(path: str) -> tuple[Any, str]:
         raise UserError(f"tokenizer: {path} holds none{exported}")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False), path
+    except MemoryError:  # no fault of the files
+        raise
     except Exception as error:  # transformers raises whatever its many loaders raise
         raise UserError(f"tokenizer: {path} cannot be opened as a tokenizer ({first_line(error)})") from None
 

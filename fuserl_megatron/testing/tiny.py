@@ -7,6 +7,11 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+ENDS_BARE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{% endfor %}"
+)
+"""A template whose text ends in the end-of-turn token itself, without a line end behind it."""
+
 LLAMA = dict(
     vocab_size=160,
     hidden_size=64,
@@ -84,3 +89,48 @@ def save_char_tokenizer(directory: str | Path, *, chat_template: str | None = CH
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(directory)
     return tokenizer
+
+
+def save_tiny_reward_model(
+    directory: str | Path,
+    *,
+    seed: int = 0,
+    num_labels: int = 1,
+    scale: float = 4.0,
+    edit=None,
+    template=ENDS_BARE,
+    **fields,
+):
+    """Write a random LlamaForSequenceClassification and a tokenizer whose padding is the end of turn.
+
+    Args:
+        directory: where to write.
+        seed: of the weights.
+        num_labels: a reward model has 1.
+        scale: factor on the initial weights, so that rewards differ.
+        edit: called with the model before it is saved.
+        template: chat template of the tokenizer; the default one ends in the padding token.
+        **fields: of the config.
+
+    Returns:
+        The transformers model.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    save_char_tokenizer(directory, chat_template=template)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **LLAMA | {"num_hidden_layers": 2, "num_labels": num_labels} | fields,
+        pad_token_id=1,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    model = LlamaForSequenceClassification(config)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.mul_(scale if weights.dim() > 1 else 1)
+        if edit:
+            edit(model)
+    model.save_pretrained(directory)
+    return model.eval()

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 
@@ -14,8 +15,10 @@ from fuserl_megatron.data.pairs import PreparedSet
 from fuserl_megatron.data.sampler import GlobalBatchSampler
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.metrics.flops import describe_peak, step_flops
+from fuserl_megatron.metrics.report import FILE, write_report
 from fuserl_megatron.metrics.run_log import duration, say
 from fuserl_megatron.runtime.stopping import resume_command
+from fuserl_megatron.util.errors import UserError
 
 
 def num_parameters(shape: ModelShape) -> int:
@@ -35,6 +38,11 @@ def describe_end(config: Config, done: int, step: int, total: int, saved: int, e
     directory = config.run.results_dir
     took = f"{step - done} of them now, " if done else ""
     say(f"done       {step} of {total} steps ({took}{duration(seconds)}); metrics in {directory}/metrics.jsonl")
+    try:
+        write_report([directory], Path(directory, FILE))
+        say(f"report     {directory}/{FILE}")
+    except (UserError, OSError) as error:  # a full disk ends no run for its report
+        say(f"report     not written: {error}")
     if saved:
         say(f"checkpoint step {saved} in {directory}/checkpoints")
     if exported:

@@ -52,6 +52,8 @@ def local_model(path: str | Path, *, weights: bool = True) -> str:
             f"{name}: no such directory, not in the hub's cache ({constants.HF_HUB_CACHE}), and the "
             f"hub cannot be reached; give a local directory, or type `hf download {name}` where there is a network"
         ) from None
+    except MemoryError:  # no fault of the files
+        raise
     except Exception as error:  # the client raises many kinds
         raise UserError(
             f"{name}: no such directory{did_you_mean(name)}, and the hub does not give it ({first_line(error)}); "

@@ -58,11 +58,20 @@ def place(tmp_path_factory):
     for name in (*models, "runs/llama31_8b_fusesft/hf"):
         shutil.copytree(target, root / name)
     records = [
-        dict(prompt=f"p{p}", source=s, response=f"{s}{n}", reward=n) for p in range(8) for s in "ab" for n in (0, 1)
+        dict(prompt=f"p{p}", source=s, response=f"{s}{n}", reward=n + 0.1 * ((p + (s == "b")) % 3))
+        for p in range(8)
+        for s in "ab"
+        for n in (0, 1)
     ]
     text = "".join(json.dumps(r) + "\n" for r in records)
     for name in ("scored", "a", "b", "ultrafeedback_part1", "ultrafeedback_part2", "part1", "part2", "heldout"):
         (root / f"{name}.jsonl").write_text(text)
+    scored = root / "runs" / "x" / "scored"  # as `fuserl score` leaves it
+    scored.mkdir(parents=True)
+    (scored / "records.jsonl").write_text(text)
+    (scored / "done.json").write_text(json.dumps({"format": "fuserl scored responses", "bytes": len(text)}))
+    for name in ("fusesft", "fusepo"):
+        (root / "runs" / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (root / "docs").mkdir()
     ratings = [dict(question=f"p{p}", answer={"text": "x"}, scores=[{"overall": p}], judge="j") for p in range(4)]
     (root / "ratings.json").write_text(json.dumps(ratings))
@@ -105,7 +114,7 @@ def typed(place, monkeypatch, capsys):
         if ">" in words:
             words, redirected, file = words[: words.index(">")], True, words[-1]
         command = words[0]
-        if command in ("verify", "doctor", "demo"):
+        if command in ("verify", "doctor", "demo", "sample", "score"):  # the last two need servers
             build_parser().parse_args(words)
             return
         for word in words:  # what is to be written must not be there

@@ -414,3 +414,19 @@ def test_no_memory_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "run", fail)
     assert main(["doctor"]) == 1
     assert capsys.readouterr().err == "fuserl: error: out of memory: use a machine with more, or less at once\n"
+
+
+def test_no_memory_while_a_tokenizer_opens_is_not_blamed_on_it(monkeypatch, tmp_path, capsys):
+    import transformers
+
+    from fuserl_megatron.testing.tiny import save_char_tokenizer
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    save_char_tokenizer(tmp_path)
+    (tmp_path / "in.jsonl").write_text("{}\n")
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fail)
+    words = [f"inputs=[{tmp_path}/in.jsonl]", f"output={tmp_path}/fused", f"tokenizer={tmp_path}"]
+    assert main(["build", *words, "reward_temperature=0.1"]) == 1
+    assert capsys.readouterr().err.startswith("fuserl: error: out of memory")

@@ -110,8 +110,12 @@ def test_the_command_line(capsys, tmp_path, monkeypatch):
     assert "sources=[]: needs at least one" in capsys.readouterr().err
     assert main(["sample", "output=o", "--status"]) == 2
     assert "o: no such directory" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["sample", *RUN, "sources=[llama31_70b]"]) == 2
+    assert "llama31_70b: vllm is not on PATH; install it, or give the url" in capsys.readouterr().err
+    running = ["sources=[openai_compatible]", "sources.openai_compatible.model=m"]
+    assert main(["sample", *RUN, *running]) == 2
     assert "prompts: p.jsonl does not exist" in capsys.readouterr().err
-    assert main(["sample", "output=o", "sources=[llama31_70b]"]) == 2
+    assert main(["sample", "output=o", *running]) == 2
     assert "prompts is empty" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -166,6 +166,14 @@ def test_failures_are_of_the_last_run_and_do_not_hinder_the_end(tmp_path):
     assert not (tmp_path / "failures.jsonl").read_text()
 
 
+def test_an_account_in_which_everything_failed(tmp_path):
+    with Account(tmp_path, PLAN, keys_of(2)) as account:
+        account.fail(0, {})
+        account.fail(1, {})
+        assert account.finish({})["failed"] == 2
+    assert list(finished_rows(tmp_path)) == []
+
+
 def test_a_second_writer_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fuserl_megatron.util.locks.SAME_HOST_S", 0.0)
     with Account(tmp_path, PLAN, keys_of(3)), pytest.raises(UserError, match="writes there"):

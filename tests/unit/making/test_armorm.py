@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from making_helpers import sample, save_reward_model
+from making_helpers import sample
 from safetensors.torch import load_file, save_file
 
 from fuserl_megatron.config.score_sections import ModelReward
 from fuserl_megatron.making.armorm import OBJECTIVES, TURN, last_place
 from fuserl_megatron.making.reward_model import RewardModel
+from fuserl_megatron.testing.tiny import save_tiny_reward_model
 from fuserl_megatron.util.errors import UserError
 
 TEMPLATE = (
@@ -98,7 +99,7 @@ def twin(directory, ids):
 @pytest.fixture(scope="module")
 def reward_model_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("reward_model")
-    save_reward_model(directory)
+    save_tiny_reward_model(directory)
     return str(directory)
 
 

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from fuserl_megatron.making.held_out import HeldOut
 from fuserl_megatron.making.prompts import PromptList
 from fuserl_megatron.util.errors import UserError
 
@@ -71,21 +70,6 @@ def test_a_file_that_changes_under_way_stops(tmp_path):
     write(file, [*ROWS[:3], {"prompt": "other"}])
     with pytest.raises(UserError, match="p.jsonl:4: changed"):
         list(prompts.read(np.ones(3, bool)))
-
-
-def test_prompts_that_a_test_set_has(tmp_path):
-    long = " ".join(f"word{i}" for i in range(20))
-    held = HeldOut([write(tmp_path / "h.jsonl", [{"prompt": f"Please: {long}"}, {"prompt": "Short one?"}])])
-    rows = [
-        {"prompt": f"other words first, then {long.upper()}."},
-        {"prompt": "short, ONE"},
-        {"prompt": "short one more"},
-        {"prompt": " ".join(long.split()[:12])},
-        {"prompt": [{"role": "system", "content": f"Please: {long}"}, {"role": "user", "content": "else"}]},
-    ]
-    prompts = PromptList([write(tmp_path / "p.jsonl", rows)], is_left_out=held.shares)
-    assert prompts.counts["overlapping"] == 2
-    assert [p.place[1] for p in prompts.all()] == [3, 4, 5]
 
 
 def test_parquet(tmp_path):

@@ -5,12 +5,13 @@ import shutil
 
 import pytest
 import torch
-from making_helpers import sample, save_reward_model
+from making_helpers import sample
 from transformers import AutoModelForSequenceClassification
 
 from fuserl_megatron.config.score_sections import ModelReward
 from fuserl_megatron.making.conversation import Unscorable
 from fuserl_megatron.making.reward_model import RewardModel, hidden_states, last_positions
+from fuserl_megatron.testing.tiny import save_tiny_reward_model
 from fuserl_megatron.util.errors import UserError
 
 PAD = 1  # <|im_end|>
@@ -23,7 +24,7 @@ def load(directory, **settings):
 @pytest.fixture(scope="module")
 def reward_model_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("reward_model")
-    save_reward_model(directory)
+    save_tiny_reward_model(directory)
     return str(directory)
 
 
@@ -104,7 +105,7 @@ def test_too_long_is_a_row_without_a_value_and_nothing_is_cut(reward_model_dir):
 def test_plan_holds_weights_and_template(reward_model_dir, tmp_path):
     model = load(reward_model_dir)
     assert model.settings() == load(reward_model_dir, batch_tokens=7).settings()
-    save_reward_model(tmp_path, seed=1)
+    save_tiny_reward_model(tmp_path, seed=1)
     assert model.settings()["weights"] != load(tmp_path).settings()["weights"]
     assert model.warnings() == []
 
@@ -117,19 +118,19 @@ def causal_model(directory):
 
 
 def five_labels(directory):
-    save_reward_model(directory, num_labels=5)
+    save_tiny_reward_model(directory, num_labels=5)
 
 
 def a_nan(directory):
-    save_reward_model(directory, edit=lambda model: model.score.weight[0, 3].fill_(float("nan")))
+    save_tiny_reward_model(directory, edit=lambda model: model.score.weight[0, 3].fill_(float("nan")))
 
 
 def no_template(directory):
-    save_reward_model(directory, template=None)
+    save_tiny_reward_model(directory, template=None)
 
 
 def overflowing(directory):
-    save_reward_model(directory, edit=lambda model: model.model.norm.weight.fill_(3e38))
+    save_tiny_reward_model(directory, edit=lambda model: model.model.norm.weight.fill_(3e38))
 
 
 @pytest.mark.parametrize(

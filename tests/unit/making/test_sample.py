@@ -1,50 +1,15 @@
-"""`fuserl sample` in process against a server that answers at once: what is sent, kept, tried again, and refused."""
+"""`fuserl sample` in process against a server that answers at once: what is sent, kept and asked for again."""
 
-import hashlib
-import json
-import os
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 from aiohttp import web
+from sampling_case import content_of, quick, refused, rows_of  # noqa: F401
 
 from fuserl_megatron.config.sample_sections import SamplingConfig
-from fuserl_megatron.making import client, endpoint, preflight
-from fuserl_megatron.making.finished import finished_rows
 from fuserl_megatron.making.sample import sample
-from fuserl_megatron.making.sample_plan import dry_run, status
+from fuserl_megatron.making.sample_plan import dry_run
 from fuserl_megatron.util.errors import UserError
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(client, "BACK_OFF_S", 0.01)
-    monkeypatch.setattr(preflight, "PAUSE_S", 0.01)
-    monkeypatch.setattr(client, "TICK_S", 0.02)
-    monkeypatch.setattr(endpoint, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(endpoint, "POLL_S", 0.05)
-    monkeypatch.setattr(endpoint, "FRESH_S", 0.02)
-
-
-def rows_of(config, name="a"):
-    return list(finished_rows(Path(config.output) / name))
-
-
-def content_of(rows):
-    """What must not depend on order, time or faults."""
-    own = ("key", "prompt", "source", "index", "response", "finish_reason", "seed", "meta")
-    texts = sorted(json.dumps({name: row[name] for name in own}) for row in rows)
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-def refused(config, source, match):
-    with pytest.raises(UserError, match=match) as caught:
-        sample(config, [source])
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_every_answer_once_in_the_order_of_the_prompts(settings, stub, capsys):
@@ -126,113 +91,6 @@ def test_what_may_change_between_two_runs(settings, stub, change, difference):
         assert len(rows_of(grown)) == 4
 
 
-def test_faults_change_nothing_in_what_is_kept(settings, stub):
-    config, source = settings(100, n=2)
-    sample(config, [source])
-    expected = content_of(rows_of(config))
-    stub.share = 0.3
-    other, _ = settings(100, n=2, output=config.output + "2", max_attempts=50)
-    sample(other, [source])
-    assert content_of(rows_of(other)) == expected
-    faults = json.loads((Path(other.output) / "a" / "done.json").read_text())["faults"]
-    assert {"http_429", "http_500", "http_503", "connection", "not_json"} <= set(faults), faults
-
-
-def test_a_busy_server_takes_no_attempt_and_gets_less(settings, stub):
-    refusals = iter(range(200))
-
-    def busy(body):
-        if stub.in_flight > 4 and next(refusals, None) is not None:
-            return web.json_response({"error": "busy"}, status=429)
-
-    stub.script, stub.delay = busy, 0.005
-    config, source = settings(60, n=2, max_attempts=1, max_failures=0.0)
-    sample(config, [source])
-    assert {row["attempt"] for row in rows_of(config)} == {1}
-    done = json.loads((Path(config.output) / "a" / "done.json").read_text())
-    assert done["max_in_flight_reached"] < 64 and done["faults"]["http_429"] > 4
-
-
-def test_a_dead_engine_is_waited_for_and_takes_no_attempt(settings, stub, capsys):
-    """What vLLM does when its engine dies: 500 on everything, /health 503."""
-    died = threading.Event()
-
-    def dead(body):
-        if stub.counts["answers"] == 30 and not died.is_set():
-            died.set()
-            stub.healthy = False
-            threading.Timer(0.3, lambda: setattr(stub, "healthy", True)).start()
-        return None if stub.healthy else web.json_response({"error": {"message": "EngineCore died"}}, status=500)
-
-    stub.script = dead
-    config, source = settings(60, n=1, max_failures=0.0, max_attempts=2)
-    sample(config, [source])
-    assert {row["attempt"] for row in rows_of(config)} == {1} and len(rows_of(config)) == 60
-    out = capsys.readouterr().out
-    assert out.count("does not answer (HTTP 500: EngineCore died); waiting for it") == 1
-    assert out.count("answers again") == 1
-
-
-def test_a_server_that_stays_away_ends_the_run_and_the_next_goes_on(settings, stub):
-    def away(body):
-        stub.healthy = stub.counts["answers"] < 30
-        return None if stub.healthy else web.json_response({"error": {"message": "gone"}}, status=500)
-
-    stub.script = away
-    config, source = settings(60, n=1, patience=0.3)
-    refused(config, source, r"a: no answer for 0.3 s \(patience\): .*gone")
-    assert not (Path(config.output) / "a" / "done.json").exists()
-    stub.script, stub.healthy = None, True
-    stub.counts.clear()
-    sample(config, [source])
-    assert stub.counts["answers"] <= 32 and len(rows_of(config)) == 60
-
-
-def test_permanent_failures_are_noted_and_asked_again_on_request(settings, stub):
-    def too_long(body):
-        if body["messages"][-1]["content"] == "question 3":
-            text = "maximum context length is 10 tokens"
-            return web.json_response({"error": {"message": text}}, status=400)
-
-    stub.script = too_long
-    config, source = settings(10, n=2)
-    assert sample(config, [source]) == 0
-    assert len(rows_of(config)) == 18
-    failures = [json.loads(line) for line in (Path(config.output) / "a" / "failures.jsonl").read_text().splitlines()]
-    assert [(f["kind"], f["status"], f["attempts"]) for f in failures] == [("prompt_too_long", 400, 1)] * 2
-    stub.counts.clear()
-    sample(config, [source])
-    assert not stub.counts
-    stub.script = None
-    again, _ = settings(10, n=2, retry_failed=True)
-    sample(again, [source])
-    assert len(rows_of(config)) == 20
-
-
-def test_a_million_that_all_fail_alike_stop_after_twenty(settings, stub):
-    stub.script = lambda body: (
-        web.json_response({"error": {"message": f"bad adapter, request {time.time_ns()}"}}, status=400)
-        if body["max_tokens"] == 100
-        else None
-    )
-    config, source = settings(1000, n=1)
-    refused(config, source, "the first 20 requests all failed alike: HTTP 400: bad adapter")
-    config, source = settings(5, n=1)
-    refused(config, source, "no request brought an answer: HTTP 400: bad adapter")
-
-
-def test_too_many_failures_stop(settings, stub):
-    stub.script = lambda body: (
-        web.json_response({"error": {"message": "odd"}}, status=400)
-        if body["max_tokens"] == 100 and int(body["messages"][-1]["content"].split()[1]) % 2
-        else None
-    )
-    config, source = settings(1000, n=1)
-    refused(
-        config, source, "11 answers failed .11 http_400., more than max_failures=0.01 allows; the last: HTTP 400: odd"
-    )
-
-
 @pytest.mark.parametrize(
     ("message", "answer", "reasoning"),
     [
@@ -267,13 +125,6 @@ def test_a_server_that_does_not_sample_is_pointed_out(settings, stub, capsys, ob
     assert warned == (0 if obeys else 1)
 
 
-def test_more_than_one_choice_is_refused(settings, stub):
-    choice = {"message": {"content": "x"}, "finish_reason": "stop"}
-    stub.script = lambda body: web.json_response({"choices": [choice, choice]})
-    config, source = settings(5, n=1)
-    refused(config, source, "2 choices where one was asked for")
-
-
 def test_completion_with_demonstrations_keeps_the_plain_prompt(settings, stub, tmp_path):
     shown = tmp_path / "shown.jsonl"
     shown.write_text('{"prompt": "1+1?", "response": "2"}\n{"prompt": "2+2?", "response": "4"}\n')
@@ -303,33 +154,6 @@ def test_several_addresses_share_the_work(settings, stub):
         assert {row["server"] for row in rows_of(config)} == {stub.url, second.url}
 
 
-def test_a_signal_drains_and_leaves_the_way_on(settings, stub, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["fuserl", "sample", "n=1"])
-    stub.delay = 0.05
-    config, source = settings(400, n=1, source={"max_in_flight": 16})
-
-    def told(body):
-        if stub.counts["answers"] == 60:
-            stub.counts["answers"] += 1
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    stub.script = told
-    assert sample(config, [source]) == 0
-    directory = Path(config.output)
-    assert "continue with: cd " in capsys.readouterr().out
-    assert (directory / "REQUEUE").read_text().splitlines()[1].endswith("fuserl sample n=1")
-    assert not (directory / "a" / "done.json").exists()
-    kept = len((directory / "a" / "part-00000.jsonl").read_bytes().splitlines())
-    assert 60 <= kept < 200 and stub.in_flight == 0
-    assert status(config.output) == 1
-    assert f"a: {kept}/400 answers" in capsys.readouterr().out
-    stub.script, stub.delay = None, 0.0
-    stub.counts.clear()
-    sample(config, [source])
-    assert stub.counts["answers"] == 400 - kept + 1 and not (directory / "REQUEUE").exists()
-    assert status(config.output) == 0
-
-
 def test_dry_run_counts_and_writes_nothing(settings, stub, capsys):
     config, source = settings(10, n=2, source={"price_input": 1.0, "price_output": 2e4})
     assert dry_run(config, [source]) == 0
@@ -347,6 +171,15 @@ def test_dry_run_counts_and_writes_nothing(settings, stub, capsys):
         dry_run(grown, [source])
 
 
+@pytest.mark.parametrize(("action", "answers"), [("count", 10), ("drop", 8)])
+def test_prompts_that_a_test_set_has(settings, stub, prompts, capsys, action, answers):
+    test_set = prompts(2, "test.jsonl")
+    config, source = settings(10, n=1, heldout=(test_set,), heldout_action=action)
+    sample(config, [source])
+    assert len(rows_of(config)) == answers
+    assert "prompts: 2 overlap with held-out ones" in capsys.readouterr().out
+
+
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(settings, stub, monkeypatch):
     key = "k-1234567890abcdef"
     monkeypatch.setenv("MY_SERVICE", key)
@@ -361,18 +194,3 @@ def test_the_key_comes_from_the_environment_and_goes_nowhere_else(settings, stub
         assert not file.is_file() or key not in file.read_text(errors="replace"), file
     monkeypatch.delenv("MY_SERVICE")
     refused(config, source, "api_key_env=MY_SERVICE: not set in the environment")
-
-
-def test_one_source_that_fails_does_not_keep_the_other_from_going_on(settings, stub):
-    from dataclasses import replace
-
-    stub.script = lambda body: (
-        web.json_response({"error": {"message": "odd"}}, status=400)
-        if body["temperature"] == 0.5 and body["max_tokens"] == 100
-        else None
-    )
-    config, source = settings(40, n=1)
-    other = replace(source, name="b", sampling=SamplingConfig(temperature=0.5, max_tokens=100))
-    with pytest.raises(UserError, match="b: the first 20"):
-        sample(config, [other, source])
-    assert len(rows_of(config)) == 40 and not (Path(config.output) / "b" / "done.json").exists()

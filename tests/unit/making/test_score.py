@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from making_helpers import save_reward_model, write_records
+from making_helpers import write_records
 
 from fuserl_megatron.cli.app import main
 from fuserl_megatron.config.load import from_dict
@@ -22,6 +22,7 @@ from fuserl_megatron.making.finished import finished_rows
 from fuserl_megatron.making.parts import key_array, key_of, scan
 from fuserl_megatron.records.grouping import load_groups
 from fuserl_megatron.records.records import Rejects
+from fuserl_megatron.testing.tiny import save_tiny_reward_model
 from fuserl_megatron.util.errors import UserError
 
 RULE = """
@@ -45,7 +46,7 @@ RECORDS = [{"prompt": p, "source": s, "response": r} for p, s, r in ANSWERS]
 @pytest.fixture(scope="module")
 def reward_model_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("reward_model")
-    save_reward_model(directory)
+    save_tiny_reward_model(directory)
     return str(directory)
 
 
@@ -147,7 +148,22 @@ def test_more_answers_score_what_is_missing():
     assert len(records()) == 5 and len(calls()) == 6
 
 
-def test_another_plan_is_refused_and_rescore_throws_away():
+def stop_after(monkeypatch, count, *words):
+    """A run that ends when it has written so many rows."""
+    append = Account.append
+
+    def stopping(self, i, row):
+        if self.have.sum() == count:
+            raise KeyboardInterrupt
+        append(self, i, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Account, "append", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(*words)
+
+
+def test_another_plan_is_refused_and_rescore_throws_away(monkeypatch):
     run()
     with pytest.raises(UserError, match=r"arguments.pause \S+ there, 0.001 here.*rescore=\[counted\]") as raised:
         run("rewards.counted.arguments.pause=0.001")
@@ -156,8 +172,12 @@ def test_another_plan_is_refused_and_rescore_throws_away():
     Path("my_rule.py").write_text(RULE + "# another version\n")
     with pytest.raises(UserError, match="code_sha256"):
         run()
+    stop_after(monkeypatch, 3, "rescore=[counted]")
+    assert not Path("scored/done.json").exists()
+    run("rescore=[counted]")  # goes on
+    assert len(calls()) == 5 + 4 + 2 and len(records()) == 5
     run("rescore=[counted]")
-    assert len(calls()) == 10
+    assert len(calls()) == 5 + 4 + 2 + 5
 
 
 def test_killed_runs_go_on_with_exactly_the_missing_rows():
@@ -303,6 +323,19 @@ def test_directories_of_samples_and_build(tmp_path):
     os.remove("samples/b/done.json")
     with pytest.raises(UserError, match="samples/b: not finished"):
         run(samples="samples")
+
+
+def test_rows_of_other_formats_are_answers_too():
+    pair = {"prompt": "q", "chosen": "good", "rejected": "poor one", "chosen_model": "a", "rejected_model": "b"}
+    write_records(Path("pairs.jsonl"), [pair | {"meta": {"id": 1}}])
+    run(samples="[pairs.jsonl]")
+    assert [(r["source"], r["reward"], r["meta"]) for r in records()] == [("a", 4, {"id": 1}), ("b", 8, {"id": 1})]
+    Path("folder").mkdir()
+    Path("pairs.jsonl").rename("folder/pairs.jsonl")
+    assert run(samples="folder")["answers"] == 2
+    write_records(Path("bad.jsonl"), [{"prompt": "q", "source": "a"}])
+    with pytest.raises(UserError, match="bad.jsonl:1: field 'response' is missing"):
+        run(samples="[bad.jsonl]")
 
 
 def test_heldout_prompts_are_counted_and_dropped():

@@ -69,6 +69,17 @@ def test_what_is_said_of_a_server_that_does_not_start(settings):
     )
 
 
+def test_a_signal_while_a_server_starts(settings, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["fuserl", "sample"])
+    slow = f"{sys.executable} -c 'import time; time.sleep(60) # stub_server.py {{port}}'"
+    config, source = settings(source={"url": (), "server": ServerConfig(command=slow)})
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    started = time.monotonic()
+    assert sample(config, [source]) == 0
+    assert time.monotonic() - started < 10 and not psutil.Process().children()
+    assert (Path(config.output) / "REQUEUE").exists()
+
+
 def test_the_command():
     server = ServerConfig(args={"tensor_parallel_size": 4, "enforce_eager": True, "swap": False, "dtype": "bfloat16"})
     source = SourceConfig(name="a", model="org/m d", revision="abc", server=server)
