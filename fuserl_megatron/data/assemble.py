@@ -12,11 +12,11 @@ import torch
 from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
 from fuserl_megatron.data.packing import Placement, attended_keys, group_chunks
 from fuserl_megatron.data.prepared import PreparedSet
-from fuserl_megatron.objectives.spec import Unit as LossUnit
+from fuserl_megatron.objectives.spec import Unit
 
 
 @dataclass(frozen=True)
-class Unit:
+class Part:
     """What must lie in one micro-batch: a whole prompt, or (packing off) one pair, triple, source or sequence of it."""
 
     prompt: int
@@ -27,41 +27,41 @@ class Unit:
     """Pair indices into the prepared set."""
 
 
-def units_of(prepared: PreparedSet, prompt: int, whole: bool) -> list[Unit]:
-    """One unit per prompt (`whole`), or its pairs, triples, sources (RLOO) or sequences (FuseSFT, KTO) one by one."""
+def parts_of(prepared: PreparedSet, prompt: int, whole: bool) -> list[Part]:
+    """One part per prompt (`whole`), or its pairs, triples, sources (RLOO) or sequences (FuseSFT, KTO) one by one."""
     first, last = int(prepared.sequence_offsets[prompt]), int(prepared.sequence_offsets[prompt + 1])
     pairs = range(int(prepared.pair_offsets[prompt]), int(prepared.pair_offsets[prompt + 1]))
     if whole:
-        return [Unit(prompt, tuple(range(first, last)), tuple(pairs))]
-    if prepared.unit is LossUnit.ALL_RESPONSES:
+        return [Part(prompt, tuple(range(first, last)), tuple(pairs))]
+    if prepared.unit is Unit.ALL_RESPONSES:
         by_source: dict[int, list[int]] = {}
         for n in range(first, last):
             by_source.setdefault(int(prepared.source_ids[n]), []).append(n)
-        return [Unit(prompt, tuple(responses), ()) for responses in by_source.values()]
+        return [Part(prompt, tuple(responses), ()) for responses in by_source.values()]
     if pairs:
         ends = [prepared.chosen, prepared.rejected, *(v for k, v in prepared.of_pairs.items() if k == "source_index_P")]
-        return [Unit(prompt, tuple(first + int(end[p]) for end in ends), (p,)) for p in pairs]
-    return [Unit(prompt, (n,), ()) for n in range(first, last)]
+        return [Part(prompt, tuple(first + int(end[p]) for end in ends), (p,)) for p in pairs]
+    return [Part(prompt, (n,), ()) for n in range(first, last)]
 
 
-def chunks_of(prepared: PreparedSet, unit: Unit, share_prefix: bool) -> list[int]:
-    """Chunk lengths of a unit (see packing.py)."""
-    lengths = [int(prepared.lengths[n]) for n in unit.sequences]
-    return group_chunks(int(prepared.dataset.prompt_lengths[prepared.group_ids[unit.prompt]]), lengths, share_prefix)
+def chunks_of(prepared: PreparedSet, part: Part, share_prefix: bool) -> list[int]:
+    """Chunk lengths of a part (see packing.py)."""
+    lengths = [int(prepared.lengths[n]) for n in part.sequences]
+    return group_chunks(int(prepared.dataset.prompt_lengths[prepared.group_ids[part.prompt]]), lengths, share_prefix)
 
 
-def attended_keys_of(prepared: PreparedSet, unit: Unit, share_prefix: bool) -> int:
-    """Keys that the unit's positions see in all (see packing.py)."""
-    prompt = int(prepared.dataset.prompt_lengths[prepared.group_ids[unit.prompt]])
-    return attended_keys(prompt, prepared.lengths[list(unit.sequences)], share_prefix)
+def attended_keys_of(prepared: PreparedSet, part: Part, share_prefix: bool) -> int:
+    """Keys that the part's positions see in all (see packing.py)."""
+    prompt = int(prepared.dataset.prompt_lengths[prepared.group_ids[part.prompt]])
+    return attended_keys(prompt, prepared.lengths[list(part.sequences)], share_prefix)
 
 
 def assemble(
-    prepared: PreparedSet, items: Sequence[tuple[Unit, Placement]], num_rows: int, seq_length: int, share_prefix: bool
+    prepared: PreparedSet, items: Sequence[tuple[Part, Placement]], num_rows: int, seq_length: int, share_prefix: bool
 ) -> PackedBatch:
     """One micro-batch [B, S] on the CPU.
 
-    `items` are its units with their places, packed under the same `share_prefix`; none gives a batch of padding with
+    `items` are its parts with their places, packed under the same `share_prefix`; none gives a batch of padding with
     N = P = 0.
     """
     shape = (num_rows, seq_length)
@@ -92,8 +92,8 @@ def assemble(
         labels[row, start : start + response.size] = response
         sequence_ids[row, start : start + response.size] = n
 
-    for unit, place in items:
-        group = int(prepared.group_ids[unit.prompt])
+    for part, place in items:
+        group = int(prepared.group_ids[part.prompt])
         prompt = prepared.dataset.prompt(group)
         batch_index = {}
         shared, cursor = None, 0
@@ -102,7 +102,7 @@ def assemble(
             if prompt.size > 1:
                 shared = write(row, cursor, 0, prompt[:-1], None)
                 cursor += prompt.size - 1
-        for i, n in enumerate(unit.sequences):
+        for i, n in enumerate(part.sequences):
             response = prepared.dataset.response(group, int(prepared.response_ids[n]))
             batch_index[n] = len(sequences)
             if share_prefix:
@@ -115,10 +115,10 @@ def assemble(
                 score(row, start + prompt.size - 1, response, len(sequences))
             sequences.append(n)
             prompts.append(group)
-        first = int(prepared.sequence_offsets[unit.prompt])
+        first = int(prepared.sequence_offsets[part.prompt])
         for name, values in ends.items():
-            index_P[name].extend(batch_index[first + int(values[p])] for p in unit.pairs)
-        pairs.extend(unit.pairs)
+            index_P[name].extend(batch_index[first + int(values[p])] for p in part.pairs)
+        pairs.extend(part.pairs)
 
     n_N, p_P = np.array(sequences, np.int64), np.array(pairs, np.int64)
     arrays = {
@@ -139,7 +139,7 @@ def assemble(
         **{name: values[p_P] for name, values in prepared.of_pairs.items()},
         **{name: np.array(index, np.int64) for name, index in index_P.items()},
     }
-    if prepared.unit is LossUnit.ALL_RESPONSES:
+    if prepared.unit is Unit.ALL_RESPONSES:
         keys_N2 = np.stack([arrays["prompt_ids_N"], arrays["source_ids_N"]], axis=1)
         arrays["group_ids_N"] = np.unique(keys_N2, axis=0, return_inverse=True)[1].reshape(-1)
     return PackedBatch(**{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in arrays.items()})

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from fuserl_megatron.config.schema import DataConfig
-from fuserl_megatron.data.assemble import Unit, assemble, attended_keys_of, chunks_of
+from fuserl_megatron.data.assemble import Part, assemble, attended_keys_of, chunks_of
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.packing import Placement, measure_sharing, pack
 from fuserl_megatron.data.prepared import PreparedSet
-from fuserl_megatron.data.too_long import check_sizes, units_to_place
+from fuserl_megatron.data.too_long import check_sizes, parts_to_place
 from fuserl_megatron.util.errors import UserError
 
 
@@ -46,7 +46,7 @@ class StepPlan:
     """Micro-batches per data-parallel rank, equal for all."""
     padding_share: float
     """Share of all positions of all ranks that is padding."""
-    micro_batches: tuple[tuple[tuple[Unit, Placement], ...], ...]
+    micro_batches: tuple[tuple[tuple[Part, Placement], ...], ...]
     """Content of the micro-batches before they are dealt out."""
 
     def normalizer(self, nll_reduction: str | None) -> float:
@@ -128,15 +128,15 @@ class GlobalBatchSampler:
     def plan(self, prompts: np.ndarray, step: int = 0, epoch: int = 0) -> StepPlan:
         """A plan for these prompts (indices into the prepared set)."""
         prepared, data = self.prepared, self.data
-        units = [u for p in prompts.tolist() for u in units_to_place(prepared, data, self.share_prefix, p)]
-        chunks = [chunks_of(prepared, u, self.share_prefix) for u in units]
+        parts = [u for p in prompts.tolist() for u in parts_to_place(prepared, data, self.share_prefix, p)]
+        chunks = [chunks_of(prepared, u, self.share_prefix) for u in parts]
         places = pack(chunks, data.seq_length, data.micro_batch_size, not data.packing.enabled)
-        filled: list[list[tuple[Unit, Placement]]] = [[] for _ in range(max(p.micro_batch for p in places) + 1)]
-        for unit, place in zip(units, places, strict=True):
-            filled[place.micro_batch].append((unit, place))
+        filled: list[list[tuple[Part, Placement]]] = [[] for _ in range(max(p.micro_batch for p in places) + 1)]
+        for part, place in zip(parts, places, strict=True):
+            filled[place.micro_batch].append((part, place))
         per_rank = -(-len(filled) // self.dp_size)
         per_rank = -(-per_rank // self.microbatch_multiple) * self.microbatch_multiple
-        sequences = np.array([n for u in units for n in u.sequences], np.int64)
+        sequences = np.array([n for u in parts for n in u.sequences], np.int64)
         real = sum(map(sum, chunks))
         return StepPlan(
             step=step,
@@ -146,7 +146,7 @@ class GlobalBatchSampler:
             num_sequences=sequences.size,
             scored_tokens=int(prepared.lengths[sequences].sum()),
             real_tokens=real,
-            attended_keys=sum(attended_keys_of(prepared, u, self.share_prefix) for u in units),
+            attended_keys=sum(attended_keys_of(prepared, u, self.share_prefix) for u in parts),
             sum_weighted_tokens=float((prepared.weights[sequences] * prepared.lengths[sequences]).sum()),
             num_microbatches=per_rank,
             padding_share=1.0 - real / (per_rank * self.dp_size * data.micro_batch_size * data.seq_length),

@@ -1,8 +1,8 @@
 """Prompts that do not fit the rows: found, named with file and line, left out or cut (data.on_too_long).
 
-What must lie in one micro-batch (assemble.py's units: a prompt, or one pair, triple or source of it) must fit an empty
+What must lie in one micro-batch (assemble.py's parts: a prompt, or one pair, triple or source of it) must fit an empty
 one. `stop` refuses the first that does not. `skip` leaves the whole prompt out, for the weights of a prompt belong
-together. `truncate` cuts the longest responses of the unit on the right, all to the same number of positions, as far as
+together. `truncate` cuts the longest responses of the part on the right, all to the same number of positions, as far as
 needed: a cut response has lost its end of turn, so the model does not learn to stop there. A prompt that leaves no room
 for one response token is left out under `truncate`, too.
 
@@ -17,35 +17,35 @@ from typing import cast
 import numpy as np
 
 from fuserl_megatron.config.schema import DataConfig
-from fuserl_megatron.data.assemble import Unit, chunks_of, units_of
+from fuserl_megatron.data.assemble import Part, chunks_of, parts_of
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.packing import fits, group_chunks, measure_sharing
 from fuserl_megatron.data.prepared import CutResponses, PreparedSet, kept_prompts
-from fuserl_megatron.objectives.spec import Unit as LossUnit
+from fuserl_megatron.objectives.spec import Unit
 from fuserl_megatron.util.errors import UserError
 
-UNIT_WORDS: dict[LossUnit | None, str] = {
-    LossUnit.PAIRS: "a pair",
-    LossUnit.TRIPLES: "a triple",
-    LossUnit.ALL_RESPONSES: "all responses of a source",
+UNIT_WORDS: dict[Unit | None, str] = {
+    Unit.PAIRS: "a pair",
+    Unit.TRIPLES: "a triple",
+    Unit.ALL_RESPONSES: "all responses of a source",
 }
 SHARES = {"99 %": 0.99, "99.9 %": 0.999, "all": 1.0}
 """Of the prompts, for which the message says the row length that holds them."""
 
 
-def units_to_place(prepared: PreparedSet, data: DataConfig, share_prefix: bool, prompt: int) -> list[Unit]:
+def parts_to_place(prepared: PreparedSet, data: DataConfig, share_prefix: bool, prompt: int) -> list[Part]:
     """What of a prompt stays in one micro-batch: all of it where it fits, otherwise what its loss needs together.
 
-    The loss is a sum over units with a global normaliser, so the numbers do not depend on this. A shared prefix
+    The loss is a sum over parts with a global normaliser, so the numbers do not depend on this. A shared prefix
     needs the whole prompt in one row; KTO's single responses need nobody; without packing every sequence has a row
     of its own.
     """
-    if data.packing.enabled and (share_prefix or prepared.unit is not LossUnit.SINGLE_RESPONSES):
-        (whole,) = units_of(prepared, prompt, True)
+    if data.packing.enabled and (share_prefix or prepared.unit is not Unit.SINGLE_RESPONSES):
+        (whole,) = parts_of(prepared, prompt, True)
         chunks = chunks_of(prepared, whole, share_prefix)
         if share_prefix or fits(chunks, data.seq_length, data.micro_batch_size):
             return [whole]
-    return units_of(prepared, prompt, False)
+    return parts_of(prepared, prompt, False)
 
 
 def fitted(prepared: PreparedSet, data: DataConfig) -> PreparedSet:
@@ -61,12 +61,12 @@ def fitted(prepared: PreparedSet, data: DataConfig) -> PreparedSet:
     if not misfits:
         return prepared
     lengths_N, keep_G = prepared.lengths.copy(), np.ones(prepared.num_prompts, bool)
-    for unit in misfits:
-        cut = _cut(prepared, data, share, unit) if data.on_too_long == "truncate" else None
+    for part in misfits:
+        cut = _cut(prepared, data, share, part) if data.on_too_long == "truncate" else None
         if cut is None:
-            keep_G[unit.prompt] = False
+            keep_G[part.prompt] = False
         else:
-            lengths_N[list(unit.sequences)] = cut
+            lengths_N[list(part.sequences)] = cut
     if not keep_G.any():
         raise UserError(f"{prepared.dataset.path}: no prompt fits: {_how_many(prepared, data, share)}")
     kept_N = np.repeat(keep_G, np.diff(prepared.sequence_offsets))
@@ -81,18 +81,18 @@ def fitted(prepared: PreparedSet, data: DataConfig) -> PreparedSet:
 
 
 def check_sizes(prepared: PreparedSet, data: DataConfig, share_prefix: bool) -> None:
-    """Every unit must fit an empty micro-batch.
+    """Every part must fit an empty micro-batch.
 
     Raises:
         UserError: the first that does not, with file and line, what to set, and how many prompts fit at which length.
     """
     rows, length, packed = data.micro_batch_size, data.seq_length, data.packing.enabled
-    for unit in _misfits(prepared, data, share_prefix):
-        chunks = chunks_of(prepared, unit, share_prefix)
+    for part in _misfits(prepared, data, share_prefix):
+        chunks = chunks_of(prepared, part, share_prefix)
         longest = max(chunks)
-        largest = max(unit.sequences, key=lambda n: prepared.lengths[n])
+        largest = max(part.sequences, key=lambda n: prepared.lengths[n])
         place = prepared.dataset.place(int(prepared.response_ids[largest]))
-        what = f"{place}: prompt {int(prepared.group_ids[unit.prompt])}"
+        what = f"{place}: prompt {int(prepared.group_ids[part.prompt])}"
         others = f"; {_how_many(prepared, data, share_prefix)}; or data.on_too_long=skip, truncate"
         if longest > length:
             remedy = f"set data.seq_length to at least {longest}, or build with a smaller max_length"
@@ -121,18 +121,18 @@ def _shares(prepared: PreparedSet, data: DataConfig) -> bool:
     return measure_sharing(*sizes, data.seq_length).worth_it
 
 
-def _misfits(prepared: PreparedSet, data: DataConfig, share_prefix: bool) -> Iterator[Unit]:
+def _misfits(prepared: PreparedSet, data: DataConfig, share_prefix: bool) -> Iterator[Part]:
     rows, length, alone = data.micro_batch_size, data.seq_length, not data.packing.enabled
     for prompt in range(prepared.num_prompts):
-        for unit in units_to_place(prepared, data, share_prefix, prompt):
-            if not fits(chunks_of(prepared, unit, share_prefix), length, rows, alone):
-                yield unit
+        for part in parts_to_place(prepared, data, share_prefix, prompt):
+            if not fits(chunks_of(prepared, part, share_prefix), length, rows, alone):
+                yield part
 
 
-def _cut(prepared: PreparedSet, data: DataConfig, share_prefix: bool, unit: Unit) -> np.ndarray | None:
-    """The lengths of the unit's responses under the largest cap that makes them fit; None where no cap does."""
-    lengths = prepared.lengths[list(unit.sequences)]
-    prompt = int(prepared.prompt_lengths[unit.prompt])
+def _cut(prepared: PreparedSet, data: DataConfig, share_prefix: bool, part: Part) -> np.ndarray | None:
+    """The lengths of the part's responses under the largest cap that makes them fit; None where no cap does."""
+    lengths = prepared.lengths[list(part.sequences)]
+    prompt = int(prepared.prompt_lengths[part.prompt])
 
     def room(cap: int) -> bool:
         chunks = group_chunks(prompt, np.minimum(lengths, cap).tolist(), share_prefix)
@@ -148,9 +148,9 @@ def _cut(prepared: PreparedSet, data: DataConfig, share_prefix: bool, unit: Unit
 def _how_many(prepared: PreparedSet, data: DataConfig, share_prefix: bool) -> str:
     """Which shares of the prompts fit now, and at which row length 99 %, 99.9 % and all would."""
     needed: dict[int, int] = {}
-    for unit in _misfits(prepared, data, share_prefix):
-        length = _needed_length(chunks_of(prepared, unit, share_prefix), data)
-        needed[unit.prompt] = max(needed.get(unit.prompt, 0), length)
+    for part in _misfits(prepared, data, share_prefix):
+        length = _needed_length(chunks_of(prepared, part, share_prefix), data)
+        needed[part.prompt] = max(needed.get(part.prompt, 0), length)
     total, sizes = prepared.num_prompts, sorted(needed.values())
     said = f"{len(sizes)} of {total} prompts do not fit"
     if not data.packing.enabled and sizes[-1] == 0:
@@ -164,7 +164,7 @@ def _how_many(prepared: PreparedSet, data: DataConfig, share_prefix: bool) -> st
 
 
 def _needed_length(chunks: list[int], data: DataConfig) -> int:
-    """The shortest row with which the unit fits; 0 where rows are too few, whatever their length."""
+    """The shortest row with which the part fits; 0 where rows are too few, whatever their length."""
     rows, alone = data.micro_batch_size, not data.packing.enabled
     if alone and len(chunks) > rows:
         return 0

@@ -25,7 +25,7 @@ from fuserl_megatron.config.facts import row_settings
 from fuserl_megatron.config.objective import uses_reference
 from fuserl_megatron.config.schema import Config, DataConfig, ModelConfig, PackingConfig
 from fuserl_megatron.convert.hf_config import ModelShape
-from fuserl_megatron.data.assemble import units_of
+from fuserl_megatron.data.assemble import parts_of
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.data.too_long import fitted
@@ -113,12 +113,12 @@ def _alone(config: Config, shape: ModelShape, dataset: FusedDataset, on_gpu: boo
         layout = parallel.initialize(model, config.trainer)
         rows = row_settings(config)
         prepared = fitted(prepare(dataset, config.objective, config.data.reward_temperature), rows)
-        units = (unit for prompt in range(prepared.num_prompts) for unit in units_of(prepared, prompt, False))
+        parts = (part for prompt in range(prepared.num_prompts) for part in parts_of(prepared, prompt, False))
         positions_N = np.repeat(prepared.prompt_lengths, np.diff(prepared.sequence_offsets)) + prepared.lengths
         data = dataclasses.replace(
             config.data,
             packing=PackingConfig(enabled=False, share_prefix="off"),
-            micro_batch_size=max(len(unit.sequences) for unit in units),
+            micro_batch_size=max(len(part.sequences) for part in parts),
             seq_length=int(positions_N.max()),
         )
         plain = dataclasses.replace(config, model=model, data=data)

