@@ -114,7 +114,7 @@ def typed(place, monkeypatch, capsys):
         if ">" in words:
             words, redirected, file = words[: words.index(">")], True, words[-1]
         command = words[0]
-        if command in ("verify", "doctor", "demo", "sample", "score"):  # the last two need servers
+        if command in ("verify", "doctor", "demo", "sample", "score", "generate"):  # sample and score need servers
             build_parser().parse_args(words)
             return
         for word in words:  # what is to be written must not be there
