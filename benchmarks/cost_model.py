@@ -2,15 +2,7 @@
 
     python benchmarks/cost_model.py --json cost_model.json --plot cost_model.svg
 
-The time of one step of one pipeline stage is added up from parts, each with its hardware limit:
-
-    products    FP8 (or bf16) matrix products of the layers at a share of the dense peak          fitted: GEMM
-    attention   causal attention, and the vocabulary product, in bf16 at a share of its peak      assumed: ATTENTION
-    traffic     norms, activations, rotary, casts to FP8: bytes over the memory's bandwidth       assumed: MEMORY
-    tensor      all-gathers and reduce-scatters of TP over NVLink; some of it hides               fitted: EXPOSED
-    context     all-gather of keys and values of CP, the same share of it
-    bubble      (P - 1) / (V m) of the above: P stages, V virtual stages, m micro-batches
-    data        reduction of gradients and gathering of weights over DP, the same share of it; the optimizer's traffic
+The model is `fuserl_megatron/plan/step_time.py`.
 
 What is compared is tokens per second and GPU, the measured quantity (TFLOP/s depends on who counts). Two parameters are
 fitted to the six rows that name a layout; the leave-one-out error refits them without the row. The seventh row is a
@@ -22,51 +14,19 @@ GPUs are therefore upper bounds.
 
 import argparse
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-PEAK = {"fp8": 1979e12, "bf16": 989.5e12}
-MEMORY = 0.8 * 3.35e12  # bytes/s: H100's HBM3, at what a copy reaches
-NVLINK, NETWORK = 450e9, 50e9  # bytes/s and direction of one GPU inside a node and between nodes (400 Gb/s)
-ATTENTION, VOCABULARY = 0.5, 0.75  # shares of the bf16 peak
-GPUS_PER_NODE = 8
+from fuserl_megatron.plan import step_time
+from fuserl_megatron.plan.cards import CARDS
+from fuserl_megatron.plan.step_time import Fit, Layout, Matrices, Work
 
-
-@dataclass(frozen=True)
-class Model:
-    """A Llama. Counts of elements."""
-
-    layers: int
-    hidden: int
-    channels: int
-    heads: int
-    groups: int
-    vocabulary: int = 128256
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """Of the queries, of keys and values together, of gate and up together."""
-        dim = self.hidden // self.heads
-        return self.heads * dim, 2 * self.groups * dim, 2 * self.channels
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of the four matrices of a layer."""
-        query, key_value, gate_up = self.widths
-        return self.hidden * (2 * query + key_value + gate_up + self.channels)
-
-    @property
-    def parameters(self) -> int:
-        """Of all matrices."""
-        return self.layers * self.layer_parameters + 2 * self.vocabulary * self.hidden
-
-
+H100 = CARDS["H100"]
 MODELS = {
-    "3B": Model(28, 3072, 8192, 24, 8),
-    "8B": Model(32, 4096, 14336, 32, 8),
-    "70B": Model(80, 8192, 28672, 64, 8),
-    "405B": Model(126, 16384, 53248, 128, 8),
+    "3B": Matrices(28, 3072, 8192, 24, 8),
+    "8B": Matrices(32, 4096, 14336, 32, 8),
+    "70B": Matrices(80, 8192, 28672, 64, 8),
+    "405B": Matrices(126, 16384, 53248, 128, 8),
 }
 
 
@@ -89,6 +49,12 @@ class Job:
     published: float | None = None
     """Tokens per second and GPU."""
 
+    @property
+    def parts(self) -> tuple[Matrices, Layout, Work]:
+        """As the package's cost model takes it."""
+        layout = Layout(self.gpus, self.tp, self.pp, self.cp, self.vpp)
+        return MODELS[self.model], layout, Work(self.rows, self.length, self.format, self.lora, self.fsdp)
+
 
 SOURCE = "Megatron-Bridge's performance archive, DGX-H100"
 ROWS = [
@@ -106,66 +72,19 @@ BF16_JOBS = [
 ]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The two fitted parameters."""
-
-    gemm: float
-    """Share of the dense peak that the layers' matrix products reach."""
-    exposed: float
-    """Share of the communication that computation does not hide."""
-
-
-def bandwidth(ranks: int, stride: int) -> float:
-    """Of a group of `ranks` GPUs that are `stride` apart: NVLink while it stays inside a node."""
-    return NVLINK if ranks * stride <= GPUS_PER_NODE else NETWORK
-
-
 def step_seconds(job: Job, fit: Fit) -> dict[str, float]:
-    """Seconds of one step by part (see the module's docstring)."""
-    model, tokens = MODELS[job.model], job.length / job.cp  # tokens of one micro-batch of one row on one GPU
-    dp = job.gpus // (job.tp * job.pp * job.cp)
-    micro_batches, layers = math.ceil(job.rows / dp), model.layers / job.pp
-    query, key_value, gate_up = model.widths
-    passes = 2 if job.lora else 3  # frozen matrices need no gradient of their own
-    share = tokens / job.tp  # of a micro-batch's tokens or of a matrix: the same product either way
-
-    products = passes * 2 * model.layer_parameters * layers * share / (fit.gemm * PEAK[job.format])
-    keys = 3 * 4 * query * (job.length / 2) * layers * share / (ATTENTION * PEAK["bf16"])
-    vocabulary = passes * 2 * model.hidden * model.vocabulary * share / (VOCABULARY * PEAK["bf16"]) / job.pp
-    # forward and backward: two norms and residuals (24 H), activation (8 F), rotary and layout of q, k, v (6 each)
-    touched = 2 * (24 * model.hidden + 4 * gate_up + 6 * (query + key_value))
-    if job.format == "fp8":  # every input and every output gradient is read and written twice, also transposed
-        touched += 4 * (4 * model.hidden + 2 * query + key_value + gate_up + model.channels)
-    traffic = touched * layers * share / MEMORY
-    # with sequence parallelism two gathers and two scatters forward, and again (and two more gathers) backward
-    moved = (8 + (0 if job.lora else 2)) * (job.tp - 1) / job.tp * 2 * model.hidden * tokens * layers
-    tensor = fit.exposed * moved / bandwidth(job.tp, 1)
-    moved = 3 * (job.cp - 1) / job.cp * 2 * key_value / job.tp * job.length * layers
-    context = fit.exposed * moved / bandwidth(job.cp, job.tp)
-
-    parts = dict(products=products, attention=keys + vocabulary, traffic=traffic, tensor=tensor, context=context)
-    parts = {name: micro_batches * seconds for name, seconds in parts.items()}
-    parts["bubble"] = sum(parts.values()) * (job.pp - 1) / (job.vpp * micro_batches)
-    own = 0 if job.lora else model.parameters / (job.tp * job.pp)
-    # gradients reduced in fp32 and weights gathered in bf16 once a step; with FSDP weights come twice a micro-batch
-    ranks = dp * job.cp
-    per_step = own * (4 + 2 + (4 * micro_batches if job.fsdp else 0)) * (ranks - 1) / ranks
-    parts["data"] = fit.exposed * per_step / bandwidth(ranks, job.tp) + own / ranks * 28 / MEMORY
-    return parts
+    """Seconds of one step by part."""
+    return step_time.step_seconds(*job.parts, H100, fit)
 
 
 def tokens_per_second(job: Job, fit: Fit) -> float:
     """Of one GPU."""
-    return job.rows * job.length / sum(step_seconds(job, fit).values()) / job.gpus
+    return step_time.tokens_per_second(*job.parts, H100, fit)
 
 
 def mfu(job: Job, fit: Fit) -> float:
-    """Model FLOPs (attention over the keys seen) over the dense peak of the number format."""
-    model = MODELS[job.model]
-    per_token = 6 * (model.layers * model.layer_parameters + model.hidden * model.vocabulary)
-    per_token += 6 * model.layers * model.widths[0] * job.length
-    return tokens_per_second(job, fit) * per_token / PEAK[job.format]
+    """Model FLOPs over the dense peak of the number format."""
+    return step_time.mfu(*job.parts, H100, fit)
 
 
 def fit_to(rows: list[Job]) -> Fit:

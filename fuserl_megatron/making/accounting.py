@@ -138,6 +138,7 @@ class Account:
         """Note in failures.jsonl why `keys[i]` gets no row in this run. The next run tries it again."""
         if self._failures is None:
             self.begin()
+        assert self._failures is not None
         self._failures.write(PREFIX + self._key(i).encode() + b'",' + _json(why)[1:] + b"\n")
         self.failed[i] = True
 
@@ -166,7 +167,7 @@ class Account:
         places = self._read_order()
         head = io.BytesIO()
         np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(places))
-        content = memoryview(places).cast("B") if len(places) else b""  # np.save would copy it
+        content = places.data.cast("B") if len(places) else memoryview(b"")  # np.save would copy it
         write_file(self.directory / ORDER, [head.getvalue(), content])
         counts = {"rows": int(self.have.sum()), "expected": len(self.keys), "failed": int(self.failed.sum())}
         about = {"plan_id": self.plan.id, "keys_sha256": self._keys_sha256(), **counts, "extra": self.extra}
@@ -199,6 +200,7 @@ class Account:
         self._line = int((found.places[:, 0] == self._part).sum())
 
     def _next_part(self) -> None:
+        assert self._file is not None
         with self._syncing:
             os.fsync(self._file.fileno())
             self._file.close()
@@ -213,6 +215,7 @@ class Account:
         sync_path(self.directory)
 
     def _write(self, line: bytes) -> None:
+        assert self._file is not None
         written = 0
         try:
             while written < len(line):  # a full disk takes the beginning of a line

@@ -197,8 +197,8 @@ def heldout_marks(names: Sequence[str], ngram: int) -> set[bytes]:
 
 def marks(messages: Messages, ngram: int) -> set[bytes]:
     """Of what the user says: hashes of each run of `ngram` words, or of the whole where it is shorter."""
-    words = " ".join(part[1] or "" for part in messages if part[0] == "user").casefold()
-    words = "".join(c if c.isalnum() else " " for c in words).split()
+    text = " ".join(part[1] or "" for part in messages if part[0] == "user").casefold()
+    words = "".join(c if c.isalnum() else " " for c in text).split()
     runs = [words[i : i + ngram] for i in range(max(1, len(words) - ngram + 1))]
     return {hashlib.sha256(" ".join(run).encode()).digest()[:8] for run in runs if run}
 

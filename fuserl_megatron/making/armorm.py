@@ -38,6 +38,10 @@ TURN = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 class ArmoHead(torch.nn.Module):
     """Objectives, transform and gate, in fp32."""
 
+    objectives_JH: Tensor
+    transform_JJ: Tensor
+    scale: Tensor
+
     def __init__(self, weights: dict[str, Tensor], temperature: float, turn: Sequence[int]):
         super().__init__()
         weights = {name: value.float() for name, value in weights.items()}
@@ -65,8 +69,9 @@ class ArmoHead(torch.nn.Module):
         rows_B = torch.arange(len(rows_BS), device=last_B.device)
         prompt_B = torch.tensor([max(place, 0) for place in places], device=last_B.device)
         scores_B, objectives_BJ = self(hidden_BSH[rows_B, last_B], hidden_BSH[rows_B, prompt_B])
-        names = OBJECTIVES if objectives_BJ.shape[1] == len(OBJECTIVES) else map(str, range(objectives_BJ.shape[1]))
-        names, found = list(names), []
+        count = objectives_BJ.shape[1]
+        names = list(OBJECTIVES) if count == len(OBJECTIVES) else [str(i) for i in range(count)]
+        found: list[dict[str, Any]] = []
         for place, score, objectives in zip(places, scores_B.tolist(), objectives_BJ.tolist(), strict=True):
             if place < 0:
                 found.append({"error": "no assistant turn in Llama 3's form"})
@@ -100,9 +105,10 @@ def load_armorm(
     values = read_json(Path(directory, "config.json"))
     try:
         with quiet():
-            body, info = LlamaModel.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
+            loaded: Any = LlamaModel.from_pretrained(directory, config=config, dtype=dtype, output_loading_info=True)
     except Exception as error:
         raise UserError(f"{where}.model={directory}: cannot be loaded as a Llama model ({first_line(error)})") from None
+    body, info = loaded
     refuse_missing(where, directory, info["missing_keys"])
     refuse_not_finite(where, directory, body)
     weights = head_weights(Path(directory))
@@ -122,7 +128,7 @@ def head_weights(directory: Path) -> dict[str, Tensor]:
     """Everything in the safetensors files that is not the body's, by name."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys() if not name.startswith("model.")}

@@ -52,7 +52,7 @@ def numeric(prompt: Any, response: str, record: dict, field: str = "meta.answer"
     found = _last_number(final_answer(response))
     if found is None:
         found = _last_number(response)
-    return float(found is not None and abs(found - wanted) <= tolerance * max(1, abs(wanted)))
+    return float(found is not None and abs(found - wanted) <= tolerance * max(1.0, float(abs(wanted))))
 
 
 def matches(prompt: Any, response: str, record: dict, pattern: str, whole: bool = True) -> float:

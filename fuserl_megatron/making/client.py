@@ -271,7 +271,7 @@ class Client:
 
     async def _tick(self) -> None:
         """Ten times a second: limits, ends of pauses, and whether it is time to stop."""
-        paused = set()
+        paused: set[int] = set()
         while not self._over:
             moment = time.monotonic()
             if self.stopped and (not self.in_flight or moment > self._stop_at):

@@ -101,7 +101,7 @@ class Preflight:
                 where = "extra_body." if key in self.config.sampling.extra_body else ""
                 what = f"sampling.{where}{key}" if key != "chat_template_kwargs" else key
                 raise UserError(f"{self.name}: {what}: the server knows no such field.{nearest(key, known)}")
-        beyond = [key for key in ("top_k", "min_p", "repetition_penalty", "min_tokens") if key in body]
+        beyond: list[str] = [key for key in ("top_k", "min_p", "repetition_penalty", "min_tokens") if key in body]
         beyond += list(self.config.sampling.extra_body)
         if not known and beyond:
             found.facts.append(f"not proved: whether the server, which lists no fields, obeys {', '.join(beyond)}")
@@ -124,25 +124,26 @@ class Preflight:
         """What the server made of the probe, from whatever it tells."""
         tokens = Tokens(body, (reply.get("usage") or {}).get("prompt_tokens"))
         ids = reply.get("prompt_token_ids") or reply["choices"][0].get("prompt_token_ids")
-        asked = {key: body[key] for key in ("model", "messages", "prompt", "chat_template_kwargs") if key in body}
+        asked = _of_tokenize(body)
         told = await self._tokenize(asked)
         if told is not None:
             tokens.context = told.get("max_model_len")
             if self.config.kind == "chat":
                 without = await self._tokenize(asked | {"add_generation_prompt": False})
-                tokens.with_generation_prompt, tokens.without = told["tokens"], without and without["tokens"]
+                tokens.with_generation_prompt = told["tokens"]
+                tokens.without = without["tokens"] if without else None
             bare = await self._tokenize({"model": body["model"], "prompt": "a", "add_special_tokens": True})
             plain = await self._tokenize({"model": body["model"], "prompt": "a", "add_special_tokens": False})
             if bare and plain and bare["tokens"] != plain["tokens"]:
                 tokens.bos = bare["tokens"][0]
-        tokens.ids = ids or (told and told["tokens"])
+        tokens.ids = ids or (told["tokens"] if told else None)
         return tokens
 
     async def _check_room(self, longest: list[Prompt], context: int | None, tokenizer: Any, on_too_long: str) -> str:
         """Compare the longest prompts and max_tokens with the context."""
         if context is None:
             return "the server does not tell its context: whether the longest prompts fit is not known"
-        most, place = 0, None
+        most, place = 0, ("", 0)
         for prompt in longest:
             count = await self._count(self.source.body(prompt.messages, None), tokenizer)
             if count is None:
@@ -160,7 +161,7 @@ class Preflight:
     async def _count(self, body: dict[str, Any], tokenizer: Any) -> int | None:
         if tokenizer is not None:
             return len(tokenizer.ids(body))
-        asked = {key: body[key] for key in ("model", "messages", "prompt", "chat_template_kwargs") if key in body}
+        asked = _of_tokenize(body)
         told = await self._tokenize(asked)
         return None if told is None else len(told["tokens"])
 
@@ -221,3 +222,9 @@ class Preflight:
 
     def _unreachable(self, fault: Fault) -> UserError:
         return UserError(f"{self.name}: {self.endpoint.url}: {fault.reason}; start the server, or correct url")
+
+
+def _of_tokenize(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a request that /tokenize takes."""
+    names = ("model", "messages", "prompt", "chat_template_kwargs")
+    return {name: body[name] for name in names if name in body}

@@ -91,7 +91,7 @@ class Proof:
         Raises:
             UserError: the prompt is not what it should be.
         """
-        expected = self.tokenizer and self.tokenizer.ids(tokens.body)
+        expected = None if self.tokenizer is None else self.tokenizer.ids(tokens.body)
         bos = self._bos(tokens)
         if tokens.ids is None:
             return self._compare_counts(tokens.count, expected)
@@ -142,6 +142,7 @@ class Proof:
         return bos is not None
 
     def _difference(self, ids: list[int], expected: list[int]) -> str:
+        assert self.tokenizer is not None  # expected ids are this tokenizer's
         shown = self.tokenizer.shown
         if ids == expected[: len(ids)]:
             missing = repr(self.tokenizer.tokenizer.decode(expected[len(ids) :]))

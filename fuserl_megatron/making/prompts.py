@@ -112,14 +112,18 @@ class PromptList:
         Raises:
             UserError: a file has other prompts than before.
         """
-        numbers = iter(memoryview(self._numbers))
+        numbers = iter(self._numbers.data)  # one by one as plain ints
         for name in self.names:
             for place, raw in rows(name, needed=("prompt",), unread=()):
                 number = next(numbers, None)
                 if number is not None and (number < 0 or not wanted[number]):
                     continue
                 prompt = None if number is None else self._prompt(place, raw, number)
-                if prompt is None or bytes.fromhex(prompt.id) != self.ids[number : number + 1].tobytes():
+                if (
+                    number is None
+                    or prompt is None
+                    or bytes.fromhex(prompt.id) != self.ids[number : number + 1].tobytes()
+                ):
                     raise UserError(f"{place[0]}:{place[1]}: changed since the start; type the same command again")
                 yield prompt
 

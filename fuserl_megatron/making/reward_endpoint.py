@@ -135,7 +135,8 @@ class Endpoint:
         return float(values[0])
 
     def _prove(self, url: str) -> None:
-        plain, with_activation = [], []
+        plain: list[float] = []
+        with_activation: list[float] = []
         for prompt, response in PROBES:
             for activation, values in ((False, plain), (True, with_activation)):
                 try:

@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,9 @@ class RewardModel:
         self.dtype = dtype
         config = load_config(self.where, self.directory)
         self.conversation = Conversation(self.where, self.directory, reward.chat_template)
+        load: Callable[..., tuple[torch.nn.Module, Any]] = load_classifier
         if reward.head == "armorm":
             from fuserl_megatron.making.armorm import load_armorm as load
-        else:
-            load = load_classifier
         self.body, self.head = load(self.where, self.directory, config, DTYPES[dtype], self.conversation)
         self.body, self.head = self.body.to(self.device).eval(), self.head.to(self.device).eval()
         self.max_length = (

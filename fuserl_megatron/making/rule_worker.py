@@ -8,7 +8,6 @@ The rule runs in the main thread (many set an alarm, which works nowhere else). 
 import contextlib
 import ctypes
 import errno
-import hashlib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.files import file_sha256
 from fuserl_megatron.util.named import load_named
 
 NEW_USER, NEW_PIDS, NEW_NETWORK = 0x10000000, 0x20000000, 0x40000000
@@ -137,8 +137,7 @@ def _load(name: str, setting: str) -> tuple[Callable, dict[str, Any]]:
     if not callable(function):
         raise UserError(f"{setting}={name}: is of type {type(function).__name__}, no function.")
     file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
-    with open(file, "rb") if file else contextlib.nullcontext() as source:
-        sha256 = hashlib.file_digest(source, "sha256").hexdigest() if file else None
+    sha256 = file_sha256(file) if file else None
     return function, {"file": file, "sha256": sha256}
 
 

@@ -44,9 +44,12 @@ class _Worker:
             env=environ,
             start_new_session=True,
         )
-        for pipe in (self.process.stdin, self.process.stdout):
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.requests, self.answers = self.process.stdin, self.process.stdout
+        for pipe in (self.requests, self.answers):
             os.set_blocking(pipe.fileno(), False)
-        self.name, self.task, self.outbox, self.inbox = name, None, b"", b""
+        self.name, self.outbox, self.inbox = name, b"", b""
+        self.task: int | None = None
         self.hello: dict[str, Any] | None = None
         self.deadline = time.monotonic() + START_S
 
@@ -59,7 +62,7 @@ class _Worker:
     def write(self) -> None:
         """Send what the pipe takes of the request."""
         try:
-            self.outbox = self.outbox[os.write(self.process.stdin.fileno(), self.outbox) :]
+            self.outbox = self.outbox[os.write(self.requests.fileno(), self.outbox) :]
         except BlockingIOError:
             pass
         except OSError:
@@ -72,7 +75,7 @@ class _Worker:
             EOFError: the process is gone, or sends what is no answer.
         """
         try:
-            piece = os.read(self.process.stdout.fileno(), MAX_ANSWER)
+            piece = os.read(self.answers.fileno(), MAX_ANSWER)
         except BlockingIOError:
             return None
         self.inbox += piece
@@ -95,8 +98,8 @@ class _Worker:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         ended = self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.requests.close()
+        self.answers.close()
         return ended if code is None else code
 
 
@@ -154,10 +157,10 @@ class RulePool:
         while True:
             for worker in self._workers:
                 if more and worker.hello and worker.task is None:
-                    task, sample = next(waiting, (None, None))
-                    more = task is not None
-                    if more:
-                        worker.give(task, sample.record, self.reward.time_limit)
+                    found = next(waiting, None)
+                    more = found is not None
+                    if found is not None:
+                        worker.give(found[0], found[1].record, self.reward.time_limit)
                         self._listen(worker)
             busy = [worker for worker in self._workers if worker.task is not None]
             if more and len(self._workers) < self._num_workers():
@@ -165,11 +168,12 @@ class RulePool:
                 continue
             if not more and not busy:
                 return
-            for worker, found in self._answers(busy):
+            for worker, outcome in self._answers(busy):
                 task, worker.task = worker.task, None
-                if found is None or found.pop("restart", False):
-                    found = self._replace(worker, found)
-                yield task, found
+                if outcome is None or outcome.pop("restart", False):
+                    outcome = self._replace(worker, outcome)
+                assert task is not None
+                yield task, outcome
 
     def _answers(self, busy: list[_Worker]) -> Iterator[tuple[_Worker, Outcome | None]]:
         """What came until somebody answered, ended or ran out of time; None for a process that is gone."""
@@ -206,9 +210,9 @@ class RulePool:
 
     def _replace(self, worker: _Worker, found: Outcome | None) -> Outcome:
         """Put a fresh process in the place of one that is spoilt or gone; says of the latter how it ended."""
-        self._selector.unregister(worker.process.stdout)
+        self._selector.unregister(worker.answers)
         with contextlib.suppress(KeyError):
-            self._selector.unregister(worker.process.stdin)
+            self._selector.unregister(worker.requests)
         code = worker.end(gone=found is None)
         self._workers.remove(worker)
         self.num_restarts += 1
@@ -218,16 +222,16 @@ class RulePool:
     def _start(self) -> _Worker:
         worker = _Worker(self.name, self._settings)
         self._workers.append(worker)
-        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        self._selector.register(worker.answers, selectors.EVENT_READ, worker)
         return worker
 
     def _listen(self, worker: _Worker) -> None:
         """Watch the request pipe exactly while something is left to send."""
-        is_watched = worker.process.stdin in self._selector.get_map()
+        is_watched = worker.requests in self._selector.get_map()
         if worker.outbox and not is_watched:
-            self._selector.register(worker.process.stdin, selectors.EVENT_WRITE, worker)
+            self._selector.register(worker.requests, selectors.EVENT_WRITE, worker)
         elif is_watched and not worker.outbox:
-            self._selector.unregister(worker.process.stdin)
+            self._selector.unregister(worker.requests)
 
     def _greeted(self, worker: _Worker, hello: dict[str, Any]) -> None:
         if "sha256" not in hello:

@@ -78,7 +78,8 @@ class Display:
         self.output = output
         self.paces: dict[str, Pace] = {}
         self._tasks: dict[str, Any] = {}
-        self._bar, self._lines_at, self._files_at = None, time.monotonic(), 0.0
+        self._bar: Any = None
+        self._lines_at, self._files_at = time.monotonic(), 0.0
 
     def __enter__(self) -> "Display":
         if sys.stderr.isatty():

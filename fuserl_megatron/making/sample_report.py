@@ -23,7 +23,8 @@ def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """The figures of one source's rows, which come prompt by prompt."""
     counts: Counter[str] = Counter()
     tokens, prompt_tokens, seconds = array("q"), array("q"), array("d")
-    prompt, texts = None, set()
+    prompt: str | None = None
+    texts: set[int] = set()
     for row in rows:
         text = row["response"]
         counts["answers"] += 1
@@ -42,7 +43,7 @@ def figures_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         seconds.append(row["seconds"])
     counts["distinct"] += len(texts)
     names = ("prompts", "answers", "distinct", "cut", "empty", "refused", "with_reasoning", "tried_again")
-    figures = {name: counts[name] for name in names}
+    figures: dict[str, Any] = {name: counts[name] for name in names}
     if tokens:
         measured = np.frombuffer(tokens, np.int64)
         figures |= {
@@ -77,7 +78,9 @@ class Twins:
 
 def cells(sources: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
     """A head, and a row for each source."""
-    rows = [("source", "answers", "distinct", "cut", "empty", "refused", "failed", "tokens", "mean", "p95", "tokens/s")]
+    rows: list[tuple[str, ...]] = [
+        ("source", "answers", "distinct", "cut", "empty", "refused", "failed", "tokens", "mean", "p95", "tokens/s")
+    ]
     for name, done in sources.items():
         figures = done["figures"]
         shares = (share(figures[kind], figures["answers"]) for kind in ("distinct", "cut", "empty", "refused"))
@@ -114,7 +117,8 @@ def warnings(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def write_html(file: Path, sources: Mapping[str, Mapping[str, Any]]) -> None:
     """One page without anything from elsewhere: the table, the lengths of the answers, the faults."""
     head, *rows = cells(sources)
-    pictures, runs = {}, []
+    pictures: dict[str, str] = {}
+    runs: list[tuple[str, ...]] = []
     for name, done in sources.items():
         figures = done["figures"]
         if heights := figures.get("histogram"):

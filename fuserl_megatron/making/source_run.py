@@ -97,7 +97,7 @@ class SourceRun:
             for endpoint in endpoints:
                 check = Preflight(self.source, endpoint, session)
                 found = await check.check(self.prompts.longest, self.config.on_too_long)
-                versions |= {found.version} - {None}
+                versions |= {found.version} if found.version is not None else set()
                 for fact in found.facts:
                     say(f"{self.source.name}: {endpoint.url}: {fact}")
         self.plan = dataclasses.replace(self.plan, notes=dict(self.plan.notes) | {"server_versions": sorted(versions)})
@@ -190,7 +190,7 @@ class SourceRun:
         """What is missing, the answers to one prompt together: a server computes the prompt once for them."""
         n = self.config.n
         missing = ~account.have.reshape(len(self.prompts), n)
-        for prompt in self.prompts.read(missing.any(axis=1)):
+        for prompt in self.prompts.read(np.asarray(missing.any(axis=1))):
             for index in np.flatnonzero(missing[prompt.number]).tolist():
                 position = prompt.number * n + index
                 yield Job(position, prompt, index, seed_of(account.keys[position : position + 1].tobytes()))

@@ -40,7 +40,8 @@ class Source:
 
     def __init__(self, config: SourceConfig):
         """Raises UserError: the demonstrations cannot be read."""
-        self.config, self.name = config, config.name
+        self.config = config
+        self.name: str = config.name or ""  # loading gives every source the name of its file
         self.demonstrations = read_demonstrations(config.demonstrations) if config.demonstrations else []
         self.path = "/chat/completions" if config.kind == "chat" else "/completions"
         self._fixed = self._settings_of_requests()
@@ -58,7 +59,7 @@ class Source:
         if self.config.kind == "chat":
             body["messages"] = self._chat(messages)
         else:
-            body["prompt"] = self._text(messages[0][1])
+            body["prompt"] = self._text(messages[0][1] or "")
         if seed is not None and self.config.send_seed:
             body["seed"] = seed
         return body
@@ -195,7 +196,7 @@ def read_demonstrations(path: str) -> list[tuple[str, str]]:
         messages = canonical_prompt(place, record["prompt"])
         if [role for role, *_ in messages] != ["user"]:
             raise BadRecord(place, "prompt", "field 'prompt' of a demonstration must be a text")
-        pairs.append((messages[0][1], text_field(place, "response", record["response"])))
+        pairs.append((messages[0][1] or "", text_field(place, "response", record["response"])))
     if not pairs:
         raise UserError(f"demonstrations={path}: holds none; give lines of prompt and response, or leave it out")
     return pairs

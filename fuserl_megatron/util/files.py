@@ -28,7 +28,7 @@ def sync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_file(path: Path, pieces: Iterable[bytes]) -> None:
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> None:
     """Write beside the target, fsync, rename: the file is there whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     try:

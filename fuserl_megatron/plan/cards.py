@@ -1,0 +1,45 @@
+"""GPUs by name: memory, peaks and links, from NVIDIA's data sheets of the SXM cards."""
+
+from dataclasses import dataclass
+
+from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.text import nearest
+
+
+@dataclass(frozen=True)
+class Card:
+    """One kind of GPU. Rates per second; links are those of one GPU and direction."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    peaks: dict[str, float]
+    """Dense FLOP/s of the tensor cores by number format: bf16, fp8."""
+    memory_bandwidth: float
+    nvlink: float
+    """Bytes/s inside a node."""
+    network: float = 50e9
+    """Bytes/s between nodes: 400 Gb/s for each GPU."""
+    per_node: int = 8
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        Card("A100", 80e9, {"bf16": 312e12}, 2.04e12, 300e9, 25e9),
+        Card("H100", 80e9, {"bf16": 989.5e12, "fp8": 1979e12}, 3.35e12, 450e9),
+        Card("H200", 141e9, {"bf16": 989.5e12, "fp8": 1979e12}, 4.8e12, 450e9),
+        Card("B200", 180e9, {"bf16": 2250e12, "fp8": 4500e12}, 8e12, 900e9),
+    )
+}
+
+
+def card_of(name: str) -> Card:
+    """The card of that name, in any case of letters.
+
+    Raises:
+        UserError: it is not known.
+    """
+    if name.upper() not in CARDS:
+        raise UserError(f"--card {name}: not one of {', '.join(CARDS)}.{nearest(name.upper(), CARDS)}")
+    return CARDS[name.upper()]
