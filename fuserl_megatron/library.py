@@ -137,7 +137,7 @@ def convert(
 
 def _on_ranks(config: Config, num_ranks: int | None, command: str, run: Callable[[Config], int], *words: str) -> None:
     """Check everything, then run here or start the ranks."""
-    from fuserl_megatron.config.facts import replica_ranks
+    from fuserl_megatron.config.derived import replica_ranks
     from fuserl_megatron.launch import ranks
     from fuserl_megatron.train.preflight import check, lock_of, with_local_models
     from fuserl_megatron.util.own_rank import own_rank

@@ -3,7 +3,7 @@
 import math
 from typing import Protocol
 
-from fuserl_megatron.config.facts import FP8_MULTIPLES, replica_ranks, row_multiple
+from fuserl_megatron.config.derived import FP8_MULTIPLES, replica_ranks, row_multiple
 from fuserl_megatron.config.rules import refuse
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.util.errors import UserError

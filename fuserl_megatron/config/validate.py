@@ -1,10 +1,17 @@
 """The rules between fields, checked before anything heavy starts: no process group, no model, no torch.
 
-Every error is one line: field, value, rule, and a value that would work. What follows from the settings (`facts.py`)
+Every error is one line: field, value, rule, and a value that would work. What follows from the settings (`derived.py`)
 comes back as plain lines, which `fuserl train` prints.
 """
 
-from fuserl_megatron.config.facts import batch_fact, layout_fact, steps_fact, steps_per_epoch, total_steps, warmup_steps
+from fuserl_megatron.config.derived import (
+    batch_fact,
+    layout_fact,
+    steps_fact,
+    steps_per_epoch,
+    total_steps,
+    warmup_steps,
+)
 from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_data_set, check_layout, check_model
 from fuserl_megatron.config.objective import check_objective, open_loss
 from fuserl_megatron.config.ranges import check_ranges

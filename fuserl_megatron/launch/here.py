@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 
-from fuserl_megatron.config.facts import replica_ranks
+from fuserl_megatron.config.derived import replica_ranks
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.launch import ranks
 from fuserl_megatron.util.errors import UserError

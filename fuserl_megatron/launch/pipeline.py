@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.compose import compose_tree
-from fuserl_megatron.config.facts import replica_ranks
+from fuserl_megatron.config.derived import replica_ranks
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
 from fuserl_megatron.config.objective import uses_reference

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fuserl_megatron.config.facts import replica_ranks
+from fuserl_megatron.config.derived import replica_ranks
 from fuserl_megatron.config.load import from_dict
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.config.validate import validate

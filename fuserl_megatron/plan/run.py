@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fuserl_megatron.config.facts import row_settings, total_steps
+from fuserl_megatron.config.derived import row_settings, total_steps
 from fuserl_megatron.config.objective import uses_reference
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.hf_config import read_config

@@ -21,7 +21,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from fuserl_megatron.config.facts import row_settings
+from fuserl_megatron.config.derived import row_settings
 from fuserl_megatron.config.objective import uses_reference
 from fuserl_megatron.config.schema import Config, DataConfig, ModelConfig, PackingConfig
 from fuserl_megatron.convert.hf_config import ModelShape

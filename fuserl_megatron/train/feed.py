@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fuserl_megatron.config.facts import row_settings
+from fuserl_megatron.config.derived import row_settings
 from fuserl_megatron.config.layout_rules import check_data_set
 from fuserl_megatron.config.objective import open_loss, spec_of, uses_reference, with_loss_defaults
 from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig

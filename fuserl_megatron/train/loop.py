@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from fuserl_megatron.checkpoint.torch_dist import iteration_directory
-from fuserl_megatron.config.facts import total_steps, warmup_steps
+from fuserl_megatron.config.derived import total_steps, warmup_steps
 from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.hf_config import ModelShape

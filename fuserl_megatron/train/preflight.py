@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from fuserl_megatron.config.facts import replica_ranks, row_settings
+from fuserl_megatron.config.derived import replica_ranks, row_settings
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.hub import local_model

@@ -2,7 +2,7 @@
 
 import math
 
-from fuserl_megatron.config.facts import warmup_steps
+from fuserl_megatron.config.derived import warmup_steps
 from fuserl_megatron.config.schema import OptimConfig
 
 

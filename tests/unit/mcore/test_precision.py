@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fuserl_megatron.config.facts import row_length
+from fuserl_megatron.config.derived import row_length
 from fuserl_megatron.config.layout_rules import check_model
 from fuserl_megatron.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
 from fuserl_megatron.mcore import model, optimizer, precision
