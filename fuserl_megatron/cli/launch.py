@@ -16,15 +16,19 @@ def add(jobs: Jobs) -> None:
   fuserl launch target=models/target stages=[build_sft,build_po,fusesft,fusepo] run.results_dir=runs/small \\
       build_sft.inputs=[a.jsonl] build_po.inputs=[b.jsonl] build_sft.reward_temperature=0.01 \\
       build_po.reward_temperature=0.01 fusesft.recipe=small_fusesft fusepo.recipe=small_fusepo_ln_dpo
+  fuserl launch target=models/target stages=[sample,score,build_sft,fusesft] sample.prompts=[prompts.jsonl] \\
+      sample.sources=[a.yaml,b.yaml] sample.n=4 score.rewards=[armorm] build_sft.reward_temperature=0.01 \\
+      fusesft.recipe=small_fusesft run.results_dir=runs/small
   fuserl launch --dry-run cluster=slurm cluster.partition=gpu cluster.gpus_per_node=8 target=models/target \\
       stages=[fusesft,evaluate] fusesft.data.path=fused evaluate.data.path=heldout fusesft.cluster.nodes=4 \\
       fusesft.recipe=llama31_8b_fusesft run.results_dir=runs/large
 
-Stages, in this order: import, build_sft, build_po, build_heldout, fusesft, reference, fusepo, export, evaluate. Each
-reads what the ones before it write. STAGE.KEY=value is KEY of `fuserl build` or `fuserl train`, train.KEY one for all
-that train, STAGE.cluster.KEY a resource of one stage. On this machine (cluster=local) a stage takes TP x PP x CP ranks
-unless cluster.ntasks_per_node says otherwise; evaluate compares with target (evaluate.before=DIR, or null). The same
-command again goes on where the chain stopped.
+Stages, in this order: sample, score, import, build_sft, build_po, build_heldout, fusesft, reference, fusepo, export,
+evaluate. Each reads what the ones before it write (build_sft and build_po both read all that score writes).
+STAGE.KEY=value is KEY of `fuserl sample`, `score`, `build` or `train`, train.KEY one for all that train,
+STAGE.cluster.KEY a resource of one stage. On this machine (cluster=local) a stage takes TP x PP x CP ranks unless
+cluster.ntasks_per_node says otherwise; evaluate compares with target (evaluate.before=DIR, or null). The same command
+again goes on where the chain stopped.
 {OVERRIDES}""",
     )
     command.add_argument("--dry-run", action="store_true", help="print settings, scripts and commands, stop")

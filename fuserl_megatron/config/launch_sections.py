@@ -1,12 +1,12 @@
 """Settings of `fuserl launch`: which stages, where they run, and what they share. The stages' own sections (fusesft,
-build_sft, ...) hold overrides of `fuserl train` and `fuserl build` and are checked by those commands' schemas."""
+build_sft, sample, ...) hold overrides of `fuserl train`, `build`, `sample` and `score`, whose schemas check them."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 # fmt: off
-StageName = Literal["import", "build_sft", "build_po", "build_heldout", "fusesft", "reference", "fusepo", "export",
-                    "evaluate"]
+StageName = Literal["sample", "score", "import", "build_sft", "build_po", "build_heldout", "fusesft", "reference",
+                    "fusepo", "export", "evaluate"]
 # fmt: on
 
 
@@ -27,7 +27,7 @@ class ClusterConfig:
     type: Literal["slurm", "local"] = "local"
     """slurm submits one job a stage; local runs them one after the other on this machine."""
     nodes: int = 1
-    """Nodes of the stages that train or score; the others take one process."""
+    """Nodes of the stages that train, evaluate or score a reference; the others take one process."""
     ntasks_per_node: int | None = None
     """Ranks on a node; null takes gpus_per_node, and without GPUs 1 (local: TP x PP x CP of the stage)."""
     gpus_per_node: int | None = None

@@ -60,7 +60,8 @@ def _freeze(pipeline: Pipeline, stages: Sequence[Stage], overrides: Sequence[str
     for stage in stages:
         (folder / "logs" / stage.name).mkdir(parents=True, exist_ok=True)
         if stage.config:
-            write_text(Path(stage.config_path), stage.config)
+            for path, text in {stage.config_path: stage.config, **stage.more_config}.items():
+                write_text(Path(path), text)
         with contextlib.suppress(FileNotFoundError):
             pipeline.done_file(stage).unlink()
     write_text(folder / "config.yaml", to_yaml(pipeline.config))

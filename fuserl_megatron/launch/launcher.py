@@ -66,4 +66,5 @@ def launcher_of(config: LaunchConfig) -> Launcher:
 
 def frozen(stage: Stage) -> list[str]:
     """A stage's settings, as `plan` shows them."""
-    return [f"# ---- {stage.config_path}\n{stage.config}"] if stage.config else []
+    files = {stage.config_path: stage.config, **stage.more_config} if stage.config else {}
+    return [f"# ---- {path}\n{text}" for path, text in files.items()]

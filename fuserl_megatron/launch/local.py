@@ -13,7 +13,7 @@ from fuserl_megatron.launch.ranks import die_with_parent
 from fuserl_megatron.launch.stages import Pipeline, Stage, write_text
 
 MARKER = "REQUEUE"
-"""The file that a training leaves in its results_dir when it was stopped to be continued (runtime/stopping.py)."""
+"""What a stage leaves in its results_dir when it was stopped to be continued (runtime/stopping.py)."""
 
 
 class Local:
@@ -42,8 +42,8 @@ class Local:
                     f"{stage.name} ended with exit code {code}; the stages after it were not started", file=sys.stderr
                 )
                 return code if code > 0 else 128 - code
-            if stage.trains and (Path(stage.results_dir) / MARKER).is_file():
-                print(f"{stage.name} was stopped and has saved; the same command goes on with it")
+            if stage.resumes and (Path(stage.results_dir) / MARKER).is_file():
+                print(f"{stage.name} was stopped and has kept its work; the same command goes on with it")
                 return 0
             write_text(pipeline.done_file(stage), stage.hash + "\n")
         return 0
@@ -62,7 +62,7 @@ def local_command(stage: Stage) -> list[str]:
 
 
 def _wait(process: subprocess.Popen) -> int:
-    """Its exit code; TERM and USR1 are passed on, Ctrl-C reaches it by itself: training saves, the others end."""
+    """Its exit code; TERM and USR1 are passed on, Ctrl-C reaches it by itself. What resumes then keeps its work."""
     signals = {number: lambda n, _: process.send_signal(n) for number in (signal.SIGTERM, signal.SIGUSR1)}
     signals[signal.SIGINT] = lambda *_: None
     before = {number: signal.signal(number, handler) for number, handler in signals.items()}

@@ -1,9 +1,10 @@
 """From the launcher's configuration to a list of stages: what each runs, on how much, and what it waits for.
 
-    import -> build_sft, build_po, build_heldout -> fusesft -> reference -> fusepo -> export -> evaluate
+    sample -> score -> import -> build_sft, build_po, build_heldout -> fusesft -> reference -> fusepo -> export
+    -> evaluate
 
-Nothing is written or started here. Every stage that reads settings gets them as one frozen yaml file: composed as
-`fuserl train` and `fuserl build` would, over defaults that make a stage read what the ones before it write.
+Nothing is written or started here. Every stage that reads settings gets them frozen as yaml: composed as its own
+command would, over defaults that make a stage read what the ones before it write.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from fuserl_megatron.config.compose import compose_tree
@@ -19,8 +21,11 @@ from fuserl_megatron.config.derived import replica_ranks
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
 from fuserl_megatron.config.objective import uses_reference
+from fuserl_megatron.config.sample_sections import SampleConfig
 from fuserl_megatron.config.schema import BuildConfig, Config
+from fuserl_megatron.config.score_sections import ScoreConfig
 from fuserl_megatron.config.validate import validate, validate_build
+from fuserl_megatron.launch.making import Making, sample_stage, score_stage
 from fuserl_megatron.launch.sections import ORDER, key_of, load_sections, override, value_of
 from fuserl_megatron.launch.stages import Pipeline, Stage
 from fuserl_megatron.util.errors import UserError
@@ -29,8 +34,9 @@ from fuserl_megatron.util.paths import did_you_mean, export_of_run
 from fuserl_megatron.util.text import show
 
 READS = {
-    "build_sft": ("import",),
-    "build_po": ("import",),
+    "score": ("sample",),
+    "build_sft": ("import", "score"),
+    "build_po": ("import", "score"),
     "build_heldout": ("import",),
     "fusesft": ("import", "build_sft"),
     "reference": ("import", "build_po", "fusesft"),
@@ -47,12 +53,12 @@ def load_pipeline(
 
     Args:
         overrides: hydra overrides of the launcher (`cluster.nodes=2`), or with a stage's name in front of its command
-            (`fusesft.optim.lr=1e-6`, `fusepo.recipe=...`, `build_sft.inputs=[a.jsonl]`, `fusesft.cluster.nodes=4`).
+            (`fusesft.optim.lr=1e-6`, `sample.sources=[a,b]`, `build_sft.inputs=[a.jsonl]`, `fusesft.cluster.nodes=4`).
         config_dir: the user's own directory of yaml files, searched before the shipped tree.
         config_name: root file (without .yaml) in config_dir or the shipped tree, or the path of a yaml file.
 
     Raises:
-        UserError: what `fuserl train` or `fuserl build` would refuse in a stage, or stages that do not fit together.
+        UserError: what the command of a stage would refuse, or stages that do not fit together.
     """
     config, sections = load_sections(overrides, config_dir, config_name)
     return _Chain(config, sections, config_dir).pipeline()
@@ -70,6 +76,7 @@ class _Chain:
         self.notes: list[str] = []
         self.stages: dict[str, Stage] = {}
         self.trained: dict[str, Config] = {}
+        self.made: dict[str, Making] = {}
         if not self.wanted:
             raise UserError("stages=[]: nothing to run; stages=[fusesft,fusepo] would work.")
         self.is_hf = (Path(local_model(config.target, weights=False)) / "config.json").is_file()
@@ -88,6 +95,20 @@ class _Chain:
                     raise UserError(f"{name}: {error}") from None
         return Pipeline(config=self.config, stages=tuple(self.stages.values()), notes=tuple(self.notes))
 
+    def _sample(self, name: str) -> None:
+        words = self._words({"output": str(self.root / name)}, name)
+        self._make(name, sample_stage(words.values(), self.config_dir))
+
+    def _score(self, name: str) -> None:
+        samples = {"samples": self.made["sample"].writes} if "sample" in self.made else {}
+        words = self._words({"output": str(self.root / name)} | samples, name)
+        self._make(name, score_stage(words.values(), self.config_dir))
+
+    def _make(self, name: str, made: Making) -> None:
+        self.made[name] = made
+        folder = str(self.root / "launch")
+        self._add(name, ("fuserl", name, "--config-dir", folder), made.config, made.config.output, made.files)
+
     def _import(self, name: str) -> None:
         if self.is_hf:
             self.notes.append(f"import: nothing to do, training opens {self.config.target} as it is")
@@ -99,8 +120,9 @@ class _Chain:
         self._add(name, ("fuserl", "convert", "megatron-to-hf", self.config.target, self.target, "--force"))
 
     def _build(self, name: str) -> None:
-        output = str(self.root / name)
-        defaults = dict(output=output, tokenizer=self.target, force=True)
+        defaults: dict[str, Any] = dict(output=str(self.root / name), tokenizer=self.target, force=True)
+        if "score" in self.made and name != "build_heldout":  # what is trained on is not held out
+            defaults["inputs"] = self.made["score"].writes
         words = self._words(defaults, name)
         if "output" in self.sections.get(name, {}) and "force" not in self.sections[name]:
             words.pop("force")  # a directory of the user's own is not replaced unasked
@@ -207,14 +229,18 @@ class _Chain:
         self.trained[name] = config
         self._add(name, ("fuserl", "train"), config, config.run.results_dir)
 
-    def _cluster(self, name: str, config: Config | BuildConfig | None) -> ClusterConfig:
+    def _cluster(self, name: str, config: object) -> ClusterConfig:
         """The chain's resources, or one process of them, with the stage's own over them.
 
+        The one process has no GPU, but where it starts servers (all of a node) or holds a reward model (one).
         On this machine a stage that trains takes the ranks of its layout, as `fuserl train` does, unless it is said.
         """
         words = [word for key, word in self.sections.get(name, {}).items() if key.startswith("cluster.")]
         values = compose_tree(LaunchConfig, "config", words)["cluster"] if words else {}
-        alone = {} if isinstance(config, Config) else dict(nodes=1, ntasks_per_node=1, gpus_per_node=None)
+        gpus = self.config.cluster.gpus_per_node if name in self.made else None
+        if gpus is not None and (most := self.made[name].gpus) is not None:
+            gpus = min(gpus, most) or None
+        alone = {} if isinstance(config, Config) else dict(nodes=1, ntasks_per_node=1, gpus_per_node=gpus)
         changed = {key: values[key] for key in (key_of(word).partition(".")[2] for word in words)}
         merged = dataclasses.asdict(self.config.cluster) | alone | changed
         cluster = from_dict(LaunchConfig, {"target": "-", "cluster": merged}).cluster
@@ -230,20 +256,29 @@ class _Chain:
         return cluster
 
     def _add(
-        self, name: str, command: tuple[str, ...], config: Config | BuildConfig | None = None, results_dir: str = ""
+        self,
+        name: str,
+        command: tuple[str, ...],
+        config: Config | BuildConfig | SampleConfig | ScoreConfig | None = None,
+        results_dir: str = "",
+        more: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        text, path = (to_yaml(config), str(self.root / "launch" / f"{name}.yaml")) if config is not None else ("", "")
+        folder = self.root / "launch"
+        text, path = (to_yaml(config), str(folder / f"{name}.yaml")) if config is not None else ("", "")
         if path:
             command += ("--config-name", path)
         depends_on = tuple(other for other in READS.get(name, ()) if other in self.stages)
-        digest = hashlib.sha256("\0".join([*command, text, *(self.stages[d].hash for d in depends_on)]).encode())
+        parts = [*command, text, *more.values(), *(self.stages[other].hash for other in depends_on)]
+        digest = hashlib.sha256("\0".join(parts).encode())
         self.stages[name] = Stage(
             name=name,
             command=command,
             depends_on=depends_on,
             cluster=self._cluster(name, config),
             trains=isinstance(config, Config),
+            resumes=isinstance(config, Config) or name in self.made,
             config=text,
+            more_config={str(folder / file): words for file, words in more.items()},
             config_path=path,
             results_dir=str(Path(results_dir).resolve()) if results_dir else str(self.root / name),
             hash=digest.hexdigest()[:16],

@@ -16,8 +16,11 @@ from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import nearest, show
 
 ORDER: tuple[str, ...] = typing.get_args(StageName)
-SECTIONS = ("train", "build_sft", "build_po", "build_heldout", "fusesft", "reference", "fusepo", "evaluate")
-"""Sections whose keys are those of `fuserl build` or `fuserl train`."""
+# fmt: off
+SECTIONS = ("sample", "score", "train", "build_sft", "build_po", "build_heldout", "fusesft", "reference", "fusepo",
+            "evaluate")
+# fmt: on
+"""Sections whose keys are those of `fuserl sample`, `score`, `build` or `train`."""
 
 
 def load_sections(

@@ -88,7 +88,7 @@ def job_script(pipeline: Pipeline, stage: Stage) -> str:
         "account": cluster.account,
         "qos": cluster.qos,
         "time": cluster.time,
-        "signal": f"B:USR1@{cluster.signal_seconds}" if stage.trains else None,
+        "signal": f"B:USR1@{cluster.signal_seconds}" if stage.resumes else None,
     }
     lines = [f"#SBATCH --{name}={_quoted(str(value))}" for name, value in options.items() if value is not None]
     lines += [f"#SBATCH {option}" for option in ("--requeue", *cluster.sbatch_options)]

@@ -1,6 +1,7 @@
 """What a chain is: stages with their commands, resources and frozen settings. `pipeline.py` makes them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
@@ -19,11 +20,15 @@ class Stage:
     """Resources and environment of this stage."""
     trains: bool = False
     """Whether it runs ranks of the trainer; the others are one process, without a GPU unless their own section asks."""
+    resumes: bool = False
+    """Whether it can be told to stop and be continued: then it ends with 0 and leaves REQUEUE in results_dir."""
     config: str = ""
     """Text of the frozen settings, to be written to config_path before the stage starts."""
     config_path: str = ""
+    more_config: Mapping[str, str] = field(default_factory=dict)
+    """Further frozen files, path -> text: those of the sources that are asked, or of the rewards."""
     results_dir: str
-    """Where it writes; a stage that trains leaves its requeue marker there."""
+    """Where it writes."""
     hash: str
     """Of command, settings and those of every stage it depends on: a stage finished under the same hash is done."""
 

@@ -13,7 +13,7 @@ said, and the export carries the data's template. Any other difference is refuse
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -49,6 +49,10 @@ class Stage(Protocol):
     @property
     def config(self) -> str:
         """Its frozen settings as yaml."""
+
+    @property
+    def more_config(self) -> Mapping[str, str]:
+        """Further frozen files beside it, path -> yaml: of sources or rewards."""
 
     @property
     def results_dir(self) -> str:

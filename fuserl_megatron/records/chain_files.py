@@ -27,7 +27,14 @@ def check_there(stages: Iterable[Stage], todo: Iterable[Stage]) -> None:
     written = [Path(stage.results_dir).resolve() for stage in stages]
     for stage in (stage for stage in todo if stage.config):
         try:
-            (_check_training if stage.trains else _check_build)(yaml.safe_load(stage.config), written)
+            config = yaml.safe_load(stage.config)
+            if stage.trains:
+                _check_training(config, written)
+            elif stage.name in ("sample", "score"):
+                parts = {Path(path).stem: yaml.safe_load(text) for path, text in stage.more_config.items()}
+                (_check_sample if stage.name == "sample" else _check_score)(config, parts, written)
+            else:
+                _check_build(config, written)
         except UserError as error:
             raise UserError(f"{stage.name}: {error}") from None
 
@@ -41,12 +48,35 @@ def _check_training(config: dict[str, Any], written: list[Path]) -> None:
     _check_models({"objective.reference": objective["reference"]}, written)
 
 
+def _check_sample(config: dict[str, Any], sources: dict[str, dict[str, Any]], written: list[Path]) -> None:
+    expand_inputs(config["prompts"], "prompts")
+    if config["heldout"]:
+        expand_inputs(config["heldout"], "heldout")
+    for name, source in sources.items():
+        _check_file(f"sources.{name}.demonstrations", source["demonstrations"])
+
+
+def _check_score(config: dict[str, Any], rewards: dict[str, dict[str, Any]], written: list[Path]) -> None:
+    for key in ("samples", "heldout"):
+        if named := [path for path in config[key] if not _is_written(path, written)]:
+            expand_inputs(named, key)
+    for name, reward in rewards.items():
+        if reward["kind"] == "model":
+            _check_models({f"rewards.{name}.model": reward["model"]}, written)
+            _check_file(f"rewards.{name}.chat_template", reward["chat_template"])
+
+
 def _check_build(config: dict[str, Any], written: list[Path]) -> None:
-    expand_inputs(config["inputs"], own_reader=config["reader"] is not None)
+    named = [path for path in config["inputs"] if not _is_written(path, written)]
+    if named or not config["inputs"]:
+        expand_inputs(named, own_reader=config["reader"] is not None)
     _check_models({"tokenizer": config["tokenizer"]}, written)
-    template = config["chat_template"]
-    if template and not Path(template).is_file():
-        raise UserError(f"chat_template={template}: no such file{did_you_mean(template)}")
+    _check_file("chat_template", config["chat_template"])
+
+
+def _check_file(setting: str, path: str | None) -> None:
+    if path and not Path(path).is_file():
+        raise UserError(f"{setting}={path}: no such file{did_you_mean(path)}")
 
 
 def _check_models(settings: dict[str, str | None], written: list[Path]) -> None:
