@@ -17,7 +17,7 @@ def add(jobs: Jobs) -> None:
       build_sft.inputs=[a.jsonl] build_po.inputs=[b.jsonl] build_sft.reward_temperature=0.01 \\
       build_po.reward_temperature=0.01 fusesft.recipe=small_fusesft fusepo.recipe=small_fusepo_ln_dpo
   fuserl launch target=models/target stages=[sample,score,build_sft,fusesft] sample.prompts=[prompts.jsonl] \\
-      sample.sources=[a.yaml,b.yaml] sample.n=4 score.rewards=[armorm] build_sft.reward_temperature=0.01 \\
+      sample.sources=[llama31_70b,qwen25_72b] sample.n=4 score.rewards=[length] build_sft.reward_temperature=0.01 \\
       fusesft.recipe=small_fusesft run.results_dir=runs/small
   fuserl launch --dry-run cluster=slurm cluster.partition=gpu cluster.gpus_per_node=8 target=models/target \\
       stages=[fusesft,evaluate] fusesft.data.path=fused evaluate.data.path=heldout fusesft.cluster.nodes=4 \\

@@ -93,6 +93,7 @@ def place(tmp_path_factory):
     nemo = (ROOT / "tests" / "assets" / "nemo" / "dpo.yaml").read_text()
     (root / "gpt_dpo.yaml").write_text(nemo.replace("warmup_steps: 10", "warmup_steps: 0"))  # 8 prompts are one step
     (root / "my_prompts.txt").write_text("Hello\n")
+    (root / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     hf_to_megatron(target, root / "runs" / "fuserl" / "checkpoints")
     shutil.copytree(root / "runs" / "fuserl" / "checkpoints", root / "checkpoints" / "other")
     return root

@@ -52,6 +52,33 @@ def test_what_the_chain_writes_itself_is_not_asked_for(words, there, capsys):
     assert main(["launch", "--dry-run", *words]) == 0, capsys.readouterr().err
 
 
+MAKING = ["stages=[sample,score,build_sft,fusesft]", "sample.prompts=[scored.jsonl]", "sample.sources=[source.yaml]"]
+MAKING += ["score.rewards=[length]", "build_sft.reward_temperature=1", "train.trainer=cpu", "train.data.seq_length=128"]
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("sample.prompts=[nope.jsonl]", "sample: prompts: nope.jsonl does not exist"),
+        ("sample.heldout=[nope.jsonl]", "sample: heldout: nope.jsonl does not exist"),
+        ("sample.sources=[sorce.yaml]", "sample: sources: sorce.yaml: no such file; did you mean source.yaml"),
+        ("sample.sources.source.demonstrations=d.jsonl", "sample: sources.source.demonstrations=d.jsonl: no such file"),
+        ("score.samples=[nope.jsonl]", "score: samples: nope.jsonl does not exist"),
+        ("score.rewards=[skywork_v2_8b] score.rewards.skywork_v2_8b.model=./no", "score: rewards.skywork_v2_8b.model="),
+        ("build_sft.inputs=[nope.jsonl]", "build_sft: inputs: nope.jsonl does not exist"),
+    ],
+)
+def test_what_sample_and_score_read(there, monkeypatch, capsys, word, expected):
+    monkeypatch.chdir(there)
+    (there / "source.yaml").write_text("{model: m, url: http://127.0.0.1:9/v1}\n")
+    words = ["target=model", "run.results_dir=run", *MAKING]
+    assert main(["launch", "--dry-run", *words]) == 0, capsys.readouterr().err
+    assert main(["launch", *words, *word.split()]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"fuserl: error: {expected}") and error.count("\n") == 1, error
+    assert not (there / "run").exists()
+
+
 def test_what_a_finished_stage_has_read_may_be_gone(words, there, tmp_path, capsys):
     words = [*words, f"run.results_dir={tmp_path}/run", f"evaluate.data.path={tmp_path}/run/build_sft"]
     words += ["build_sft.inputs=[gone.jsonl]"]
