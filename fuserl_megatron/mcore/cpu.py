@@ -25,6 +25,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
+_CALLERS: str | tuple[str, ...] = "megatron.core"  # tests/rehearsal adds transformer_engine
 _WATCHED = frozenset({"cuda", "to", "type"})
 _mode: TorchFunctionMode | None = None
 
@@ -43,7 +44,7 @@ class _CoreOnCpu(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if "device" not in kwargs and "pin_memory" not in kwargs and name not in _WATCHED:
             return func(*args, **kwargs)
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith("megatron.core"):
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(_CALLERS):
             return func(*args, **kwargs)
         if name == "cuda" or (name == "to" and len(args) > 1 and _names_cuda(args[1])):
             return args[0]
