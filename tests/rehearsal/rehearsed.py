@@ -2,6 +2,7 @@
 
 # isort: off
 import twins
+import twin_attention  # noqa: F401
 import twins_fp8  # noqa: F401
 # isort: on
 
@@ -47,9 +48,10 @@ def config_of(paths, objective, directory="unused", *, model=None, optim=None, a
     )
 
 
-def gradients(config, reference_dir, te=True):
+def gradients(config, reference_dir, backend="sdpa"):
     """Of one step, and how often each twin was called for it."""
-    use_layers(te)
+    use_layers(True)
+    model_module.choose_backend = lambda *_: backend
     twins.CALLS.clear()
     loss, _, norm, grads, *_ = loss_and_gradients(config, reference_dir)
     return loss, norm, grads, dict(twins.CALLS)

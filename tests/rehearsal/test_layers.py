@@ -48,6 +48,25 @@ def test_fp32_gradients_equal_the_float64_twin(ranks, case, expected, tmp_path, 
     assert worst_relative_error(grads, expected[objective["stage"]][1]) <= 1e-5
 
 
+def test_packed_attention_equals_the_float64_twin(ranks, case, expected, tmp_path):
+    """attention_backend=te; it knows no shared prefixes."""
+    import rehearsed
+
+    config = rehearsed.config_of(case, DPO, share="off")
+    ((loss, _, grads, _),) = ranks.run(rehearsed.gradients, 1, config, str(tmp_path), "te")
+    assert loss == pytest.approx(expected["fusepo"][0], rel=1e-5)
+    assert worst_relative_error(grads, expected["fusepo"][1]) <= 1e-5
+
+
+def test_flex_attention_takes_what_it_is_called_with():
+    import inspect
+
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    inspect.signature(create_block_mask).bind(1, 1, None, 1, 1, device="cuda", _compile=True)
+    inspect.signature(flex_attention).bind(1, 1, 1, block_mask=1, scale=1.0, enable_gqa=True)
+
+
 def trained_on_the_cpu(config):
     import transformer_engine.pytorch  # noqa: F401  core takes its Adam and its norms then
     from test_resume_and_export import run
