@@ -12,7 +12,7 @@ SECONDS ?= 60
 BENCHMARKS := $(wildcard benchmarks/[a-z]*.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-distributed test-others test-slow test-durability fuzz test-gpu test-nemo test-servers test-vllm bench docs lint clean
+.PHONY: help venv demo test test-fast test-distributed test-others test-slow test-durability fuzz test-gpu rehearse-gpu test-nemo test-servers test-vllm bench docs lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## ?/  make \1\t/' | expand -t 20
@@ -52,6 +52,15 @@ fuzz: $(INSTALLED)  ## every fuzzer of tests/fuzz/, a minute each (make fuzz SEE
 test-gpu: $(INSTALLED)  ## what needs a CUDA device
 	$(PYTEST) -m gpu
 
+# megatron-core and the Transformer Engine that goes with it; the other pair: CORE=0.16.1 TE=2.11.0
+CORE ?= 0.19.2
+TE ?= 2.17.1
+REHEARSAL = $(VENV)-rehearsal-$(CORE)
+rehearse-gpu:  ## the GPU code on the CPU: the real Transformer Engine, its kernels replaced (.venv-rehearsal-*, 6 GB)
+	@test -f $(REHEARSAL)/.installed || PYTHON=$(PYTHON) sh tests/rehearsal/install.sh $(REHEARSAL) $(CORE) $(TE)
+	FUSERL_REHEARSAL=1 LD_LIBRARY_PATH=$(abspath $(REHEARSAL))/stub PYTHONPATH=. OMP_NUM_THREADS=1 \
+	  $(REHEARSAL)/bin/python -W ignore -m pytest tests/rehearsal
+
 test-nemo:  ## the stages through nemo-run, in an environment of its own (.venv-nemo, 540 MB more)
 	@$(MAKE) --no-print-directory VENV=$(VENV)-nemo venv
 	@$(VENV)-nemo/bin/python -m pip install --quiet --disable-pip-version-check -e '.[nemo]'  # leptonai wants an older anyio than constraints.txt
@@ -81,7 +90,7 @@ docs:  ## the documentation as a site (site/), in an environment of its own (.ve
 	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet --site-dir site
 
 clean:  ## remove the virtual environment
-	rm -rf $(VENV) $(VENV)-nemo $(VENV)-docs site $(VENV)-servers $(VENV)-vllm
+	rm -rf $(VENV) $(VENV)-rehearsal-* $(VENV)-nemo $(VENV)-docs site $(VENV)-servers $(VENV)-vllm
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found: install python3.11, or type make PYTHON=/path/to/python3.11 ..." >&2; exit 2; }

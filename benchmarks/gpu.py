@@ -7,7 +7,7 @@
 Nobody has run it on a GPU yet. Every case is a process of its own with a time limit; OUT/gpu.json is written anew
 after each, with what went wrong where something did. A case that runs out of memory is tried once more with whole
 layers recomputed. All parameters are trained. 8B does not fit one H200 with fp32 moments (18 bytes a parameter): Adam's
-moments are bf16 there and the master weights keep the 16 bits that the bf16 weights lack (12 bytes a parameter). TRL's
+moments are bf16 there (14 bytes a parameter). TRL's
 side has bf16 weights, gradients and moments (8 bytes a parameter) and recomputes activations, its default.
 
 Groups are full rows of 4096 positions: FusePO 4 sources x 2 responses of 480 tokens under a prompt of 256 (4 pairs),

@@ -241,7 +241,8 @@ class DistWriter:
                 else:
                     self._entries[key] = entry
             self._places |= places
-        torch.save(common, self.directory / COMMON)
+        with open(self.directory / COMMON, "xb") as stream:  # by its path, a full disk would not be an OSError
+            torch.save(common, stream)
         config = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         config |= {"common_backend": "torch", "common_backend_version": 1}
         (self.directory / CONFIG).write_text(json.dumps(config))

@@ -72,12 +72,24 @@ class PackedBatch:
     reference_logps_N: torch.Tensor | None = None
     """float32; summed reference log-probability of each sequence, None where no reference is needed."""
 
+    scored_2T: torch.Tensor | None = None
+    """int64; row and column of each scored position, in row order. `to` makes it: on a GPU whoever asks where a mask is
+    true waits for all that the GPU still has to do."""
+
     @property
     def num_sequences(self) -> int:
         """N."""
         return self.lengths_N.numel()
 
+    def scored(self, values: torch.Tensor) -> torch.Tensor:
+        """[B, S, ...] -> [T, ...]: those of the scored positions, in row order. After `to`."""
+        assert self.scored_2T is not None, "`to` comes first"
+        rows_T, columns_T = self.scored_2T
+        return values[rows_T, columns_T]
+
     def to(self, device: torch.device | str) -> "PackedBatch":
-        """The same batch on another device."""
+        """The same batch on another device, with the places of what is scored."""
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.scored_2T is None:
+            moved["scored_2T"] = (self.labels_BS != IGNORE_INDEX).nonzero().t()
         return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})

@@ -168,7 +168,7 @@ def _te_attention(heads: int, groups: int, head_dim: int, scale: float):
 
 def _te(query, key, value, visible: Visibility, scale: float):
     length, rows = query.shape[:2]
-    ends, longest = visible.sequence_ends
+    ends = visible.sequence_ends
     q, k, v = (t.transpose(0, 1).reshape(rows * length, *t.shape[2:]) for t in (query, key, value))
     out = _te_attention(q.shape[1], k.shape[1], q.shape[2], scale)(
         q,
@@ -178,7 +178,8 @@ def _te(query, key, value, visible: Visibility, scale: float):
         attn_mask_type="padding_causal",
         cu_seqlens_q=ends,
         cu_seqlens_kv=ends,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        # an upper bound; the longest itself would change with each micro-batch, and the back end be chosen anew
+        max_seqlen_q=length,
+        max_seqlen_kv=length,
     )
     return out.reshape(rows, length, -1).transpose(0, 1).contiguous()

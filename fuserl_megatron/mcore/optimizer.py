@@ -7,6 +7,7 @@ would otherwise do is done here, namely no weight decay for norms and biases (th
 import math
 
 import torch
+from megatron.core import optimizer as core_optimizer
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -20,18 +21,27 @@ STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.flo
 """Core stands uint8 for fp8 states."""
 
 
+def _have_te_adam() -> bool:
+    """Whether core's Adam is Transformer Engine's: not on the CPU (cpu.py), nor where that is not installed."""
+    return core_optimizer.Adam.__module__.startswith("transformer_engine")
+
+
 def build_optimizer(
     wrapped: list[DistributedDataParallel], optim: OptimConfig, trainer: TrainerConfig, dtype: torch.dtype
 ) -> ChainedOptimizer:
     """Core's optimizer over this rank's parameters; fp32 master weights when the parameters are bf16."""
     aware = optim.use_precision_aware_optimizer
-    if aware and not have_transformer_engine():
+    if aware and not _have_te_adam():
+        why = "this run is on the CPU" if have_transformer_engine() else "transformer-engine is not installed"
         raise UserError(
-            "optim.use_precision_aware_optimizer=true needs Transformer Engine's Adam, and transformer-engine is not "
-            "installed: optim.use_precision_aware_optimizer=false would work."
+            f"optim.use_precision_aware_optimizer=true needs Transformer Engine's Adam, and {why}: "
+            "optim.use_precision_aware_optimizer=false would work."
         )
     states = dict(
         use_precision_aware_optimizer=True,
+        # Core would keep of each master weight the 16 bits that the bf16 weight lacks, and its checkpoints would carry
+        # them as if they were weights: no run could be resumed, and no other optimizer could read them.
+        store_param_remainders=False,
         main_params_dtype=STATE_DTYPES[optim.main_params_dtype],
         exp_avg_dtype=STATE_DTYPES[optim.exp_avg_dtype],
         exp_avg_sq_dtype=STATE_DTYPES[optim.exp_avg_sq_dtype],

@@ -90,6 +90,11 @@ def scoring(config: TransformerConfig) -> Iterator[None]:
 def fill(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Set a parameter. One kept in FP8 also remembers the unrounded value, of which the optimizer's master copy is made
     (it would otherwise be what the memory held before)."""
+    amax = getattr(getattr(parameter, "_quantizer", None), "amax", None)
+    if (
+        amax is not None
+    ):  # of uninitialised memory, which was quantized when the layer was built; copying keeps the larger
+        amax.zero_()
     parameter.copy_(value)
     if hasattr(parameter, "_high_precision_init_val"):
         parameter._high_precision_init_val.copy_(value)

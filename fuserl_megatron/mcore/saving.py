@@ -38,8 +38,17 @@ from fuserl_megatron.checkpoint.torch_dist import (
     saved_iterations,
 )
 from fuserl_megatron.mcore.parallel import Layout
+from fuserl_megatron.mcore.precision import plain
 from fuserl_megatron.runtime.collectives import any_rank, from_all_ranks, from_main_rank
 from fuserl_megatron.util.files import sync_path, write_file
+
+
+class NotWritten(OSError):
+    """No checkpoint came of it. `by_disk`: the disk refused; else the program is at fault, and room would not help."""
+
+    def __init__(self, text: str, by_disk: bool):
+        super().__init__(text)
+        self.by_disk = by_disk
 
 
 class Saving:
@@ -99,7 +108,7 @@ class Saving:
             with DistWriter(self._partial, self.layout.rank) as writer:
                 for key, size, offsets, sizes, data in self._tensors:
                     place = writer.reserve(key, size, offsets, sizes, data.dtype)
-                    writer.write(place, data.cpu().contiguous())
+                    writer.write(place, plain(data).cpu().contiguous())
                 for key, values in self._objects.items():
                     writer.object(key, values)
             self._written = writer, describe(writer.files)
@@ -119,7 +128,7 @@ class Saving:
             damaged: iterations that do not count.
 
         Raises:
-            OSError: on every rank: the disk refused; nothing half-written is left and older checkpoints are untouched.
+            NotWritten: on every rank; nothing half-written is left and older checkpoints are untouched.
         """
         if self._thread.is_alive():
             self._thread.join()
@@ -150,12 +159,14 @@ class Saving:
         return final
 
     def _all_or_none(self) -> None:
-        problems = from_all_ranks(self._problem and first_line(self._problem))
-        failed = [f"rank {rank}: {problem}" for rank, problem in enumerate(problems) if problem]
+        mine = self._problem and (first_line(self._problem), isinstance(self._problem, OSError))
+        failed = [(rank, *problem) for rank, problem in enumerate(from_all_ranks(mine)) if problem]
         if failed:
             if self.layout.is_main and self._partial:
                 shutil.rmtree(self._partial, ignore_errors=True)
-            raise OSError(f"{iteration_directory(self.root, self.iteration)}: not written ({failed[0]})")
+            rank, said, _ = failed[0]
+            folder = iteration_directory(self.root, self.iteration)
+            raise NotWritten(f"{folder}: not written (rank {rank}: {said})", all(by_disk for *_, by_disk in failed))
 
 
 def remove_leftovers(root: Path) -> None:

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
 )
 
-from fuserl_megatron.data.batch import IGNORE_INDEX, PackedBatch
+from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.mcore import cpu
 from fuserl_megatron.mcore.attention import attention_argument
 from fuserl_megatron.mcore.context import context_part, sum_over_context
@@ -89,13 +89,12 @@ def _hidden_to_token_logps(engine: Engine, hidden_BSH: torch.Tensor, batch: Pack
         hidden_BSH = hidden_SBH.transpose(0, 1)
     else:
         hidden_BSH = copy_to_tensor_model_parallel_region(hidden_BSH)
-    scored_BS = batch.labels_BS != IGNORE_INDEX
     rows = target.padded_vocab // layout.tp_size
     first_row = rows * layout.tp_rank
     return vocab_parallel_logps(
-        hidden_BSH[scored_BS],
+        batch.scored(hidden_BSH),
         target.output_weight(),
-        batch.labels_BS[scored_BS],
+        batch.scored(batch.labels_BS),
         first_row=first_row,
         num_valid=min(max(target.shape.vocab_size - first_row, 0), rows),
         group=group,
@@ -106,8 +105,7 @@ def _hidden_to_token_logps(engine: Engine, hidden_BSH: torch.Tensor, batch: Pack
 def batch_logps(engine: Engine, output: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     """Summed log-probability [N] of each sequence of the batch, float64, over all context-parallel ranks."""
     token_logps_T = _hidden_to_token_logps(engine, output, batch)
-    sequence_ids_T = batch.sequence_ids_BS[batch.labels_BS != IGNORE_INDEX]
-    logps_N = sequence_logps(token_logps_T, sequence_ids_T, batch.num_sequences)
+    logps_N = sequence_logps(token_logps_T, batch.scored(batch.sequence_ids_BS), batch.num_sequences)
     if engine.layout.cp_size > 1:
         logps_N = sum_over_context(logps_N, ps.get_context_parallel_group())
     return logps_N

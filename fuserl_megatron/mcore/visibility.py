@@ -129,11 +129,11 @@ class Visibility:
         return create_block_mask(sees, rows, None, length, keys_S.numel(), device=self.device, _compile=compiled)
 
     @cached_property
-    def sequence_ends(self) -> tuple[torch.Tensor, int]:
-        """Where each segment begins and the last ends in the rows put end to end (int32), and the longest length."""
+    def sequence_ends(self) -> torch.Tensor:
+        """Where each segment begins and the last ends in the rows put end to end, int32."""
         lengths = [n for row in self.spans for n, _ in row]
         ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
-        return ends.to(self.device), max(lengths)
+        return ends.to(self.device)
 
 
 def _sees(queries_L, keys_S, segments_BL, parents_BL, seen_BS) -> torch.Tensor:

@@ -121,8 +121,9 @@ def _weight_shares(weights_I: Tensor, sources_I: Tensor, sources: Sequence[str])
 
 def _per_prompt(weights_N: Tensor, batch: Any) -> Tensor:
     """A source's weight spread over its N responses."""
-    sizes_N = torch.bincount(batch.group_ids_N, minlength=batch.num_sequences)[batch.group_ids_N]
-    return weights_N / sizes_N
+    # no bincount: on a GPU the host would wait for it
+    sizes_N = torch.zeros_like(weights_N).index_add(0, batch.group_ids_N, torch.ones_like(weights_N))
+    return weights_N / sizes_N[batch.group_ids_N]
 
 
 def _by_source(name: str, found: tuple[Tensor, Tensor], sources: Sequence[str]) -> dict[str, reduce.SumCount]:

@@ -175,7 +175,10 @@ def _run(
         return 1
     except (NonFiniteError, InvariantError) as error:
         saver.wait()
-        advice = f"weights are those of step {step}; lower optim.lr or look at the responses named, then run again:"
+        advice = (
+            f"weights are those of step {step}; look at the responses named. A lower optim.lr, or data without them, "
+            "needs a run.results_dir of its own. This run goes on with:"
+        )
         say(f"stopped before step {step + 1}: {error}\n{advice}\n{resume_command()}", layout.is_main)
         return 1
     finally:

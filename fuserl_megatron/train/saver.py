@@ -9,13 +9,15 @@ from pathlib import Path
 
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore.checkpoint import begin_save
-from fuserl_megatron.mcore.saving import Saving, remove_leftovers
+from fuserl_megatron.mcore.saving import NotWritten, Saving, remove_leftovers
 from fuserl_megatron.mcore.step import Engine
 from fuserl_megatron.metrics.run_log import say
 from fuserl_megatron.runtime import collectives
 
 PAUSE_S = 1.0
 """Before the second try; twice as long before each further one."""
+
+FAULT = "that is a mistake of the program, not of the disk: please report it"
 
 BYTES_A_PARAMETER, BYTES_A_SECOND = 16, 5e8
 """A guess: weights, fp32 master weights and two moments of a rank, at the speed of a shared file system."""
@@ -30,6 +32,7 @@ class Saver:
         self.params = config.exp_manager.checkpoint_callback_params
         self.enabled = self.params.every_n_train_steps is not None or self.params.train_time_interval is not None
         self._failed: int | None = None  # the newest step that could not be saved
+        self._remedy = ""
         self._since = time.monotonic()
         local = sum(p.numel() for chunk in engine.target.chunks for p in chunk.parameters())
         self.seconds = local * BYTES_A_PARAMETER / BYTES_A_SECOND
@@ -79,14 +82,14 @@ class Saver:
         keep = 1 if self.params.monitor is not None and self.params.save_top_k > 0 else self.params.save_top_k
         try:
             saving.publish(keep, kept, self.damaged)
-        except OSError as error:
+        except NotWritten as error:
             self._retry(saving, error)
             return
         self._under_way, self.saved, self._failed = None, saving.iteration, None
         self.seconds = max(self.seconds, time.monotonic() - self._since)
         self.damaged = tuple(i for i in self.damaged if i != saving.iteration)
 
-    def _retry(self, saving: Saving, error: OSError) -> None:
+    def _retry(self, saving: Saving, error: NotWritten) -> None:
         tries = 1 + self.params.save_retries
         is_main = self.engine.layout.is_main
         say(f"WARNING: {error}; try {self._tries} of {tries}", is_main)
@@ -96,9 +99,10 @@ class Saver:
             saving.start()
             return
         self._under_way, self._failed = None, saving.iteration
+        why, self._remedy = ("is the disk full?", "make room there") if error.by_disk else (f"{FAULT}.", FAULT)
         last = f"step {self.saved} in {self.root}" if self.saved else "none"
         say(
-            f"WARNING: there is no checkpoint of step {saving.iteration}: {tries} tries failed; is the disk full? "
+            f"WARNING: there is no checkpoint of step {saving.iteration}: {tries} tries failed; {why} "
             f"The last good one: {last}. The run goes on from memory",
             is_main,
         )
@@ -109,4 +113,4 @@ class Saver:
             return None
         again = f"goes on from step {self.saved}" if self.saved else "starts anew"
         where = f"the last checkpoint, of step {self._failed}, could not be written to {self.root}"
-        return f"{where}: make room there; the same command {again}"
+        return f"{where}: {self._remedy}; the same command {again}"

@@ -14,6 +14,8 @@ import pytest
 from fusion_case import make_case, make_config, worst_relative_error
 from groups import read_group
 
+from fuserl_megatron.data.batch import IGNORE_INDEX
+
 BOUND = 1e-5
 ALL_RESPONSES = dict(stage="fusepo", loss="rloo")
 
@@ -70,7 +72,7 @@ def packed(config, num_tokens, fault=None, band="cheapest"):
 
     def on_output(output, batch):
         logps_T = step._hidden_to_token_logps(engine, output, batch)
-        scored_BS = batch.labels_BS != step.IGNORE_INDEX
+        scored_BS = batch.labels_BS != IGNORE_INDEX
         responses_T = batch.response_ids_N[batch.sequence_ids_BS[scored_BS]]
         if fault == "positions not continued":  # what is compared is the token's place, not the planted one
             keys = [(n, -1) for n in responses_T.tolist()]

@@ -32,8 +32,7 @@ def states_gb(config, shape, data_parallel):
     own = parameters(shape) / (model.tensor_model_parallel_size * model.pipeline_model_parallel_size)
     size = {"fp32": 4, "bf16": 2}
     moments = size[config.optim.exp_avg_dtype] + size[config.optim.exp_avg_sq_dtype]
-    # the precision-aware optimizer keeps of the fp32 master weights what the bf16 weights lack
-    optimizer = moments + (2 if config.optim.use_precision_aware_optimizer else 4)
+    optimizer = moments + size[config.optim.main_params_dtype]
     assert config.optim.use_distributed_optimizer
     return own * (2 + 4 + optimizer / data_parallel) / 1e9
 

@@ -116,7 +116,7 @@ def built(optim, name="bf16"):
     with (
         mock.patch.object(optimizer, "OptimizerConfig", side_effect=lambda **fields: fields) as core,
         mock.patch.object(optimizer, "get_megatron_optimizer"),
-        mock.patch.object(optimizer, "have_transformer_engine", return_value=True),
+        mock.patch.object(optimizer, "_have_te_adam", return_value=True),
     ):
         optimizer.build_optimizer(wrapped, optim, TrainerConfig(precision=name), torch.bfloat16)
     return core.call_args.kwargs
@@ -134,6 +134,7 @@ def test_optimizer_states_as_asked_for():
     assert fields["fp8_recipe"] == "tensorwise" and fields["use_precision_aware_optimizer"]
     dtypes = [fields[f"{state}_dtype"] for state in ("main_params", "exp_avg", "exp_avg_sq")]
     assert dtypes == [torch.float32, torch.uint8, torch.bfloat16]
+    assert not fields["store_param_remainders"]  # checkpoints would hold halves of master weights
     assert not fields["optimizer_cpu_offload"] and fields["optimizer_offload_fraction"] == 0
     fields = built(dataclasses.replace(AWARE, optimizer_cpu_offload=True, optimizer_offload_fraction=0.5))
     assert fields["optimizer_cpu_offload"] and fields["optimizer_offload_fraction"] == 0.5
@@ -144,4 +145,9 @@ def test_optimizer_states_as_asked_for():
 def test_precision_aware_states_without_transformer_engine_are_refused():
     wrapped = [SimpleNamespace(config=core_config("bf16"))]
     with pytest.raises(UserError, match="needs Transformer Engine's Adam, and transformer-engine is not installed"):
+        optimizer.build_optimizer(wrapped, AWARE, TrainerConfig(), torch.bfloat16)
+    with (
+        mock.patch.object(optimizer, "have_transformer_engine", return_value=True),
+        pytest.raises(UserError, match="Engine's Adam, and this run is on the CPU: optim.use_precision_aware"),
+    ):
         optimizer.build_optimizer(wrapped, AWARE, TrainerConfig(), torch.bfloat16)
