@@ -57,7 +57,7 @@ class ShellScript:
         lines = ["#!/bin/sh", "set -e"]
         for stage in stages:
             lines.append(shlex.join(local_command(stage)))
-            lines += [f"[ ! -e {shlex.quote(stage.results_dir)}/REQUEUE ] || exit 0"] if stage.trains else []
+            lines += [f"[ ! -e {shlex.quote(stage.results_dir)}/REQUEUE ] || exit 0"] if stage.resumes else []
             lines.append(f"echo {stage.hash} > {shlex.quote(str(pipeline.done_file(stage)))}")
         return "\n".join([*lines, ""])
 
