@@ -111,10 +111,10 @@ def multi_tensor_scale(chunk, flag, lists, factor):
 def multi_tensor_adam(chunk, flag, lists, lr, b1, b2, eps, step, mode, bias_correction, decay, *_):
     assert mode and bias_correction
     for tensors in zip(*lists, strict=True):
-        _adam(*tensors[:4], tensors[4] if len(tensors) > 4 else tensors[1], lr, b1, b2, eps, step, decay)
+        adam(*tensors[:4], tensors[4] if len(tensors) > 4 else tensors[1], lr, b1, b2, eps, step, decay)
 
 
-def _adam(grad, parameter, first, second, master, lr, b1, b2, eps, step, decay):
+def adam(grad, parameter, first, second, master, lr, b1, b2, eps, step, decay):
     grad, weight = grad.float(), master.float()
     m = b1 * first.float() + (1 - b1) * grad
     v = b2 * second.float() + (1 - b2) * grad * grad
@@ -132,7 +132,7 @@ def multi_tensor_adam_param_remainder(
         assert parameter.dtype == torch.bfloat16 and rest.dtype == torch.int16
         high = parameter.view(torch.int16).int() - (rest < 0).int()
         weight = ((high << 16) | (rest.int() & 0xFFFF)).view(torch.float32).clone()
-        _adam(grad, weight, first, second, weight, lr, b1, b2, eps, step, decay)
+        adam(grad, weight, first, second, weight, lr, b1, b2, eps, step, decay)
         bits = weight.view(torch.int32)
         low = bits & 0xFFFF
         rest.copy_(torch.where(low >= 0x8000, low - 0x10000, low).to(torch.int16))

@@ -108,6 +108,17 @@ def compute_scale_and_scale_inv(chunk, flag, lists, largest, power_of_two, eps):
         inverse.copy_(1 / scale)
 
 
+@counted
+def multi_tensor_adam_fp8(chunk, flag, lists, lr, b1, b2, eps, step, mode, bias_correction, decay, out_dtype):
+    """Adam whose weights are rounded with a delayed scale, their largest value noted: in one kernel."""
+    assert mode and bias_correction
+    for grad, data, first, second, master, scale, amax, inverse in zip(*lists, strict=True):
+        twins.adam(grad, master, first, second, master, lr, b1, b2, eps, step, decay)
+        data.copy_(_rounded(master, scale, TE_DType_To_Torch[out_dtype]).view(torch.uint8).reshape(data.shape))
+        amax.copy_(torch.maximum(amax, master.abs().max().reshape(amax.shape)))
+        inverse.copy_(1 / scale)
+
+
 def create_empty_quantized_tensor(quantizer, shape, dtype, device, pin_memory):
     *rest, last = shape
     sizes = dict(rowwise=list(shape) if quantizer.rowwise_usage else None)
@@ -136,6 +147,8 @@ def _install() -> None:
     replace_everywhere(te_utils.get_device_compute_capability, lambda: (9, 0))
     for twin in (quantize, fp8_transpose, dequantize, fused_amax_and_scale_update_after_reduction, compute_amax):
         setattr(tex, twin.__name__, twin)
+    replace_everywhere(tex.multi_tensor_adam_fp8, multi_tensor_adam_fp8)
+    tex.multi_tensor_adam_fp8 = multi_tensor_adam_fp8
     if hasattr(tex, "create_empty_quantized_tensor"):  # not in Transformer Engine 2.11
         tex.create_empty_quantized_tensor = create_empty_quantized_tensor
     replace_everywhere(tensor_utils.multi_tensor_compute_scale_and_scale_inv, compute_scale_and_scale_inv)
