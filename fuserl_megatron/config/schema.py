@@ -104,15 +104,23 @@ class ObjectiveConfig:
     beta: Annotated[float | None, positive(0.1)] = None
     """All but rloo: scale of the log-ratio; defaults differ by orders of magnitude (0.01 for dpo, 10 for ln_dpo)."""
     label_smoothing: float | None = None
-    """cdpo, robust (required): the share of pairs that are the wrong way round, in [0, 0.5)."""
+    """cdpo, robust (required), exo (0.001): the share of pairs that are the wrong way round, in [0, 0.5)."""
     gamma_beta_ratio: float | None = None
     """simpo: the margin gamma divided by beta."""
     length_normalized: bool | None = None
     """ipo: log-ratios per token (default) or summed."""
+    discopop_tau: float | None = None
+    """discopop: how sharply its two parts change over around a margin of 0, in (0, 1]."""
+    delta: float | None = None
+    """bco, mpo: the implicit reward between good and bad, a constant (0 by default)."""
+    preference_weight: float | None = None
+    """mpo: weight of its DPO term."""
+    bco_weight: float | None = None
+    """mpo: weight of its BCO term."""
     cpo_alpha: float | None = None
     """cpo: weight of its NLL term."""
     rpo_alpha: float | None = None
-    """All but cpo and orpo: weight of an SFT term (mean NLL of the chosen response) beside the loss."""
+    """All but cpo and orpo: weight of an SFT term (mean NLL of the chosen response) beside the loss (mpo: 1)."""
     desirable_weight: float | None = None
     """kto: weight of the desirable responses."""
     undesirable_weight: float | None = None

@@ -3,9 +3,10 @@
     L = (1 / #prompts) * sum_x sum_k w_k * l(x, Y_k)
 
 The functions give l per pair. The caller multiplies by the pair's source weight w_k (outside the sigmoid), sums over
-the pairs at hand and divides once by the number of prompts of the global batch. KTO, RLOO and WRPO, whose terms are not
-pairs, stand in group_losses.py, InfiFPO in infifpo.py. What the trainer has to know of each loss is at the end of the
-file: LOSSES. A loss is added by writing its function here and its line there.
+the pairs at hand and divides once by the number of prompts of the global batch. Pair losses that also hold each side's
+own likelihood stand in absolute.py, KTO, RLOO and WRPO, whose terms are not pairs, in group_losses.py, InfiFPO in
+infifpo.py. What the trainer has to know of each loss is at the end of the file: LOSSES. A loss is added by writing its
+function here and its line there.
 
 Notation: h+ = log pi(y+ | x) - log pi_ref(y+ | x) and h- likewise for the rejected response, both summed over response
 tokens; a bar is a per-token mean; s is the sigmoid; b is beta. An NLL beside a loss is always the mean over the
@@ -19,14 +20,15 @@ All return a PairLoss with [P] tensors.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fuserl_megatron.objectives.logps import log1mexp, mean_logps
-from fuserl_megatron.objectives.spec import LossSpec, not_negative, positive, share, switch
+from fuserl_megatron.objectives.spec import LossSpec, not_negative, open_share, positive, share, switch
 
 Sides = tuple[Tensor, Tensor]
 """(chosen, rejected), [P] each."""
@@ -118,6 +120,33 @@ def ipo(policy: Sides, reference: Sides, lengths: Sides, *, beta: float, length_
     return PairLoss(losses_P, beta * chosen_P.detach(), beta * rejected_P.detach())
 
 
+def exo(policy: Sides, reference: Sides, *, beta: float, label_smoothing: float) -> PairLoss:
+    """EXO on a pair: q log(q / (1 - e)) + (1 - q) log((1 - q) / e), q = s(b (h+ - h-)), e = label_smoothing > 0.
+
+    The reverse Kullback-Leibler divergence from (1 - e, e), where cDPO has the forward one (Ji et al., arXiv
+    2402.00856, eq. 16). The margin goes towards log((1 - e) / e). Implicit rewards b h.
+    """
+    chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
+    logits_P = chosen_P - rejected_P
+    won_P = torch.sigmoid(logits_P) * (logsigmoid(logits_P) - math.log1p(-label_smoothing))
+    lost_P = torch.sigmoid(-logits_P) * (logsigmoid(-logits_P) - math.log(label_smoothing))
+    return PairLoss(won_P + lost_P, chosen_P.detach(), rejected_P.detach())
+
+
+def discopop(policy: Sides, reference: Sides, *, beta: float, discopop_tau: float) -> PairLoss:
+    """DiscoPOP: -(1 - m) log s(z) + m e^-z, z = b (h+ - h-), m = s(z / tau), tau = discopop_tau in (0, 1].
+
+    A loss found by search (Lu et al., arXiv 2406.08414, eq. 5; b = tau = 0.05). It is not monotonic: with that tau it
+    rises with z between -0.12 and 0.07, so that its first steps push the margin down. Implicit rewards b h.
+    """
+    chosen_P, rejected_P = implicit_rewards(policy, reference, beta)
+    logits_P = chosen_P - rejected_P
+    logistic_P = -logsigmoid(logits_P) * torch.sigmoid(-logits_P / discopop_tau)
+    # m e^-z in one exponent: for a large negative z the one factor is 0 and the other infinite.
+    exponential_P = torch.exp(logsigmoid(logits_P / discopop_tau) - logits_P)
+    return PairLoss(logistic_P + exponential_P, chosen_P.detach(), rejected_P.detach())
+
+
 def mappo(policy: Sides, reference: Sides, reward_gaps_P: Tensor, *, beta: float) -> PairLoss:
     """MaPPO: -log s(b h+ - dr b h-), dr = r+ - r- in [0, 1] from `weights.reward_gaps` (arXiv 2507.21183).
 
@@ -174,6 +203,12 @@ def log_two(options: object) -> float:
     return math.log(2.0)
 
 
+def _exo_start(options: Mapping[str, Any]) -> float:
+    """-log 2 - log(e (1 - e)) / 2."""
+    noise = options["label_smoothing"]
+    return -math.log(2.0) - 0.5 * (math.log(noise) + math.log1p(-noise))
+
+
 PAIR = ("policy", "reference")
 SFT = {"rpo_alpha": not_negative(0.0)}
 NOISE = {"label_smoothing": share(None, below=0.5)}
@@ -197,6 +232,11 @@ LOSSES = (
     LossSpec(name="cpo", function=cpo, needs=("policy", "lengths"),
              options={"beta": positive(0.1), "cpo_alpha": not_negative(1.0)}),
     LossSpec(name="orpo", function=orpo, needs=("policy", "lengths"), options={"beta": positive(0.1)}),
+    LossSpec(name="exo", function=exo, needs=PAIR,
+             options={"beta": positive(0.1), "label_smoothing": open_share(1e-3, below=0.5), **SFT}, start=_exo_start),
+    LossSpec(name="discopop", function=discopop, needs=PAIR,
+             options={"beta": positive(0.05), "discopop_tau": open_share(0.05), **SFT},
+             start=lambda options: 0.5 * math.log(2.0) + 0.5),
     LossSpec(name="mappo", function=mappo, needs=(*PAIR, "reward_gaps_P"), options={"beta": positive(0.01), **SFT},
              start=log_two),
 )

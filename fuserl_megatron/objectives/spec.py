@@ -42,6 +42,11 @@ def _number(holds: Callable[[float], bool]) -> Callable[[Any], bool]:
     return lambda v: isinstance(v, int | float) and not isinstance(v, bool) and holds(v)
 
 
+def number(default: float | None) -> Option:
+    """An option of either sign."""
+    return Option(default, _number(math.isfinite), "a finite number")
+
+
 def positive(default: float | None) -> Option:
     """An option above zero."""
     return Option(default, _number(lambda v: 0 < v < math.inf), "a positive number")
@@ -57,6 +62,13 @@ def share(default: float | None, below: float | None = None) -> Option:
     if below is None:
         return Option(default, _number(lambda v: 0 <= v <= 1), "a number in [0, 1]")
     return Option(default, _number(lambda v: 0 <= v < below), f"a number in [0, {below})")
+
+
+def open_share(default: float | None, below: float | None = None) -> Option:
+    """An option in (0, 1], or in (0, below)."""
+    if below is None:
+        return Option(default, _number(lambda v: 0 < v <= 1), "a number in (0, 1]")
+    return Option(default, _number(lambda v: 0 < v < below), f"a number in (0, {below})")
 
 
 def switch(default: bool) -> Option:

@@ -44,12 +44,15 @@ def example_batch(seed: int) -> SimpleNamespace:
     )
 
 
-def check_loss(spec: LossSpec, options: Mapping[str, Any] | None = None, points: int = 5) -> None:
+def check_loss(
+    spec: LossSpec, options: Mapping[str, Any] | None = None, points: int = 5, *, monotonic: bool = True
+) -> None:
     """Assert what every loss must show, at several random points near policy == reference.
 
     - one finite loss per pair, triple or response; metrics detached;
     - the gradient is that of the function (float64, finite differences);
-    - raising the log-probability of a chosen response never raises a loss, that of a rejected one never lowers it;
+    - raising the log-probability of a chosen response never raises a loss, that of a rejected one never lowers it (not
+      asked with monotonic=False: APO-down and DiscoPOP are meant to do otherwise);
     - the implicit rewards and so the margin move the same way;
     - where `spec.start` gives a number, it is the loss while policy == reference.
 
@@ -64,7 +67,7 @@ def check_loss(spec: LossSpec, options: Mapping[str, Any] | None = None, points:
         batch = example_batch(seed)
         noise_N = 2 * torch.rand(N, generator=torch.Generator().manual_seed(100 + seed), dtype=torch.float64) - 1
         logps_N = (batch.reference_logps_N + SPREAD * noise_N).clamp(max=-0.1).requires_grad_()
-        _check_point(spec, complete, logps_N, batch)
+        _check_point(spec, complete, logps_N, batch, monotonic)
     batch = example_batch(points)
     expected = spec.start(complete)
     if expected is not None:
@@ -80,7 +83,7 @@ def _terms(
     return preference_terms(spec, options, logps_N, batch, alpha=0.1, kl=kl)
 
 
-def _check_point(spec: LossSpec, options: Mapping[str, Any], logps_N: Tensor, batch: Any) -> None:
+def _check_point(spec: LossSpec, options: Mapping[str, Any], logps_N: Tensor, batch: Any, monotonic: bool) -> None:
     terms = _terms(spec, options, logps_N, batch)
     size = P if spec.unit.compares else N
     assert terms.losses_I.shape == (size,), f"loss {spec.name}: {tuple(terms.losses_I.shape)} losses, not ({size},)"
@@ -93,8 +96,9 @@ def _check_point(spec: LossSpec, options: Mapping[str, Any], logps_N: Tensor, ba
         logps_N = batch.reference_logps_N.clone().requires_grad_()
         terms = _terms(spec, options, logps_N, batch)
     (slope_N,) = torch.autograd.grad(terms.losses_I.sum(), logps_N)
-    assert bool((slope_N[good_N] <= 0).all()), f"loss {spec.name}: it rises when a chosen response gets likelier"
-    assert bool((slope_N[bad_N] >= 0).all()), f"loss {spec.name}: it falls when a rejected response gets likelier"
+    if monotonic:
+        assert bool((slope_N[good_N] <= 0).all()), f"loss {spec.name}: it rises when a chosen response gets likelier"
+        assert bool((slope_N[bad_N] >= 0).all()), f"loss {spec.name}: it falls when a rejected response gets likelier"
     assert bool((slope_N != 0).any()), f"loss {spec.name}: it teaches nothing"
     step_N = torch.where(good_N, 0.01, -0.01)
     after = _terms(spec, options, logps_N.detach() + step_N, batch).metrics["margin"][0]

@@ -40,6 +40,14 @@ LOSSES = {
     "ipo per token": dict(stage="fusepo", loss="ipo", beta=0.4, length_normalized=True),
     "ipo summed": dict(stage="fusepo", loss="ipo", beta=0.1, length_normalized=False),
     "cpo": dict(stage="fusepo", loss="cpo", beta=0.1, cpo_alpha=0.6),
+    "exo": dict(stage="fusepo", loss="exo", beta=0.2, label_smoothing=0.1),
+    "discopop": dict(stage="fusepo", loss="discopop", beta=0.2, discopop_tau=0.5),
+    "apo_zero": dict(stage="fusepo", loss="apo_zero", beta=0.2),
+    "apo_down": dict(stage="fusepo", loss="apo_down", beta=0.2),
+    "nca": dict(stage="fusepo", loss="nca", beta=0.2),
+    "bco": dict(stage="fusepo", loss="bco", beta=0.2, delta=0.3),
+    "sppo": dict(stage="fusepo", loss="sppo", beta=0.2),
+    "mpo": dict(stage="fusepo", loss="mpo", beta=0.2, preference_weight=0.8, bco_weight=0.2, rpo_alpha=0.6),
 }
 STEP, TOTAL = 1, 2
 """WRPO's alpha is taken as in the second of two steps: half of alpha_end."""
@@ -245,6 +253,26 @@ def preference_loss(objective, answers, kl):
             return (-(1 - e) * log_s(beta * d) + e * log_s(-beta * d)) / (1 - 2 * e)
         case "hinge":
             return torch.clamp(1 - beta * d, min=0)
+        case "exo":
+            q, p = torch.sigmoid(torch.stack([beta * d, -beta * d])), torch.tensor([1 - e, e])
+            return (q * log(q / p)).sum()
+        case "discopop":
+            m = torch.sigmoid(beta * d / objective["discopop_tau"])
+            return -(1 - m) * log_s(beta * d) + m * torch.exp(-beta * d)
+        case "apo_zero":
+            return 1 - torch.sigmoid(beta * best.h) + torch.sigmoid(beta * worst.h)
+        case "apo_down":
+            return torch.sigmoid(beta * best.h) + 1 - torch.sigmoid(beta * d)
+        case "nca":
+            return -log_s(beta * best.h) - (log_s(-beta * best.h) + log_s(-beta * worst.h)) / 2
+        case "bco":
+            return -log_s(beta * best.h - objective["delta"]) - log_s(objective["delta"] - beta * worst.h)
+        case "sppo":
+            return (best.h - 1 / (2 * beta)) ** 2 + (worst.h + 1 / (2 * beta)) ** 2
+        case "mpo":
+            quality = -log_s(beta * best.h) - log_s(-beta * worst.h)
+            preference = -objective["preference_weight"] * log_s(beta * d)
+            return preference + objective["bco_weight"] * quality - objective["rpo_alpha"] * best.mean
         case "ipo":
             if objective["length_normalized"]:
                 d = best.h / best.length - worst.h / worst.length

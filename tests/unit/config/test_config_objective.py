@@ -112,7 +112,7 @@ def test_options_of_fusepo_are_refused_in_fusesft():
         ),
         (
             ["objective=fusepo_simpo", "objective.label_smoothing=0.1"],
-            "loss simpo does not use it (cdpo, robust would)",
+            "loss simpo does not use it (cdpo, robust, exo would)",
         ),
     ],
 )

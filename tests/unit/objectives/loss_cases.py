@@ -39,6 +39,7 @@ CASES = {
     "ipo_sum": ("ipo", dict(beta=0.1, length_normalized=False)),
     "mappo": ("mappo", dict(beta=0.1)),
     "simpo": ("simpo", dict(beta=10.0, gamma_beta_ratio=0.3)),
+    "sppo": ("sppo", dict(beta=0.01)),
     "cpo": ("cpo", dict(beta=0.1, cpo_alpha=1.0)),
     "orpo": ("orpo", dict(beta=0.1)),
     "infifpo_max_margin": ("infifpo", dict(beta=2.5, fusion="max_margin")),

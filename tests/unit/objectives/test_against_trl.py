@@ -17,7 +17,7 @@ from datasets import Dataset  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
-from fuserl_megatron.objectives import group_losses, preference  # noqa: E402
+from fuserl_megatron.objectives import absolute, group_losses, preference  # noqa: E402
 from fuserl_megatron.objectives.logps import sequence_logps  # noqa: E402
 
 PAIRS = [
@@ -80,7 +80,7 @@ def assert_same(trl_loss, trl_model, loss, model):
         assert worst <= 1e-5 * largest, (name, worst, largest)
 
 
-def dpo_batch(tmp_path, tokenizer, **settings):
+def dpo_batch(tmp_path, tokenizer, pairs=PAIRS, **settings):
     """TRL's DPO trainer and batch, and our side's models."""
     model, reference = tiny_model(0), tiny_model(1)
     ours = copy.deepcopy(model)
@@ -88,7 +88,7 @@ def dpo_batch(tmp_path, tokenizer, **settings):
         model=model,
         ref_model=copy.deepcopy(reference),
         args=trl.DPOConfig(**arguments(tmp_path, beta=BETA, **settings)),
-        train_dataset=Dataset.from_list(PAIRS),
+        train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
     )
     batch = next(iter(trainer.get_train_dataloader()))
@@ -110,6 +110,14 @@ DPO_CASES = {
     "sigmoid_norm": ({}, named(preference.ln_dpo, lengths=True, beta=BETA)),
     "hinge": ({}, named(preference.hinge, beta=BETA)),
     "robust": ({"label_smoothing": 0.1}, named(preference.robust, beta=BETA, label_smoothing=0.1)),
+    "exo_pair": ({"label_smoothing": 0.01}, named(preference.exo, beta=BETA, label_smoothing=0.01)),
+    "discopop": ({"discopop_tau": 0.05}, named(preference.discopop, beta=BETA, discopop_tau=0.05)),
+    "apo_zero": ({}, named(absolute.apo_zero, beta=BETA)),
+    "apo_down": ({}, named(absolute.apo_down, beta=BETA)),
+    "nca_pair": ({}, named(absolute.nca, beta=BETA)),
+    # TRL leaves BCO's delta out of its pair loss: 0.
+    "bco_pair": ({}, named(absolute.bco, beta=BETA, delta=0.0)),
+    "sppo_hard": ({}, named(absolute.sppo, beta=BETA)),
     # TRL's `ipo` is the length-normalised one; the summed one of the paper exists only here.
     "ipo": ({}, named(preference.ipo, lengths=True, beta=BETA, length_normalized=True)),
 }
@@ -125,6 +133,20 @@ def test_dpo_trainer(loss_type, tmp_path, tokenizer):
         reference_N, _ = response_sums(reference, *inputs)
     result = our_loss(policy_N.chunk(2), reference_N.chunk(2), lengths_N.chunk(2))
     assert_same(trainer.compute_loss(trainer.model, batch), trainer.model, result.losses_P.mean(), ours)
+
+
+def test_mpo_is_trl_s_sum_of_three_losses(tmp_path, tokenizer):
+    """On a single pair, where TRL's NLL over all chosen tokens of the batch is that of the response."""
+    settings = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 0.7]}
+    trainer, batch, ours, reference = dpo_batch(tmp_path, tokenizer, pairs=PAIRS[1:2], **settings)
+    inputs = (batch["input_ids"], batch["attention_mask"], batch["completion_mask"])
+    policy_N, lengths_N = response_sums(ours, *inputs)
+    with torch.no_grad():
+        reference_N, _ = response_sums(reference, *inputs)
+    weights = {"preference_weight": 0.8, "bco_weight": 0.2, "delta": 0.0}
+    result = absolute.mpo(policy_N.chunk(2), reference_N.chunk(2), beta=BETA, **weights)
+    loss = result.losses_P + preference.sft_term(policy_N[:1], lengths_N[:1], rpo_alpha=0.7)
+    assert_same(trainer.compute_loss(trainer.model, batch), trainer.model, loss.mean(), ours)
 
 
 def test_the_comparison_would_notice_the_other_ipo(tmp_path, tokenizer):

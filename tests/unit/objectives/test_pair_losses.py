@@ -4,14 +4,27 @@ import math
 
 import pytest
 import torch
-from loss_cases import CASES, PAIR_NAMES, K, P, pair_losses, random_batch
+from loss_cases import PAIR_NAMES, K, P, pair_losses, random_batch
 
-from fuserl_megatron.objectives import LOSSES, preference
+from fuserl_megatron.objectives import preference
 from fuserl_megatron.objectives.weights import source_weights
 
 # No reference, or one fused from the sources: the first loss depends on the data.
-NO_ANALYTIC_START = {name for name, (loss, options) in CASES.items() if LOSSES[loss].start(options) is None}
-assert NO_ANALYTIC_START >= {"simpo", "cpo", "orpo", "infifpo_max_margin", "infifpo_mean", "infifpo_confidence"}
+NO_ANALYTIC_START = {"simpo", "cpo", "orpo", "infifpo_max_margin", "infifpo_mean", "infifpo_confidence"}
+STARTS = {
+    "hinge": 1.0,
+    "ipo_mean": 25.0,
+    "ipo_sum": 25.0,
+    "exo": -math.log(2.0) - 0.5 * math.log(0.001 * 0.999),
+    "discopop": 0.5 * math.log(2.0) + 0.5,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "nca": 2.0 * math.log(2.0),
+    "bco": 2.0 * math.log(2.0),
+    "sppo": 5000.0,
+    "mpo": 1.2 * math.log(2.0),
+}
+"""The others of the DPO family start from log 2."""
 
 
 def inputs_of(batch):
@@ -50,6 +63,11 @@ def test_the_loss_falls_when_the_chosen_response_gets_likelier(name):
     pair_losses(batch)[name](chosen, rejected, *reference).losses_P.sum().backward()
     if name.startswith("ipo"):  # IPO pushes towards a finite margin, from either side
         assert (chosen.grad * rejected.grad < 0).all()
+    elif name == "apo_down":  # lowers both, the rejected response further: the chosen one's slope has either sign
+        assert (rejected.grad > 0).all() and (chosen.grad < 0).any() and (chosen.grad > 0).any()
+    elif name == "discopop":  # rises around 0, here only where the margin is small
+        rising = (pair_losses(batch)[name](*inputs_of(batch)).margins_P + 0.023).abs() < 0.095
+        assert ((chosen.grad > 0) == rising).all() and ((rejected.grad < 0) == rising).all()
     elif name == "hinge":  # flat once the margin is reached
         satisfied = pair_losses(batch)[name](*inputs_of(batch)).margins_P >= 1
         assert 0 < satisfied.sum() < P
@@ -63,9 +81,7 @@ def test_policy_equal_to_reference_gives_the_analytic_value(name):
     batch = random_batch()
     batch["policy"][2] = batch["reference"][2]
     losses_P = pair_losses(batch)[name](*batch["reference"][:2], *batch["reference"][:2]).losses_P
-    loss, options = CASES[name]
-    expected = {"hinge": 1.0, "ipo_mean": 25.0, "ipo_sum": 25.0}.get(name, LOSSES[loss].start(options))
-    assert expected == math.log(2.0) or not name.endswith(("dpo", "robust", "mappo", "wrpo"))
+    expected = STARTS.get(name, math.log(2.0))
     torch.testing.assert_close(losses_P, torch.full_like(losses_P, expected), atol=1e-12, rtol=0)
 
 
