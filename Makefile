@@ -56,8 +56,12 @@ test-gpu: $(INSTALLED)  ## what needs a CUDA device
 CORE ?= 0.19.2
 TE ?= 2.17.1
 REHEARSAL = $(VENV)-rehearsal-$(CORE)
+# this core wants 3.12
+PYTHON312 ?= $(shell for p in python3.12 python3 python3.13; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 12))' >/dev/null 2>&1 && echo $$p && break; done)
 rehearse-gpu:  ## the GPU code on the CPU: the real Transformer Engine, its kernels replaced (.venv-rehearsal-*, 6 GB)
-	@test -f $(REHEARSAL)/.installed || PYTHON=$(PYTHON) sh tests/rehearsal/install.sh $(REHEARSAL) $(CORE) $(TE)
+	@test -n "$(PYTHON312)" || { echo "make: no Python 3.12 or newer found: make PYTHON312=/path/to/python3.12 rehearse-gpu" >&2; exit 2; }
+	@test -f $(REHEARSAL)/.installed || PYTHON=$(PYTHON312) sh tests/rehearsal/install.sh $(REHEARSAL) $(CORE) $(TE)
 	FUSERL_REHEARSAL=1 LD_LIBRARY_PATH=$(abspath $(REHEARSAL))/stub PYTHONPATH=. OMP_NUM_THREADS=1 \
 	  $(REHEARSAL)/bin/python -W ignore -m pytest tests/rehearsal
 

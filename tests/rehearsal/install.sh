@@ -1,7 +1,7 @@
 #!/bin/sh
 # The environment of `make rehearse-gpu`: torch for CUDA, megatron-core and Transformer Engine, none of which needs a GPU
 # or a driver to be imported.
-#   usage: install.sh VENV CORE_VERSION TE_VERSION           (Python 3.11 or newer as $PYTHON, gcc, nm)
+#   usage: install.sh VENV CORE_VERSION TE_VERSION           (Python 3.12 or newer as $PYTHON, gcc, nm)
 # Transformer Engine's torch extension comes as source: it is built here against the CUDA headers that torch's packages
 # bring along (10 to 20 minutes on 2 cores). WHEELS=FOLDER takes any wheel that lies there instead.
 set -eu
