@@ -51,3 +51,21 @@ def test_every_test_it_names_exists(name):
 def test_a_name_that_is_wrong_is_seen():
     assert "dpo" in DEFINED and "dpoo" not in DEFINED
     assert "test_nothing_of_the_kind" not in TESTS["test_weights.py"]
+
+
+def test_lines_of_documents_are_short():
+    """Tables, examples and what cannot be broken are left out."""
+    root = Path(__file__).resolve().parents[2]
+    pages = [
+        *root.glob("*.md"),
+        *root.glob("docs/*.md"),
+        *root.glob("examples/*/README.md"),
+        root / "slurm" / "README.md",
+    ]
+    long = [
+        f"{page.relative_to(root)}:{number}"
+        for page in pages
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if len(line) > 120 and not line.startswith(("|", "    ", "#")) and len(line.split()) > 3
+    ]
+    assert not long
