@@ -22,8 +22,8 @@ venv: $(INSTALLED)  ## only the virtual environment (.venv)
 demo: $(INSTALLED)  ## the skills experiment: build, FuseSFT, FusePO, export, evaluate (writes demo/)
 	$(BIN)/fuserl demo --dir demo
 
-test: lint  ## lint and all tests but the slow and the GPU ones
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 test-distributed test-others
+test: $(INSTALLED)  ## lint and all tests but the slow and the GPU ones
+	@$(MAKE) --no-print-directory --keep-going --jobs=3 lint test-distributed test-others
 
 # the pure tests: no ranks, few processes
 FAST := $(addprefix tests/unit/,objectives config util metrics data test_imports.py test_math_doc.py \
