@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from fuserl_megatron.config.score_sections import EndpointReward
 from fuserl_megatron.making.answers import Answer
 from fuserl_megatron.making.conversation import Unscorable
+from fuserl_megatron.making.faults import message_of, retry_after
 from fuserl_megatron.records.messages import Messages, as_dicts
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import first_line, nearest
@@ -195,7 +196,7 @@ class Endpoint:
                 continue
             if isinstance(found, dict):
                 return found
-            why = "its answer is no JSON object" if status == 200 else f"HTTP {status} {_message(text)}"
+            why = "its answer is no JSON object" if status == 200 else f"HTTP {status} {message_of(text)}"
             if status != 200 and status not in BUSY:
                 if status in (401, 403):
                     raise UserError(f"{self.where}: {url}: {why}; set {self.where}.api_key_env")
@@ -220,7 +221,7 @@ class Endpoint:
         try:
             connection.request("GET" if data is None else "POST", parts.path, data, headers)
             reply = connection.getresponse()
-            return reply.status, reply.read(), _seconds(reply.headers.get("Retry-After"))
+            return reply.status, reply.read(), min(retry_after(reply.headers.get("Retry-After")) or 0.0, LONGEST_WAIT_S)
         except BaseException:
             connection.close()  # the next request opens it anew
             raise
@@ -244,25 +245,6 @@ def _key(where: str, name: str | None) -> str | None:
     if not os.environ.get(name):
         raise UserError(f"{where}.api_key_env={name}: that variable is not set; type export {name}=...")
     return os.environ[name]
-
-
-def _message(text: bytes) -> str:
-    """The server's own words, in one line."""
-    words = text[:4000].decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-        found = found.get("error", found)
-        words = found.get("message", words) if isinstance(found, dict) else str(found)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(words.split())[:200]
-
-
-def _seconds(retry_after: str | None) -> float:
-    try:
-        return min(float(retry_after or 0), LONGEST_WAIT_S)
-    except ValueError:
-        return 0.0
 
 
 def _sigmoid(value: float) -> float:

@@ -1,4 +1,7 @@
-"""The one room that imports megatron.core."""
+"""The engine, the one room that imports megatron.core.
+
+context, logprob, rope and visibility do not: they are what its layers and its step compute with torch alone.
+"""
 
 import warnings
 

@@ -12,6 +12,7 @@ T positions, K keys seen by all of them, C scored positions, L layers, H hidden,
 dimension, F MLP channels, V vocabulary.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -44,6 +45,7 @@ def step_flops(shape: ModelShape, tokens: int, attended_keys: int, scored_tokens
     return 3 * (linear + attention + 2 * shape.hidden_size * shape.vocab_size * scored_tokens)
 
 
+@functools.cache
 def peak_tflops(device_name: str | None, number_format: str) -> float | None:
     """Dense peak of one device in TFLOP/s; None where it is not known.
 

@@ -9,6 +9,7 @@ from typing import Any
 from fuserl_megatron.metrics.run_files import Run
 from fuserl_megatron.util.files import write_file
 from fuserl_megatron.util.line_chart import line_chart
+from fuserl_megatron.util.report_page import table
 
 FILE = "report.html"
 
@@ -174,9 +175,7 @@ def _differences(runs: Mapping[str, Run]) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    cells = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><tr>{cells}</tr>{body}</table></div>"
+    return f"<div class=wide>{table(head, rows)}</div>"
 
 
 def _number(value: Any) -> str:

@@ -1,14 +1,15 @@
-"""What a run has written into its directory, read back for reports."""
+"""The files of figures in a run's directory: their names, and what they hold, read back for reports."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fuserl_megatron.config.keys import leaves
 from fuserl_megatron.util.errors import UserError
 
 METRICS, VALIDATION = "metrics.jsonl", "validation.jsonl"
+"""One line a step; one line a validation."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Run:
             name=root.name if root.name not in ("", ".") else str(root.resolve().name),
             steps=_lines(root / METRICS),
             validations=_lines(root / VALIDATION),
-            settings=_flat(settings or {}),
+            settings=dict(leaves(settings or {})),
             data=_object(root / "data_manifest.json"),
             evaluation=_object(root / "evaluation.json"),
         )
@@ -67,10 +68,3 @@ def _object(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

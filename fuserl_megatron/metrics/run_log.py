@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.schema import Config
+from fuserl_megatron.metrics.run_files import METRICS
 from fuserl_megatron.metrics.trackers import Trackers
 from fuserl_megatron.util.files import write_file
 from fuserl_megatron.util.text import printable
@@ -101,8 +102,8 @@ class RunLog:
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        cut_back(directory / "metrics.jsonl", first_step)
-        self._file = Lines(directory / "metrics.jsonl", self._print)
+        cut_back(directory / METRICS, first_step)
+        self._file = Lines(directory / METRICS, self._print)
         self._trackers = Trackers(config, directory, first_step, self._print)
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -1,7 +1,8 @@
-"""GPUs by name: memory, peaks and links, from NVIDIA's data sheets of the SXM cards."""
+"""GPUs by name: memory and links, from NVIDIA's data sheets of the SXM cards; peaks are those of metrics/flops.py."""
 
 from dataclasses import dataclass
 
+from fuserl_megatron.metrics.flops import peak_tflops
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import nearest
 
@@ -13,8 +14,6 @@ class Card:
     name: str
     memory: float
     """Bytes."""
-    peaks: dict[str, float]
-    """Dense FLOP/s of the tensor cores by number format: bf16, fp8."""
     memory_bandwidth: float
     nvlink: float
     """Bytes/s inside a node."""
@@ -22,14 +21,25 @@ class Card:
     """Bytes/s between nodes: 400 Gb/s for each GPU."""
     per_node: int = 8
 
+    def peak(self, number_format: str) -> float:
+        """Dense FLOP/s of the tensor cores in bf16 or fp8.
+
+        Raises:
+            UserError: it has none of that format.
+        """
+        tflops = peak_tflops(self.name, number_format)
+        if tflops is None:
+            raise UserError(f"--card {self.name}: has no {number_format}; trainer.precision=bf16 would work.")
+        return tflops * 1e12
+
 
 CARDS = {
     card.name: card
     for card in (
-        Card("A100", 80e9, {"bf16": 312e12}, 2.04e12, 300e9, 25e9),
-        Card("H100", 80e9, {"bf16": 989.5e12, "fp8": 1979e12}, 3.35e12, 450e9),
-        Card("H200", 141e9, {"bf16": 989.5e12, "fp8": 1979e12}, 4.8e12, 450e9),
-        Card("B200", 180e9, {"bf16": 2250e12, "fp8": 4500e12}, 8e12, 900e9),
+        Card("A100", 80e9, 2.04e12, 300e9, 25e9),
+        Card("H100", 80e9, 3.35e12, 450e9),
+        Card("H200", 141e9, 4.8e12, 450e9),
+        Card("B200", 180e9, 8e12, 900e9),
     )
 }
 

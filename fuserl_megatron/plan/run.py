@@ -76,7 +76,8 @@ def planned(config: Config, gpus: int, card: Card, rows: int | None) -> Planned:
         f"{config.model.path}: {model.parameters / 1e9:.2f} B parameters in matrices; {rows} rows of {length} a step; "
         f"{gpus} x {card.name} of {card.memory / 1e9:.0f} GB",
     )
-    return Planned(facts, found, _nearest(smallest, model, gpus, card, work, keeping), work, steps)
+    nearest = None if found else _nearest(smallest, model, gpus, card, work, keeping)
+    return Planned(facts, found, nearest, work, steps)
 
 
 def _of_data(config: Config) -> tuple[int, int, str]:
@@ -98,10 +99,8 @@ def _of_data(config: Config) -> tuple[int, int, str]:
     return rows, steps, fact
 
 
-def _nearest(smallest: Plan | None, model: Matrices, gpus: int, card: Card, work: Work, keeping: Keeping) -> str | None:
+def _nearest(smallest: Plan | None, model: Matrices, gpus: int, card: Card, work: Work, keeping: Keeping) -> str:
     """Where nothing fits: the smallest number of GPUs with which something does."""
-    if smallest is None and plans(model, gpus, card, work, keeping)[0]:
-        return None
     need = "" if smallest is None else f": the smallest needs {smallest.total_memory / 1e9:.0f} GB"
     for more in (2, 4, 8, 16, 32, 64, 128):
         if plans(model, gpus * more, card, work, keeping)[0]:

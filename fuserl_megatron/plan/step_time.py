@@ -138,10 +138,10 @@ def step_seconds(
     passes = (2 if work.frozen else 3) + again  # frozen matrices need no gradient of their own
     share = tokens / layout.tp  # of a micro-batch's tokens or of a matrix: the same product either way
 
-    products = passes * 2 * model.layer_parameters * layers * share / (fit.gemm * card.peaks[work.format])
-    keys = (3 + again) * 4 * query * (work.length / 2) * layers * share / (ATTENTION * card.peaks["bf16"])
+    products = passes * 2 * model.layer_parameters * layers * share / (fit.gemm * card.peak(work.format))
+    keys = (3 + again) * 4 * query * (work.length / 2) * layers * share / (ATTENTION * card.peak("bf16"))
     heads = passes - again
-    vocabulary = heads * 2 * model.hidden * model.vocabulary * share / (VOCABULARY * card.peaks["bf16"]) / layout.pp
+    vocabulary = heads * 2 * model.hidden * model.vocabulary * share / (VOCABULARY * card.peak("bf16")) / layout.pp
     # forward and backward: two norms and residuals (24 H), activation (8 F), rotary and layout of q, k, v (6 each)
     touched = 2 * (24 * model.hidden + 4 * gate_up + 6 * (query + key_value))
     if work.format == "fp8":  # every input and every output gradient is read and written twice, also transposed
@@ -175,4 +175,4 @@ def mfu(model: Matrices, layout: Layout, work: Work, card: Card, fit: Fit = FITT
     """Model FLOPs (attention over the keys seen; nothing that is computed again) over the dense peak of the format."""
     per_token = 6 * (model.layers * model.layer_parameters + model.hidden * model.vocabulary)
     per_token += 6 * model.layers * model.widths[0] * work.length
-    return tokens_per_second(model, layout, work, card, fit) * per_token / card.peaks[work.format]
+    return tokens_per_second(model, layout, work, card, fit) * per_token / card.peak(work.format)

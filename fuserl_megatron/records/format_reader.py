@@ -60,7 +60,7 @@ class FormatReader:
             BadRecord: the row is not of the file's format, or of none; the message says what is missing.
         """
         given = {name: self._value(place, row, name, path) for name, path in self._fields.items()}
-        row = row | given
+        row = row | given if given else row
         self.format = self.format or _recognised(place, row)
         if self.format is OWN:
             yield from map(self._with_numbers, OWN.records(row))

@@ -37,7 +37,9 @@ class Format:
 
 def _own(row: Row) -> Iterator[Row]:
     """Ours; source and reward may have another usual name."""
-    yield row | {name: value for name, value in _scored(row).items() if row.get(name) is None}
+    if any(row.get(name) is None for name in ALIASES):
+        row = row | {name: value for name, value in _scored(row).items() if row.get(name) is None}
+    yield row
 
 
 def _messages(row: Row) -> Iterator[Row]:

@@ -17,11 +17,10 @@ from fuserl_megatron.config.objective import open_loss
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.step import Engine, evaluate, reduced
+from fuserl_megatron.metrics.run_files import VALIDATION
 from fuserl_megatron.metrics.run_log import Lines
 from fuserl_megatron.runtime.collectives import from_main_rank
 from fuserl_megatron.train.feed import Feed, step_values
-
-FILE = "validation.jsonl"
 
 
 def is_due(config: Config, step: int, total: int) -> bool:
@@ -65,7 +64,7 @@ class History:
 
     def __init__(self, config: Config, directory: Path, records: list[dict], is_main: bool):
         """Go on from the validations in the checkpoint resumed from; later ones in validation.jsonl are dropped."""
-        self.path = directory / FILE
+        self.path = directory / VALIDATION
         params = config.exp_manager.checkpoint_callback_params
         self.monitor, self.top_k, self.sign = params.monitor, params.save_top_k, 1.0 if params.mode == "min" else -1.0
         self.stopping = config.exp_manager.early_stopping_callback_params

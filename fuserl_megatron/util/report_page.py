@@ -39,10 +39,15 @@ def write_page(
         parts.append(f"<p{kind}>{_text(line)}</p>")
     parts.extend(f"<h2>{_text(name)}</h2>{picture}" for name, picture in pictures.items())
     for name, (head, rows) in tables.items():
-        cells = "".join(f"<th>{_text(column)}</th>" for column in head)
-        body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        parts.append(f"<h2>{_text(name)}</h2><table><tr>{cells}</tr>{body}</table>")
+        parts.append(f"<h2>{_text(name)}</h2>{table(head, rows)}")
     write_file(file, ["\n".join([*parts, "</html>\n"]).encode()])
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns and rows of text as HTML."""
+    cells = "".join(f"<th>{_text(column)}</th>" for column in head)
+    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f"<table><tr>{cells}</tr>{body}</table>"
 
 
 def histogram(heights: Sequence[int], edges: Sequence[float]) -> str:

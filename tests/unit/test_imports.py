@@ -39,7 +39,7 @@ MAY_IMPORT = {
         "util",
     },
     "proofs": {"config", "objectives", "data", "checkpoint", "convert", "mcore", "train", "runtime", "metrics", "util"},
-    "plan": {"config", "convert", "data", "objectives", "util"},
+    "plan": {"config", "convert", "data", "metrics", "objectives", "util"},
     "launch": {"config", "util"},  # nemo is looked up by name
     "nemo": {"config", "launch", "util"},
     "testing": {"config", "objectives", "mcore", "util"},

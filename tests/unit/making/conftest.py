@@ -4,6 +4,14 @@ import pytest
 from stub_server import Stub
 
 from fuserl_megatron.config.sample_sections import SampleConfig, SamplingConfig, SourceConfig
+from fuserl_megatron.testing.tiny import save_tiny_reward_model
+
+
+@pytest.fixture(scope="module")
+def reward_model_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("reward_model")
+    save_tiny_reward_model(directory)
+    return str(directory)
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from fuserl_megatron.config.score_sections import ModelReward
 from fuserl_megatron.making.armorm import OBJECTIVES, TURN, last_place
 from fuserl_megatron.making.reward_model import RewardModel
-from fuserl_megatron.testing.tiny import save_tiny_reward_model
 from fuserl_megatron.util.errors import UserError
 
 TEMPLATE = (
@@ -94,13 +93,6 @@ def twin(directory, ids):
             objectives[i] * float(weights["reward_transform_matrix"][i, j]) for i in range(19)
         )
     return score, objectives
-
-
-@pytest.fixture(scope="module")
-def reward_model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("reward_model")
-    save_tiny_reward_model(directory)
-    return str(directory)
 
 
 @pytest.fixture(scope="module")

@@ -22,13 +22,6 @@ def load(directory, **settings):
 
 
 @pytest.fixture(scope="module")
-def reward_model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("reward_model")
-    save_tiny_reward_model(directory)
-    return str(directory)
-
-
-@pytest.fixture(scope="module")
 def ours(reward_model_dir):
     return load(reward_model_dir)
 

@@ -22,7 +22,6 @@ from fuserl_megatron.making.finished import finished_rows
 from fuserl_megatron.making.parts import key_array, key_of, scan
 from fuserl_megatron.records.grouping import load_groups
 from fuserl_megatron.records.records import Rejects
-from fuserl_megatron.testing.tiny import save_tiny_reward_model
 from fuserl_megatron.util.errors import UserError
 
 RULE = """
@@ -41,13 +40,6 @@ def broken(prompt, response, record):
 """
 ANSWERS = [("p1", "a", "one"), ("p1", "a", "three"), ("p1", "b", "five"), ("p2", "a", "eleven"), ("p2", "b", "by")]
 RECORDS = [{"prompt": p, "source": s, "response": r} for p, s, r in ANSWERS]
-
-
-@pytest.fixture(scope="module")
-def reward_model_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("reward_model")
-    save_tiny_reward_model(directory)
-    return str(directory)
 
 
 @pytest.fixture(autouse=True)
