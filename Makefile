@@ -38,7 +38,7 @@ test-distributed: $(INSTALLED)
 	  cat $$report; rm -f $$report; exit $$code
 
 test-others: $(INSTALLED)
-	$(PYTEST) -m "not slow and not gpu and not servers" --ignore=tests/distributed
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not gpu and not servers" --ignore=tests/distributed
 
 test-slow: $(INSTALLED)  ## the long proofs
 	$(PYTEST) -m "slow and not gpu and not servers"
