@@ -7,6 +7,7 @@ Everything here is a pure function of the config's fields. Legend: D dimensions 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -48,7 +49,7 @@ ROPE_NUMBERS = tuple(field.name for field in fields(RopeParameters) if field.def
 ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", *ROPE_NUMBERS}
 
 
-def read_rope(raw: dict[str, Any], max_positions: int, head_dim: int, where: str) -> RopeParameters:
+def read_rope(raw: Mapping[str, Any], max_positions: int, head_dim: int, where: str) -> RopeParameters:
     """Read `rope_parameters` (transformers 5) or `rope_scaling` + `rope_theta` (before) of the whole config dictionary.
 
     max_position_embeddings (tokens) stands in for a missing original length; `where` names the file in errors.
@@ -73,7 +74,7 @@ def read_rope(raw: dict[str, Any], max_positions: int, head_dim: int, where: str
     return rope
 
 
-def _rope_from(key: str, given: Any, raw: dict[str, Any], max_positions: int, where: str) -> RopeParameters:
+def _rope_from(key: str, given: Any, raw: Mapping[str, Any], max_positions: int, where: str) -> RopeParameters:
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{where}: {key} = {given!r} is not supported: one flat set of RoPE fields for all layers is")
     kind = given.get("rope_type", given.get("type", "default"))
@@ -86,10 +87,6 @@ def _rope_from(key: str, given: Any, raw: dict[str, Any], max_positions: int, wh
     if missing:
         needs = ", ".join(ROPE_REQUIRED[kind])
         raise UserError(f"{where}: {key}.{missing[0]} is missing; rope_type {kind} needs {needs}")
-    if given.get("partial_rotary_factor") not in (None, 1):
-        raise UserError(
-            f"{where}: {key}.partial_rotary_factor = {given['partial_rotary_factor']!r} is not supported; only 1.0 is"
-        )
     numbers = {name: given[name] for name in ROPE_NUMBERS if given.get(name) is not None}
     for name, value in numbers.items():
         number(value, f"{key}.{name}", where)
