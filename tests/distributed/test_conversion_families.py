@@ -52,9 +52,9 @@ CASES = {
         residual_multiplier=0.4,
         logits_scaling=0.8,
     ),
-    "phi3": dict(family="phi3", sliding_window=7, rope_parameters=PLAIN, head_dim=None),
-    "phi4 partial rotary": dict(family="phi3", rope_parameters=PLAIN | {"partial_rotary_factor": 0.5}, head_dim=None),
-    "olmo2": dict(family="olmo2", rope_parameters=PLAIN, head_dim=None),
+    "phi3": dict(family="phi3", sliding_window=7, rope_parameters=PLAIN),
+    "phi4 partial rotary": dict(family="phi3", rope_parameters=PLAIN | {"partial_rotary_factor": 0.5}),
+    "olmo2": dict(family="olmo2", rope_parameters=PLAIN),
     "gemma2": dict(
         family="gemma2",
         tie_word_embeddings=True,
@@ -64,7 +64,7 @@ CASES = {
         query_pre_attn_scalar=20,
         rope_parameters=PLAIN,
         head_dim=16,
-        scale=1.0,
+        scale=3.0,
     ),
     "gemma3": dict(
         family="gemma3_text",
@@ -73,7 +73,7 @@ CASES = {
         sliding_window_pattern=2,
         query_pre_attn_scalar=20,
         head_dim=16,
-        scale=1.0,
+        scale=3.0,
     ),
 }
 LAYOUTS = {

@@ -86,7 +86,7 @@ def test_harmless_settings_are_accepted(make_config, family, changes):
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
-        ("llama", {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "model_type = 'gemma2'"),
+        ("llama", {"model_type": "gpt2", "architectures": ["Gemma2ForCausalLM"]}, "model_type = 'gpt2'"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama", {"pretraining_tp": 2}, "pretraining_tp"),
