@@ -151,7 +151,7 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
         mlp_bias=family.reads_mlp_bias and flag(raw, "mlp_bias", where),
         qk_norm=family.qk_norm,
         rope=rope,
-        max_position_embeddings=max_positions,
+        max_position_embeddings=rope.max_tokens,
         dtype=_read_dtype(raw, where),
         traits=traits,
         rotary_dim=rotary_dim,

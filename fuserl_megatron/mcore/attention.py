@@ -80,7 +80,8 @@ def cheapest_band(visible: Visibility, width: int) -> int | None:
 class SegmentAttention(MegatronModule):
     """softmax(cap(q k^T * scale) + mask) v; no dropout, no state. model.py sets scale, window, cap and backend.
 
-    The rotary attention scaling of yarn multiplies queries and keys alike: its square is part of `scale`.
+    The rotary attention scaling of yarn multiplies queries and keys alike: its square is part of `scale`. Where a head
+    is rotated in part, it is on that part of the queries (`rotated`).
     """
 
     def __init__(self, config, softmax_scale=None, **_layer_number_mask_type_and_groups):
@@ -89,6 +90,8 @@ class SegmentAttention(MegatronModule):
         self.window: int | None = None
         """Tokens that a token sees, itself included; None: all before it."""
         self.cap: float | None = None
+        self.rotated: tuple[int, float] | None = None
+        """First dimensions of a head and the factor on them."""
         self.backend = "sdpa"
 
     def forward(self, query, key, value, attention_mask, **_kwargs):
@@ -97,6 +100,9 @@ class SegmentAttention(MegatronModule):
         In rows under a dense mask each token's position is its column: proofs/verify_sides.py gives one, and so do
         models whose layers have no window.
         """
+        if self.rotated is not None:
+            dimensions, factor = self.rotated
+            query = torch.cat((query[..., :dimensions] * factor, query[..., dimensions:]), dim=-1)
         if self.config.context_parallel_size > 1:
             # one collective for both; backward sums the ranks' gradients of each key and gives every rank its own
             both = gather_from_sequence_parallel_region(

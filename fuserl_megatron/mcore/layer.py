@@ -180,8 +180,10 @@ def apply_traits(chunk: GPTModel, shape: ModelShape, backend: str) -> None:
         attention = layer.self_attention.core_attention
         if traits.attention_scale is not None:
             attention.scale = traits.attention_scale
-        if kind is not None:
+        if kind is not None and shape.rotary_dim == shape.head_dim:
             attention.scale *= found[kind][1] ** 2
+        elif kind is not None and found[kind][1] != 1:
+            attention.rotated = (shape.rotary_dim, found[kind][1] ** 2)
         attention.window, attention.cap, attention.backend = shape.window_of(number), traits.attention_cap, backend
     if chunk.pre_process and traits.embedding_scale != 1:
         chunk.embedding.register_forward_hook(_scaled(traits.embedding_scale))

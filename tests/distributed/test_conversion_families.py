@@ -54,6 +54,18 @@ CASES = {
     ),
     "phi3": dict(family="phi3", sliding_window=7, rope_parameters=PLAIN),
     "phi4 partial rotary": dict(family="phi3", rope_parameters=PLAIN | {"partial_rotary_factor": 0.5}),
+    "phi4 mini": dict(
+        family="phi3",
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 7.0],
+            "original_max_position_embeddings": 64,
+        },
+    ),
     "olmo2": dict(family="olmo2", rope_parameters=PLAIN),
     "gemma2": dict(
         family="gemma2",
@@ -90,7 +102,8 @@ COVERING = [
     ("yarn rope", "tp2"), ("yarn tied, attention factor", "pp2"), ("mistral", "tp2 pp2"), ("qwen2.5", "tp2"),
     ("qwen2.5 tied", "tp2 pp2"), ("qwen3", "tp2 pp2"), ("qwen3 tied", "pp2 vpp2"), ("mistral window", "tp1"),
     ("qwen2.5 window", "pp2"), ("smollm3", "pp2 vpp2"), ("granite 3", "tp2 pp2"), ("phi3", "tp2"),
-    ("phi4 partial rotary", "tp2 pp2"), ("olmo2", "tp2 pp2"), ("gemma2", "tp2 pp2"), ("gemma3", "tp2 pp2"),
+    ("phi4 partial rotary", "tp2 pp2"), ("phi4 mini", "tp1"), ("olmo2", "tp2 pp2"), ("gemma2", "tp2 pp2"),
+    ("gemma3", "tp2 pp2"),
 ]  # fmt: skip
 PROMPT, NEW, ROWS = 12, 20, 2
 

@@ -5,11 +5,16 @@ The windows are shorter than the sequences, and shorter than a prompt with its r
 """
 
 import dataclasses
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from fusion_case import make_case, worst_relative_error
+from safetensors.torch import load_file
 from test_token_parity import BOUND, config_of, packed, twin
+
+from fuserl_megatron.convert.offline import hf_to_megatron, megatron_to_hf
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 MODELS = {
@@ -88,6 +93,35 @@ def test_windows_and_caps_in_both_forms(ranks, cases, band, share):
     paths, expected = cases("gemma2")
     found = ranks.run(packed, 1, config_of(paths, dict(share=share)), len(expected[0]), None, band)[0]
     assert max(worst(found, expected)) <= BOUND
+
+
+def loaded(source, folder, destination):
+    """A converted checkpoint through core's own loader into TP 2 x PP 2, and out again."""
+    import torch
+
+    from fuserl_megatron.config.schema import ModelConfig, TrainerConfig
+    from fuserl_megatron.convert.hf_config import read_config
+    from fuserl_megatron.mcore import checkpoint, parallel, weights
+    from fuserl_megatron.mcore.model import build_model
+
+    model = ModelConfig(path=source, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    layout = parallel.initialize(model, TrainerConfig(accelerator="cpu", precision="32"))
+    target = build_model(read_config(source), model, layout, torch.float32)
+    checkpoint.load(target, Path(folder), advice="")
+    weights.export_hf(target, layout, destination, source_dir=source, lineage={"target": source})
+
+
+@pytest.mark.parametrize("name", ["phi3", "olmo2", "gemma2"])
+def test_converted_checkpoints_in_both_directions(ranks, cases, tmp_path, name):
+    source = cases(name)[0]["policy"]
+    hf_to_megatron(source, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    ranks.run(loaded, 4, source, str(tmp_path / "megatron/iter_0000000"), str(tmp_path / "loaded"))
+    weights = load_file(f"{source}/model.safetensors")
+    for directory in ("back", "loaded"):
+        found = load_file(tmp_path / directory / "model.safetensors")
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[key], weights[key]) for key in weights)
 
 
 def without(config, num_tokens, traits, shape_fields):
