@@ -44,10 +44,6 @@ class ModelShape(Protocol):
     def max_position_embeddings(self) -> int:
         """Longest sequence in tokens."""
 
-    @property
-    def sliding_window(self) -> int | None:
-        """Tokens that attention looks back; None: all."""
-
 
 class DataSet(Protocol):
     """What the checks ask of a fused data set (its manifest)."""
@@ -136,18 +132,14 @@ def check_model(config: Config, shape: ModelShape, data_set: DataSet | None) -> 
 def check_data_set(name: str, shape: ModelShape, data_set: DataSet) -> None:
     """What a model asks of a data set, which `name` names by its setting.
 
-    A packed row may be longer than any limit: what counts is the longest prompt + response. Within a sliding window
-    the model's own attention is the full one that is computed here; beyond, it is not.
+    A packed row may be longer than the limit: what counts is the longest prompt + response.
     """
-    longest = int(data_set.tokens["total_max"])
-    limits = {"max_position_embeddings": shape.max_position_embeddings, "sliding_window": shape.sliding_window}
-    for field, limit in limits.items():
-        if limit is not None and longest > limit:
-            why = ", past which its attention is not full" if field == "sliding_window" else ""
-            raise UserError(
-                f"{name}: its longest prompt + response has {longest} tokens, and the model's {field} is {limit}{why}; "
-                f"build it with max_length={limit}."
-            )
+    longest, limit = int(data_set.tokens["total_max"]), shape.max_position_embeddings
+    if longest > limit:
+        raise UserError(
+            f"{name}: its longest prompt + response has {longest} tokens, and the model's max_position_embeddings is "
+            f"{limit}; build it with max_length={limit}."
+        )
     if data_set.max_token_id >= shape.vocab_size:
         raise UserError(
             f"{name}: holds token {data_set.max_token_id}, and the model's vocabulary has "

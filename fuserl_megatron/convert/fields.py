@@ -1,5 +1,6 @@
 """Checks on single fields of a `config.json`; every refusal names the file, the field, its value and the rule."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fuserl_megatron.util.errors import UserError
@@ -8,7 +9,7 @@ MAX_SIZE = 2**31 - 1
 """No size of a model comes near; larger ones only fill the memory, or do not fit a tensor's own integers."""
 
 
-def positive_int(raw: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
+def positive_int(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
     """raw[key] as a positive integer up to MAX_SIZE; a missing field takes the default, and without one is refused.
 
     So is null: transformers does not put its default there either.
@@ -32,9 +33,21 @@ def number(value: Any, key: str, where: str) -> float:
     return value
 
 
-def flag(raw: dict[str, Any], key: str, where: str) -> bool:
+def flag(raw: Mapping[str, Any], key: str, where: str) -> bool:
     """raw[key] as a boolean; missing or null is false."""
     value = raw.get(key, False)
     if value is not None and not isinstance(value, bool):
         raise UserError(f"{where}: {key} = {value!r} must be true or false")
     return bool(value)
+
+
+def layer_list(raw: Mapping[str, Any], key: str, num_layers: int, kinds: tuple[Any, ...], where: str) -> list | None:
+    """raw[key] as a list with one of `kinds` for each layer; None where it is missing, null or empty."""
+    listed = raw.get(key)
+    if not listed:
+        return None
+    if not isinstance(listed, list) or any(kind not in kinds for kind in listed):
+        raise UserError(f"{where}: {key} = {listed!r} is not supported: a list of {', '.join(map(str, kinds))} is")
+    if len(listed) != num_layers:
+        raise UserError(f"{where}: {key} names {len(listed)} layers, and num_hidden_layers = {num_layers}")
+    return listed

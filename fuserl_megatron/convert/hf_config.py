@@ -1,9 +1,9 @@
 """What a Hugging Face `config.json` says about a model, read once into a frozen `ModelShape`.
 
-The families (Llama, Mistral, Qwen2, Qwen3) differ from one another by a handful of rules, written as one small table
-(`FAMILIES`). A field missing from the file takes the default that transformers' config class of that family has; a
-field whose value our Megatron model cannot represent is refused by name. The raw dictionary travels along unchanged,
-so that an export writes every field back, known to us or not.
+The families differ from one another by a handful of rules, each family a file of `families/`. A field missing from the
+file takes the default that transformers' config class of that family has; a field whose value our Megatron model cannot
+represent is refused by name. The raw dictionary travels along unchanged, so that an export writes every field back,
+known to us or not.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from fuserl_megatron.convert.fields import flag, number, positive_int
+from fuserl_megatron.convert.families import FAMILIES
+from fuserl_megatron.convert.family import Family, Traits, every_layer
+from fuserl_megatron.convert.fields import flag, layer_list, number, positive_int
 from fuserl_megatron.convert.rope import RopeParameters, read_rope
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import read_json
@@ -42,10 +44,16 @@ class ModelShape:
     qk_norm: bool
     rope: RopeParameters
     max_position_embeddings: int
-    sliding_window: int | None
-    """Tokens, itself included, that a token of the model's own attention sees in some layer; None: all. The Megatron
-    model's attention is full: the same for sequences of up to so many tokens, and none longer may be computed."""
     dtype: torch.dtype | None
+    traits: Traits = Traits()
+    rotary_dim: int
+    """The first dimensions of a head, which are rotated; head_dim but for a few models."""
+    local_rope: RopeParameters | None = None
+    """Of the layers that slide, where it is another one."""
+    sliding_layers: frozenset[int] = frozenset()
+    """Layers, counted from 0, whose attention slides."""
+    sliding_window: int | None = None
+    """Tokens, itself included, that a token sees in those layers; None where no sequence can reach past it."""
     raw: dict[str, Any] = field(repr=False, compare=False, default_factory=dict)
 
     @property
@@ -53,56 +61,13 @@ class ModelShape:
         """Query heads that share one key/value head."""
         return self.num_attention_heads // self.num_query_groups
 
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """The rules of one model family, where families differ. Defaults are those of transformers' config class."""
-
-    architecture: str
-    default_max_positions: int
-    default_kv_heads: int | None = None  # None: as many as there are attention heads
-    default_head_dim: int | None = None  # None: hidden_size // num_attention_heads
-    always_qkv_bias: bool = False
-    reads_attention_bias: bool = False  # attention_bias then gives q, k, v and the output projection a bias
-    reads_mlp_bias: bool = False
-    qk_norm: bool = False
-    sliding: str = "none"  # "always": sliding_window alone switches it on; "flag": use_sliding_window does
-    default_sliding_window: int | None = None
+    def window_of(self, layer: int) -> int | None:
+        """Tokens, itself included, that a token sees in this layer, counted from 0; None: all before it."""
+        return self.sliding_window if layer in self.sliding_layers else None
 
 
-FAMILIES = {
-    "llama": Family(
-        architecture="LlamaForCausalLM", default_max_positions=2048, reads_attention_bias=True, reads_mlp_bias=True
-    ),
-    "mistral": Family(
-        architecture="MistralForCausalLM",
-        default_max_positions=131072,
-        default_kv_heads=8,
-        sliding="always",
-        default_sliding_window=4096,
-    ),
-    "qwen2": Family(
-        architecture="Qwen2ForCausalLM",
-        default_max_positions=32768,
-        default_kv_heads=32,
-        always_qkv_bias=True,
-        sliding="flag",
-        default_sliding_window=4096,
-    ),
-    "qwen3": Family(
-        architecture="Qwen3ForCausalLM",
-        default_max_positions=32768,
-        default_kv_heads=32,
-        default_head_dim=128,
-        reads_attention_bias=True,
-        qk_norm=True,
-        sliding="flag",
-        default_sliding_window=4096,
-    ),
-}
-
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "hidden_act": (("silu", "swish"), "only silu (SwiGLU) is"),
     "pretraining_tp": ((1,), "set it to 1; it only changes the order of summation in old transformers"),
     "quantization_config": ((), "convert the model to bfloat16 or float32 weights first"),
     "auto_map": ((), "remote code is never run"),
@@ -110,7 +75,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
         ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop"),
         ((0,), "training runs without dropout; set it to 0"),
     ),
-    "partial_rotary_factor": ((1,), "every dimension of a head is rotated; only 1.0 is"),
     "rope_interleaved": ((False,), "only the rotate-half layout is"),
     "per_layer_config": (({},), "all layers must have one shape"),
 }
@@ -164,7 +128,13 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
     if head_dim % 2:
         raise UserError(f"{where}: head_dim = {head_dim} is odd; rotary embeddings need an even head_dim")
     _refuse_unrepresentable(raw, family, where)
+    traits = family.traits(raw, num_layers, where)
+    _check_activation(raw, family, traits, where)
     attention_bias = family.reads_attention_bias and flag(raw, "attention_bias", where)
+    rotary_dim = _rotary_dim(raw, family, head_dim, where)
+    sliding_layers, window = _sliding(raw, family, num_layers, max_positions, where)
+    rope_fields, local_fields = family.ropes({"rope_theta": family.default_rope_theta, **raw})
+    rope = read_rope(rope_fields, max_positions, rotary_dim, where)
     return ModelShape(
         family=name,
         num_layers=num_layers,
@@ -174,16 +144,20 @@ def _shape_from(raw: dict[str, Any], where: str) -> ModelShape:
         num_query_groups=groups,
         head_dim=head_dim,
         vocab_size=positive_int(raw, "vocab_size", where),
-        tie_word_embeddings=flag(raw, "tie_word_embeddings", where),
-        rms_norm_eps=number(raw.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        tie_word_embeddings=flag({"tie_word_embeddings": family.default_tied, **raw}, "tie_word_embeddings", where),
+        rms_norm_eps=number(raw.get("rms_norm_eps", family.default_rms_norm_eps), "rms_norm_eps", where),
         qkv_bias=family.always_qkv_bias or attention_bias,
         attention_out_bias=attention_bias,
         mlp_bias=family.reads_mlp_bias and flag(raw, "mlp_bias", where),
         qk_norm=family.qk_norm,
-        rope=read_rope(raw, max_positions, head_dim, where),
-        max_position_embeddings=max_positions,
-        sliding_window=_sliding_window(raw, family, num_layers, max_positions, where),
+        rope=rope,
+        max_position_embeddings=rope.max_tokens,
         dtype=_read_dtype(raw, where),
+        traits=traits,
+        rotary_dim=rotary_dim,
+        local_rope=None if local_fields is None else read_rope(local_fields, max_positions, rotary_dim, where),
+        sliding_layers=sliding_layers,
+        sliding_window=window,
         raw=raw,
     )
 
@@ -214,31 +188,49 @@ def _refuse_unrepresentable(raw: dict[str, Any], family: Family, where: str) -> 
             refuse(key, f"{family.architecture} does not read it; remove it from config.json")
 
 
-def _sliding_window(raw: dict[str, Any], family: Family, num_layers: int, max_positions: int, where: str) -> int | None:
-    """The window that some layer's attention has, None where no sequence of the model can reach past it."""
-    slides = family.sliding == "always" or (family.sliding == "flag" and flag(raw, "use_sliding_window", where))
-    window = raw.get("sliding_window", family.default_sliding_window) if slides else None
-    layers = raw.get("layer_types") or []
-    known = (
-        {"full_attention", "sliding_attention"}
-        if window is not None and family.sliding == "flag"
-        else {"full_attention"}
-    )
-    if not isinstance(layers, list) or any(kind not in list(known) for kind in layers):
-        raise UserError(
-            f"{where}: layer_types = {layers!r} is not supported: full_attention in every layer is, and "
-            "sliding_attention where use_sliding_window and sliding_window say so"
-        )
-    if window is None:
-        return None
-    if family.sliding == "flag":  # which layers slide: layer_types says it, otherwise those from max_window_layers on
-        first = 0 if layers else raw.get("max_window_layers", 28)
-        if isinstance(first, bool) or not isinstance(first, int):
-            raise UserError(f"{where}: max_window_layers = {first!r} must be an integer")
-        if first >= num_layers or (layers and "sliding_attention" not in layers):
-            return None
+def _check_activation(raw: dict[str, Any], family: Family, traits: Traits, where: str) -> None:
+    for key in {"hidden_act", family.activation_field}:
+        said = raw.get(key)
+        if said is not None and (not isinstance(said, str) or ACTIVATIONS.get(said) != traits.activation):
+            # Gemma's first configs say hidden_act=gelu beside the hidden_activation that is read
+            if key != family.activation_field and raw.get(family.activation_field) is not None:
+                continue
+            meant = next(name for name, ours in ACTIVATIONS.items() if ours == traits.activation)
+            raise UserError(f"{where}: {key} = {said!r} is not supported: only {meant} is for a {family.architecture}")
+
+
+def _sliding(
+    raw: dict[str, Any], family: Family, num_layers: int, max_positions: int, where: str
+) -> tuple[frozenset[int], int | None]:
+    """The layers whose attention slides, and their window, None where no sequence of the model can reach past it."""
+    may = family.sliding_layers is not None and (family.sliding_flag is None or flag(raw, family.sliding_flag, where))
+    window = raw.get("sliding_window", family.default_sliding_window) if may else None
+    listed = window is not None and family.sliding_layers is not every_layer
+    kinds = ("full_attention", "sliding_attention") if listed else ("full_attention",)
+    layer_types = layer_list(raw, "layer_types", num_layers, kinds, where)
+    if window is None or family.sliding_layers is None:
+        return frozenset(), None
+    if layer_types is not None and listed:
+        slides = [kind == "sliding_attention" for kind in layer_types]
+    else:
+        slides = family.sliding_layers(raw, num_layers, where)
+    layers = frozenset(layer for layer, slide in enumerate(slides) if slide)
     window = positive_int({"sliding_window": window}, "sliding_window", where)
-    return window if window < max_positions else None
+    return layers, window if layers and window < max_positions else None
+
+
+def _rotary_dim(raw: dict[str, Any], family: Family, head_dim: int, where: str) -> int:
+    """The first dimensions of a head, which are rotated."""
+    given = [raw, *(raw[key] for key in ("rope_parameters", "rope_scaling") if isinstance(raw.get(key), dict))]
+    shares = {fields["partial_rotary_factor"] for fields in given if fields.get("partial_rotary_factor") is not None}
+    if not shares - {1}:
+        return head_dim
+    share = float(number(shares.pop(), "partial_rotary_factor", where))
+    rotated = int(head_dim * share)
+    if not family.reads_partial_rotary or shares or rotated % 2 or not 0 < rotated <= head_dim:
+        why = "it must give an even number of dimensions" if family.reads_partial_rotary else "only 1.0 is"
+        raise UserError(f"{where}: partial_rotary_factor = {share:g} is not supported: {why}")
+    return rotated
 
 
 def _read_dtype(raw: dict[str, Any], where: str) -> torch.dtype | None:

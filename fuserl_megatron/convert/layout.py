@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from fuserl_megatron.convert.hf_config import ModelShape
-from fuserl_megatron.convert.names import find_rule, hf_names, lengths
+from fuserl_megatron.convert.names import find_rule, hf_names, hf_parts, lengths
 from fuserl_megatron.util.errors import UserError
 
 
@@ -82,7 +82,7 @@ def hf_cuts(megatron_name: str, shape: ModelShape, tp_size: int, tp_rank: int) -
     row, _ = find_rule(megatron_name)
     dim = 1 if row.rule == "row" else 0
     cuts = []
-    for name, letters in zip(hf_names(megatron_name, shape), row.sizes, strict=True):
+    for (name, offset, _), letters in zip(hf_parts(megatron_name, shape), row.sizes, strict=True):
         parts = length = lengths(shape)[letters[dim]]
         start, stop = 0, length
         if row.rule != "plain":
@@ -90,7 +90,7 @@ def hf_cuts(megatron_name: str, shape: ModelShape, tp_size: int, tp_rank: int) -
             if letters[dim] in ("AD", "GD"):  # heads are cut between groups, in linear_proj in step with linear_qkv
                 parts, what = shape.num_query_groups, f"{megatron_name} (key/value heads)"
             start, stop = (bound * (length // parts) for bound in _cut(parts, tp_size, tp_rank, what))
-        cuts.append((name, dim, start, stop))
+        cuts.append((name, dim, offset + start, offset + stop))
     return cuts
 
 
@@ -105,14 +105,13 @@ def row_runs(megatron_name: str, shape: ModelShape) -> list[tuple[str, int, int,
         ValueError: the name is unknown to the table or to this model.
     """
     row, _ = find_rule(megatron_name)
-    names, D = hf_names(megatron_name, shape), shape.head_dim
+    parts, D = hf_parts(megatron_name, shape), shape.head_dim
     if row.rule != "qkv":
-        rows = lengths(shape)[row.sizes[0][0]]
-        return [(name, 0, i * rows, rows) for i, name in enumerate(names)]
+        return [(name, first, i * rows, rows) for i, (name, first, rows) in enumerate(parts)]
     runs, at = [], 0
     for group in range(shape.num_query_groups):
-        for name, width in zip(names, (shape.heads_per_group * D, D, D), strict=True):
-            runs.append((name, group * width, at, width))
+        for (name, first, _), width in zip(parts, (shape.heads_per_group * D, D, D), strict=True):
+            runs.append((name, first + group * width, at, width))
             at += width
     return runs
 
@@ -142,4 +141,6 @@ def hf_tensors_from_megatron(
         parts = (full[: shape.vocab_size],)
     else:
         parts = (full,)
+    if len(set(names)) < len(names):  # one tensor holds them all
+        return [(names[0], torch.cat(tuple(parts)))]
     return list(zip(names, parts, strict=True))

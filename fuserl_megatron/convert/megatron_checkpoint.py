@@ -20,7 +20,7 @@ from fuserl_megatron.checkpoint.torch_dist import INDEX, LAYERS, POINTER, iterat
 from fuserl_megatron.convert.chat_files import ChatFormat
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.model_card import run_figures
-from fuserl_megatron.convert.names import TE_FUSED, find_rule, hf_shapes, megatron_names, te_name
+from fuserl_megatron.convert.names import TE_FUSED, find_rule, hf_parts, hf_shapes, megatron_names, te_name
 from fuserl_megatron.convert.shards import check_num_layers
 from fuserl_megatron.data.manifest import RUN_COPY, Manifest
 from fuserl_megatron.util.errors import UserError
@@ -127,9 +127,8 @@ def check_checkpoint(reader: DistReader, shape: ModelShape) -> torch.dtype:
     expected: dict[str, tuple[int, ...]] = {}
     sizes = hf_shapes(shape)
     for name in megatron_names(shape):
-        row, layer = find_rule(name)
-        parts = [sizes[hf.format(i=layer)] for hf in row.hf]
-        size = (sum(part[0] for part in parts), *parts[0][1:])
+        row, parts = find_rule(name)[0], hf_parts(name, shape)
+        size = (sum(rows for *_, rows in parts), *sizes[parts[0][0]][1:])
         key, layer = stored_key(reader, name)
         whole = size if layer is None else (shape.num_layers, *size)
         stored = reader.keys.get(key)

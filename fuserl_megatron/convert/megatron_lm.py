@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from fuserl_megatron.convert.family import Traits
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.rope import RopeParameters
 
@@ -32,15 +33,27 @@ def megatron_lm_flags(shape: ModelShape, dtype: torch.dtype, checkpoint: str | P
     words = ["--load", str(checkpoint), "--use-checkpoint-args", "--no-load-optim", "--no-load-rng"]
     words += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(Path(checkpoint) / "hf")]
     words += ["--norm-epsilon", repr(float(shape.rms_norm_eps))]
+    if shape.rotary_dim != shape.head_dim:
+        words += ["--rotary-percent", repr(shape.rotary_dim / shape.head_dim)]
     words += ["--qk-layernorm"] if shape.qk_norm else []
     words += {torch.bfloat16: ["--bf16"], torch.float16: ["--fp16"]}.get(dtype, [])
     rope_words, problems = _rope(shape.rope)
+    problems += _traits(shape)
     if shape.sliding_window is not None:
         problems.append(
             f"its attention is full, the model's has a window of {shape.sliding_window} tokens: the same for sequences "
             "of up to so many"
         )
     return words + rope_words, problems
+
+
+def _traits(shape: ModelShape) -> list[str]:
+    """What Megatron-LM's command line has no word for."""
+    ours, plain = vars(shape.traits), vars(Traits())
+    said = [f"{name} {value}" for name, value in ours.items() if value != plain[name]]
+    if shape.local_rope is not None:
+        said.append("another RoPE in the layers that slide")
+    return [f"it would build plain layers, and this {shape.family} model has: {', '.join(said)}"] if said else []
 
 
 def _rope(rope: RopeParameters) -> tuple[list[str], list[str]]:

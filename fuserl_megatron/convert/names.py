@@ -9,7 +9,9 @@ Legend: H hidden, F feed-forward width, V vocabulary, D head dimension, A attent
 
 import re
 from dataclasses import dataclass
+from operator import attrgetter
 
+from fuserl_megatron.convert.families import FAMILIES
 from fuserl_megatron.convert.hf_config import ModelShape
 
 
@@ -18,8 +20,9 @@ class NameRule:
     """One row of the table.
 
     `rule` is plain (every tensor-parallel rank holds it whole), row (cut along dimension 1), or one of those cut along
-    dimension 0 in layout.py: qkv, gate_up, vocab (padded); `sizes` gives the dimensions of each Hugging Face tensor in
-    the letters of the legend; `needs` names the ModelShape flag without which the parameter does not exist ("" always).
+    dimension 0 in layout.py: qkv, gate_up, heads, vocab (padded); `sizes` gives the dimensions of each Hugging Face
+    tensor in the letters of the legend; `needs` names the flag of the ModelShape without which the parameter does not
+    exist ("" always).
     """
 
     megatron: str
@@ -35,7 +38,7 @@ _FC1 = tuple(_L + f"mlp.{x}_proj." for x in ("gate", "up"))
 
 BEFORE_LAYERS = (NameRule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", (("V", "H"),)),)
 LAYER = (
-    NameRule(_M + "input_layernorm.weight", (_L + "input_layernorm.weight",), "plain", (("H",),)),
+    NameRule(_M + "input_layernorm.weight", (_L + "input_layernorm.weight",), "plain", (("H",),), "traits.input_norms"),
     NameRule(
         _M + "self_attention.linear_qkv.weight",
         tuple(name + "weight" for name in _QKV),
@@ -55,6 +58,20 @@ LAYER = (
     NameRule(
         _M + "self_attention.k_layernorm.weight", (_L + "self_attn.k_norm.weight",), "plain", (("D",),), "qk_norm"
     ),
+    NameRule(
+        _M + "self_attention.q_layernorm.heads_weight",
+        (_L + "self_attn.q_norm.weight",),
+        "heads",
+        (("AD",),),
+        "traits.qk_norm_whole",
+    ),
+    NameRule(
+        _M + "self_attention.k_layernorm.heads_weight",
+        (_L + "self_attn.k_norm.weight",),
+        "heads",
+        (("GD",),),
+        "traits.qk_norm_whole",
+    ),
     NameRule(_M + "self_attention.linear_proj.weight", (_L + "self_attn.o_proj.weight",), "row", (("H", "AD"),)),
     NameRule(
         _M + "self_attention.linear_proj.bias",
@@ -63,7 +80,20 @@ LAYER = (
         (("H",),),
         "attention_out_bias",
     ),
-    NameRule(_M + "pre_mlp_layernorm.weight", (_L + "post_attention_layernorm.weight",), "plain", (("H",),)),
+    NameRule(
+        _M + "self_attn_bda.norm.weight",
+        (_L + "post_attention_layernorm.weight",),
+        "plain",
+        (("H",),),
+        "traits.output_norms",
+    ),
+    NameRule(
+        _M + "pre_mlp_layernorm.weight",
+        (_L + "post_attention_layernorm.weight",),
+        "plain",
+        (("H",),),
+        "traits.input_norms",
+    ),
     NameRule(
         _M + "mlp.linear_fc1.weight", tuple(name + "weight" for name in _FC1), "gate_up", (("F", "H"), ("F", "H"))
     ),
@@ -72,6 +102,13 @@ LAYER = (
     ),
     NameRule(_M + "mlp.linear_fc2.weight", (_L + "mlp.down_proj.weight",), "row", (("H", "F"),)),
     NameRule(_M + "mlp.linear_fc2.bias", (_L + "mlp.down_proj.bias",), "plain", (("H",),), "mlp_bias"),
+    NameRule(
+        _M + "mlp_bda.norm.weight",
+        (_L + "post_feedforward_layernorm.weight",),
+        "plain",
+        (("H",),),
+        "traits.output_norms",
+    ),
 )
 AFTER_LAYERS = (
     NameRule("decoder.final_layernorm.weight", ("model.norm.weight",), "plain", (("H",),)),
@@ -130,13 +167,30 @@ def hf_names(megatron_name: str, shape: ModelShape) -> tuple[str, ...]:
             layer past its end).
     """
     row, layer = find_rule(megatron_name)
-    if row.needs and not getattr(shape, row.needs):
+    if not _exists(row, shape):
         raise ValueError(f"{megatron_name}: this {shape.family} model has none ({row.needs} is false in its config)")
     if layer is not None and layer >= shape.num_layers:
         raise ValueError(f"{megatron_name}: the model has {shape.num_layers} layers (0 to {shape.num_layers - 1})")
     if row.megatron == "output_layer.weight" and shape.tie_word_embeddings:
         return BEFORE_LAYERS[0].hf
-    return tuple(name.format(i=layer) for name in row.hf)
+    inside = FAMILIES[shape.family].names.get(row.megatron.removeprefix(_M)) if layer is not None else None
+    named = row.hf if inside is None else tuple(_L + name for name in inside)
+    return tuple(name.format(i=layer) for name in named)
+
+
+def hf_parts(megatron_name: str, shape: ModelShape) -> list[tuple[str, int, int]]:
+    """Where the parts of one Megatron parameter lie: (Hugging Face tensor, its first row, rows), in layout order.
+
+    Raises:
+        ValueError: as `hf_names`.
+    """
+    row, _ = find_rule(megatron_name)
+    length, parts, used = lengths(shape), [], dict[str, int]()
+    for name, letters in zip(hf_names(megatron_name, shape), row.sizes, strict=True):
+        first = used.get(name, 0)
+        parts.append((name, first, length[letters[0]]))
+        used[name] = first + length[letters[0]]
+    return parts
 
 
 def megatron_names(shape: ModelShape) -> list[str]:
@@ -158,16 +212,19 @@ def lengths(shape: ModelShape) -> dict[str, int]:
 
 def hf_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor of the model with its dimensions, in the order an export writes them."""
-    length = lengths(shape)
-    return {
-        hf: tuple(length[letter] for letter in letters)
-        for name, row in _rows(shape)
-        for hf, letters in zip(hf_names(name, shape), row.sizes, strict=True)
-    }
+    length, shapes = lengths(shape), dict[str, tuple[int, ...]]()
+    for name, row in _rows(shape):
+        for (hf, first, rows), (_, *rest) in zip(hf_parts(name, shape), row.sizes, strict=True):
+            shapes[hf] = (first + rows, *(length[letter] for letter in rest))
+    return shapes
+
+
+def _exists(row: NameRule, shape: ModelShape) -> bool:
+    return not row.needs or bool(attrgetter(row.needs)(shape))
 
 
 def _rows(shape: ModelShape) -> list[tuple[str, NameRule]]:
-    layer = [row for row in LAYER if not row.needs or getattr(shape, row.needs)]
+    layer = [row for row in LAYER if _exists(row, shape)]
     after = [row for row in AFTER_LAYERS if row.megatron != "output_layer.weight" or not shape.tie_word_embeddings]
     return [
         *((row.megatron, row) for row in BEFORE_LAYERS),

@@ -7,6 +7,7 @@ Everything here is a pure function of the config's fields. Legend: D dimensions 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -22,6 +23,7 @@ ROPE_REQUIRED = {
     "dynamic": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -42,13 +44,23 @@ class RopeParameters:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    divisors: tuple[float, ...] = ()
+    """longrope: of each frequency, for sequences of up to original_max_position_embeddings tokens (`short_factor`)."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest sequence that these frequencies are for."""
+        if self.type == "longrope" and self.original_max_position_embeddings is not None:
+            return min(self.max_position_embeddings, int(self.original_max_position_embeddings))
+        return self.max_position_embeddings
 
 
 ROPE_NUMBERS = tuple(field.name for field in fields(RopeParameters) if field.default is None)
-ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", *ROPE_NUMBERS}
+ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate", "short_factor", "long_factor"}
+ROPE_KEYS |= set(ROPE_NUMBERS)
 
 
-def read_rope(raw: dict[str, Any], max_positions: int, head_dim: int, where: str) -> RopeParameters:
+def read_rope(raw: Mapping[str, Any], max_positions: int, head_dim: int, where: str) -> RopeParameters:
     """Read `rope_parameters` (transformers 5) or `rope_scaling` + `rope_theta` (before) of the whole config dictionary.
 
     max_position_embeddings (tokens) stands in for a missing original length; `where` names the file in errors.
@@ -73,10 +85,11 @@ def read_rope(raw: dict[str, Any], max_positions: int, head_dim: int, where: str
     return rope
 
 
-def _rope_from(key: str, given: Any, raw: dict[str, Any], max_positions: int, where: str) -> RopeParameters:
+def _rope_from(key: str, given: Any, raw: Mapping[str, Any], max_positions: int, where: str) -> RopeParameters:
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise UserError(f"{where}: {key} = {given!r} is not supported: one flat set of RoPE fields for all layers is")
     kind = given.get("rope_type", given.get("type", "default"))
+    kind = "longrope" if kind == "su" else kind  # as Phi-3's first configs call it
     if kind not in list(ROPE_REQUIRED):
         raise UserError(f"{where}: {key}.rope_type = {kind!r} is not supported; use one of {', '.join(ROPE_REQUIRED)}")
     unknown = sorted(set(given) - ROPE_KEYS)
@@ -86,17 +99,19 @@ def _rope_from(key: str, given: Any, raw: dict[str, Any], max_positions: int, wh
     if missing:
         needs = ", ".join(ROPE_REQUIRED[kind])
         raise UserError(f"{where}: {key}.{missing[0]} is missing; rope_type {kind} needs {needs}")
-    if given.get("partial_rotary_factor") not in (None, 1):
-        raise UserError(
-            f"{where}: {key}.partial_rotary_factor = {given['partial_rotary_factor']!r} is not supported; only 1.0 is"
-        )
     numbers = {name: given[name] for name in ROPE_NUMBERS if given.get(name) is not None}
     for name, value in numbers.items():
         number(value, f"{key}.{name}", where)
     derivable = {"factor"} if kind == "yarn" else set()  # yarn: null means max_position_embeddings / original
+    divisors: tuple[float, ...] = ()
+    if kind == "longrope":
+        divisors, derivable = (
+            _divisors(given["short_factor"], f"{key}.short_factor", where),
+            {"short_factor", "long_factor"},
+        )
     for name in set(ROPE_REQUIRED[kind]) - set(numbers) - derivable:
         raise UserError(f"{where}: {key}.{name} is null; rope_type {kind} needs a number")
-    if kind in ("yarn", "llama3"):
+    if kind in ("yarn", "llama3", "longrope"):
         # A top-level field wins over the one inside, and the context length stands in for a missing one.
         numbers.setdefault("original_max_position_embeddings", max_positions)
         if raw.get("original_max_position_embeddings") is not None:
@@ -107,8 +122,15 @@ def _rope_from(key: str, given: Any, raw: dict[str, Any], max_positions: int, wh
         theta=number(theta, "rope_theta", where),
         max_position_embeddings=max_positions,
         truncate=bool(given.get("truncate", True)),
+        divisors=divisors,
         **numbers,
     )
+
+
+def _divisors(given: Any, key: str, where: str) -> tuple[float, ...]:
+    if not isinstance(given, list):
+        raise UserError(f"{where}: {key} = {given!r} must be a list of numbers, one for each frequency")
+    return tuple(float(number(value, key, where)) for value in given)
 
 
 def rope_inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch.Tensor, float]:
@@ -117,7 +139,8 @@ def rope_inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch
     The angle of pair d at position p is p * inv_freq[d]; cos and sin are then multiplied by the attention scaling.
     Sources of the formulas: RoPE arXiv 2104.09864; linear 2306.15595; yarn 2309.00071; dynamic and llama3 as in
     transformers, where they were first written down. `dynamic` stretches the base beyond max_position_embeddings only:
-    up to there its frequencies are the unscaled ones, whatever its factor says.
+    up to there its frequencies are the unscaled ones, whatever its factor says. `longrope` (2402.13753) has two sets:
+    these are for sequences of up to original_max_position_embeddings tokens, and `max_tokens` allows no longer ones.
 
     Returns:
         (inv_freq [D/2] in fp32 radians per position, attention scaling without unit).
@@ -132,7 +155,9 @@ def rope_inverse_frequencies(rope: RopeParameters, head_dim: int) -> tuple[torch
             return _llama3(rope, 1.0 / periods_D2), 1.0
         case "yarn":
             return _yarn(rope, head_dim, periods_D2)
-    raise ValueError(f"rope type {rope.type!r} is not one of default, linear, dynamic, yarn, llama3")
+        case "longrope":
+            return 1.0 / (torch.tensor(rope.divisors) * periods_D2), _longrope_scaling(rope)
+    raise ValueError(f"rope type {rope.type!r} is not one of default, linear, dynamic, yarn, llama3, longrope")
 
 
 def _stated(number: float | None) -> float:
@@ -152,6 +177,15 @@ def _llama3(rope: RopeParameters, inv_freq_D2: torch.Tensor) -> torch.Tensor:
     share_D2 = (original / wavelength_D2 - low) / (high - low)
     between_D2 = (1 - share_D2) * scaled_D2 / factor + share_D2 * scaled_D2
     return torch.where(is_long_D2 | is_short_D2, scaled_D2, between_D2)
+
+
+def _longrope_scaling(rope: RopeParameters) -> float:
+    """The factor on cos and sin, arXiv 2402.13753; it belongs to short sequences too."""
+    original = _stated(rope.original_max_position_embeddings)
+    factor = rope.max_position_embeddings / original if rope.factor is None else rope.factor
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
 
 
 def _yarn(rope: RopeParameters, head_dim: int, periods_D2: torch.Tensor) -> tuple[torch.Tensor, float]:

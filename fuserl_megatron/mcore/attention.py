@@ -4,7 +4,10 @@
            they see, or segment by segment, whichever is less work (packed rows are mostly pairs that do not see each
            other)
     flex   torch's FlexAttention on CUDA: blocks of pairs that do not see each other are skipped
-    te     Transformer Engine's packed (thd) attention on CUDA: segments without parents, so no shared prefixes
+    te     Transformer Engine's packed (thd) attention on CUDA: segments without parents, so no shared prefixes, and no
+           soft cap
+
+A layer may have a sliding window (visibility.py) and a soft cap, cap * tanh(score / cap), on its scores.
 
 Shapes: B rows, S tokens per row, L of them on this context-parallel rank (all, without), Q query heads of this rank, G
 key/value groups of this rank, D head dimension.
@@ -44,19 +47,24 @@ def choose_backend(wanted: str, device: torch.device, have_te: bool) -> str:
     return wanted
 
 
-def attention_argument(visible: Visibility, backend: str, width: int) -> torch.Tensor:
+def attention_argument(visible: Visibility, backend: str, width: int, alike: bool = True) -> torch.Tensor:
     """What core is to carry to the attention as `attention_mask`: a dense mask, or what stands for the object.
 
     Args:
         visible: the rule; the caller keeps it until the backward pass is done.
         backend: from `choose_backend`.
         width: Q x D, multiply-adds for one score.
+        alike: whether one mask serves all layers.
     """
     if backend == "sdpa":
-        if visible.device.type != "cpu" or visible.cp_size > 1:
-            return visible.dense()
+        if not _in_pieces(visible):
+            return visible.dense() if alike else hand_over(visible)
         visible.band = cheapest_band(visible, width)
     return hand_over(visible)
+
+
+def _in_pieces(visible: Visibility) -> bool:
+    return visible.device.type == "cpu" and visible.cp_size == 1
 
 
 def cheapest_band(visible: Visibility, width: int) -> int | None:
@@ -70,18 +78,31 @@ def cheapest_band(visible: Visibility, width: int) -> int | None:
 
 
 class SegmentAttention(MegatronModule):
-    """softmax(q k^T * scale + mask) v; no dropout, no state.
+    """softmax(cap(q k^T * scale) + mask) v; no dropout, no state. model.py sets scale, window, cap and backend.
 
-    The rotary attention scaling of yarn multiplies queries and keys alike: model.py folds its square into `scale`.
+    The rotary attention scaling of yarn multiplies queries and keys alike: its square is part of `scale`. Where a head
+    is rotated in part, it is on that part of the queries (`rotated`).
     """
 
     def __init__(self, config, softmax_scale=None, **_layer_number_mask_type_and_groups):
         super().__init__(config=config)
-        self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
-        self.backend = "sdpa"  # model.py sets what was chosen
+        self.scale: float = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
+        self.window: int | None = None
+        """Tokens that a token sees, itself included; None: all before it."""
+        self.cap: float | None = None
+        self.rotated: tuple[int, float] | None = None
+        """First dimensions of a head and the factor on them."""
+        self.backend = "sdpa"
 
     def forward(self, query, key, value, attention_mask, **_kwargs):
-        """Query [L, B, Q, D], key and value [L, B, G, D], mask [B, 1, L, S] or `hand_over` -> [L, B, Q*D]."""
+        """Query [L, B, Q, D], key and value [L, B, G, D], mask [B, 1, L, S] or `hand_over` -> [L, B, Q*D].
+
+        In rows under a dense mask each token's position is its column: proofs/verify_sides.py gives one, and so do
+        models whose layers have no window.
+        """
+        if self.rotated is not None:
+            dimensions, factor = self.rotated
+            query = torch.cat((query[..., :dimensions] * factor, query[..., dimensions:]), dim=-1)
         if self.config.context_parallel_size > 1:
             # one collective for both; backward sums the ranks' gradients of each key and gives every rank its own
             both = gather_from_sequence_parallel_region(
@@ -89,16 +110,34 @@ class SegmentAttention(MegatronModule):
             )
             key, value = both.chunk(2, dim=-1)
         if self.backend == "te":
-            return _te(query, key, value, received(attention_mask), self.scale)
+            visible = received(attention_mask)
+            return _te(query, key, value, visible, self.scale, visible.within(self.window))
         q, k, v = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-        if self.backend == "flex":
-            out = _flex(q, k, v, received(attention_mask), self.scale)
-        elif attention_mask.dim():
-            out = _sdpa(q, k, v, self.scale, attn_mask=attention_mask)
+        if attention_mask.dim():
+            out = _scores(q, k, v, self.scale, self.cap, attn_mask=_last(attention_mask, self.window))
         else:
             visible = received(attention_mask)
-            out = (_by_span if visible.band is None else _by_band)(q, k, v, visible, self.scale)
+            window = visible.within(self.window)
+            if self.backend == "flex":
+                out = _flex(q, k, v, visible, self.scale, self.cap, window)
+            elif not _in_pieces(visible):
+                out = _scores(q, k, v, self.scale, self.cap, attn_mask=visible.kept_dense(window))
+            else:
+                pieces = _by_span if visible.band is None else _by_band
+                out = pieces(q, k, v, visible, self.scale, self.cap, window)
         return out.permute(2, 0, 1, 3).reshape(query.shape[0], query.shape[1], -1)
+
+
+def _last(mask: torch.Tensor, window: int | None) -> torch.Tensor:
+    """The mask [B, 1, L, S] with the last `window` keys of each query only; the queries are the last L of S columns."""
+    if window is None or window >= mask.shape[3]:
+        return mask
+    past = mask.shape[3] - mask.shape[2]
+    return mask & ~torch.ones(mask.shape[2:], dtype=torch.bool, device=mask.device).tril(past - window)
+
+
+def _scores(q, k, v, scale: float, cap: float | None, **mask):
+    return _sdpa(q, k, v, scale, **mask) if cap is None else _capped(q, k, v, scale, cap, **mask)
 
 
 def _sdpa(q, k, v, scale, **mask):
@@ -110,20 +149,32 @@ def _sdpa(q, k, v, scale, **mask):
     return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=shared, **mask)
 
 
-def _by_band(q, k, v, visible: Visibility, scale: float):
+def _capped(q, k, v, scale: float, cap: float, attn_mask=None, is_causal: bool = False):
+    """As `_sdpa`, with the cap between scores and mask. It holds the scores."""
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+    scores = cap * torch.tanh(q @ k.transpose(2, 3) * (scale / cap))
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+    assert attn_mask is not None
+    scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    wide = scores if scores.dtype == torch.float64 else scores.float()
+    return wide.softmax(-1).to(v.dtype) @ v
+
+
+def _by_band(q, k, v, visible: Visibility, scale: float, cap: float | None = None, window: int | None = None):
     """Each band of queries, all rows at once, against the bands from the first to the last that it sees."""
     # split, not slices: the gradient is put together once
     band = visible.band
     assert band is not None
     q_bands, k_bands, v_bands = (t.split(band, dim=2) for t in (q, k, v))
-    masks, parts = visible.band_masks(q.dtype), []
+    masks, parts = visible.band_masks(q.dtype, window), []
     for i, first in enumerate(visible.first_bands(band)):
         keys, values = (torch.cat(bands[first : i + 1], dim=2) for bands in (k_bands, v_bands))
-        parts.append(_sdpa(q_bands[i], keys, values, scale, attn_mask=masks[i]))
+        parts.append(_scores(q_bands[i], keys, values, scale, cap, attn_mask=masks[i]))
     return torch.cat(parts, dim=2)
 
 
-def _by_span(q, k, v, visible: Visibility, scale: float):
+def _by_span(q, k, v, visible: Visibility, scale: float, cap: float | None = None, window: int | None = None):
     """Each run of a row against itself, and against its parent's run where it has one."""
     rows = []
     for b, spans in enumerate(visible.spans):
@@ -132,12 +183,15 @@ def _by_span(q, k, v, visible: Visibility, scale: float):
         q_runs, k_runs, v_runs = (t[b : b + 1].split(lengths, dim=2) for t in (q, k, v))
         parts = []
         for i, (length, parent) in enumerate(spans):
-            if parent is None:
-                parts.append(_sdpa(q_runs[i], k_runs[i], v_runs[i], scale, is_causal=True))
+            if parent is None and (window is None or length <= window):
+                parts.append(_scores(q_runs[i], k_runs[i], v_runs[i], scale, cap, is_causal=True))
                 continue
-            keys, values = (torch.cat((runs[parent], runs[i]), dim=2) for runs in (k_runs, v_runs))
-            mask = torch.ones(length, keys.shape[2], dtype=torch.bool).tril(lengths[parent])
-            parts.append(_sdpa(q_runs[i], keys, values, scale, attn_mask=mask))
+            before = 0 if parent is None else lengths[parent]  # a response follows its prompt: columns are positions
+            keys, values = (
+                runs[i] if parent is None else torch.cat((runs[parent], runs[i]), dim=2) for runs in (k_runs, v_runs)
+            )
+            mask = torch.ones(length, keys.shape[2], dtype=torch.bool).tril(before)
+            parts.append(_scores(q_runs[i], keys, values, scale, cap, attn_mask=_last(mask[None, None], window)))
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows)
 
@@ -149,28 +203,44 @@ def _compiled_flex():
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flex(q, k, v, visible: Visibility, scale: float):
+@cache
+def _soft_cap(cap: float):
+    def capped(score, _b, _h, _q, _k):
+        return cap * torch.tanh(score / cap)
+
+    return capped
+
+
+def _flex(q, k, v, visible: Visibility, scale: float, cap: float | None = None, window: int | None = None):
     from torch.nn.attention.flex_attention import flex_attention
 
     # uncompiled it is a plain twin for tests: it holds all scores
     run = _compiled_flex() if q.is_cuda else flex_attention
-    return run(q, k, v, block_mask=visible.block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    score_mod = None if cap is None else _soft_cap(cap)
+    blocks = visible.block_mask(window)
+    return run(q, k, v, score_mod=score_mod, block_mask=blocks, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
 @cache
-def _te_attention(heads: int, groups: int, head_dim: int, scale: float):
+def _te_attention(heads: int, groups: int, head_dim: int, scale: float, window: int | None):
     from transformer_engine.pytorch import DotProductAttention
 
     return DotProductAttention(
-        heads, head_dim, num_gqa_groups=groups, attention_dropout=0.0, qkv_format="thd", softmax_scale=scale
+        heads,
+        head_dim,
+        num_gqa_groups=groups,
+        attention_dropout=0.0,
+        qkv_format="thd",
+        softmax_scale=scale,
+        window_size=None if window is None else (window - 1, 0),
     )
 
 
-def _te(query, key, value, visible: Visibility, scale: float):
+def _te(query, key, value, visible: Visibility, scale: float, window: int | None = None):
     length, rows = query.shape[:2]
     ends = visible.sequence_ends
     q, k, v = (t.transpose(0, 1).reshape(rows * length, *t.shape[2:]) for t in (query, key, value))
-    out = _te_attention(q.shape[1], k.shape[1], q.shape[2], scale)(
+    out = _te_attention(q.shape[1], k.shape[1], q.shape[2], scale, window)(
         q,
         k,
         v,

@@ -1,23 +1,16 @@
 """Core's GPTModel for one ModelShape: its configuration, the layer spec with our parts in its slots, the DDP wrapper.
 
-What is ours, each in a public slot of core: RMSNorm (core's local one refuses sequence parallelism), the core attention
-(packing and prefix sharing), the rotary module (positions). The output layer hands its hidden states through, so that
+What is ours is in layer.py, attention.py and rope.py. The output layer hands its hidden states through, so that
 log-probabilities are taken chunk by chunk from the scored positions only (logprob.py); its weight stays where core, DDP
 and checkpoints expect it.
 """
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,30 +20,12 @@ from fuserl_megatron.config.schema import ModelConfig, OptimConfig
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.layout import padded_vocab_size
 from fuserl_megatron.convert.names import find_rule
-from fuserl_megatron.convert.rope import rope_inverse_frequencies
-from fuserl_megatron.mcore.attention import SegmentAttention, choose_backend
+from fuserl_megatron.mcore.attention import choose_backend
+from fuserl_megatron.mcore.layer import ACTIVATIONS, apply_traits, layer_spec, norm_of, why_not_transformer_engine
+from fuserl_megatron.mcore.logprob import LogitRule
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.precision import check_fp8, fp8_fields
-from fuserl_megatron.mcore.rope import PositionRotary
 from fuserl_megatron.util.errors import UserError
-
-
-class RMSNorm(torch.nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, fp32 inside, as transformers' LlamaRMSNorm."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs):
-        super().__init__()
-        self.eps = eps
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        # core sums the gradients of so marked parameters over TP; without the mark they are silently wrong
-        mark: Any = self.weight
-        mark.sequence_parallel = config.sequence_parallel
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., H] -> [..., H]."""
-        if x.dtype in (torch.float32, torch.float64):
-            return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), (x.shape[-1],), None, self.eps).to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +37,16 @@ class TargetModel:
     config: TransformerConfig
     padded_vocab: int
     attention_backend: str
+
+    @property
+    def layers_alike(self) -> bool:
+        """Whether one attention mask serves all layers."""
+        return self.shape.sliding_window is None and self.shape.traits.attention_cap is None
+
+    @property
+    def logit_rule(self) -> LogitRule:
+        """What the model does to its logits."""
+        return LogitRule(self.shape.traits.logit_scale, self.shape.traits.logit_cap)
 
     @property
     def last(self) -> GPTModel:
@@ -106,7 +91,7 @@ def transformer_config(
         layernorm_epsilon=shape.rms_norm_eps,
         qk_layernorm=shape.qk_norm,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[shape.traits.activation],
         add_bias_linear=shape.mlp_bias,
         add_qkv_bias=shape.qkv_bias,
         hidden_dropout=0.0,
@@ -128,7 +113,7 @@ def transformer_config(
         recompute_method="uniform" if full else None,
         recompute_num_layers=model.recompute_num_layers if full else None,
         # fusions compile on the CPU for a minute and give nothing there
-        bias_activation_fusion=on_gpu,
+        bias_activation_fusion=on_gpu and shape.traits.activation == "silu",
         bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
@@ -143,20 +128,6 @@ def transformer_config(
     )
 
 
-def _layer_spec(shape: ModelShape, use_te: bool):
-    if use_te:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=shape.qk_norm)
-    else:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
-        spec.submodules.input_layernorm = RMSNorm
-        spec.submodules.pre_mlp_layernorm = RMSNorm
-        if shape.qk_norm:
-            spec.submodules.self_attention.submodules.q_layernorm = RMSNorm
-            spec.submodules.self_attention.submodules.k_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = SegmentAttention
-    return spec
-
-
 def build_model(
     shape: ModelShape, model: ModelConfig, layout: Layout, dtype: torch.dtype, precision: str = "bf16"
 ) -> TargetModel:
@@ -167,8 +138,14 @@ def build_model(
     """
     check_tensor_parallel(shape, layout.tp_size)
     wanted = model.transformer_impl
+    why_not = why_not_transformer_engine(shape)
+    if wanted == "transformer_engine" and why_not:
+        raise UserError(
+            f"model.transformer_impl=transformer_engine: not with this {shape.family} model ({why_not}); "
+            "use model.transformer_impl=local."
+        )
     use_te = wanted == "transformer_engine" or (
-        wanted == "auto" and layout.device.type == "cuda" and have_transformer_engine()
+        wanted == "auto" and layout.device.type == "cuda" and have_transformer_engine() and not why_not
     )
     if use_te and (layout.device.type != "cuda" or not have_transformer_engine()):
         raise UserError(
@@ -177,19 +154,22 @@ def build_model(
         )
     check_fp8(precision, layout.device, use_te)
     backend = choose_backend(model.attention_backend, layout.device, use_te or have_transformer_engine())
+    if backend == "te" and shape.traits.attention_cap is not None:
+        raise UserError(
+            f"model.attention_backend=te has no soft cap on scores, which this {shape.family} model needs; use flex."
+        )
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     config = transformer_config(shape, model, layout, dtype, use_te, precision)
     padded = padded_vocab_size(shape.vocab_size, layout.tp_size, model.make_vocab_size_divisible_by)
-    inv_freq, attention_scaling = rope_inverse_frequencies(shape.rope, shape.head_dim)
     chunks = []
     for stage in range(layout.vpp_size or 1):
         vp_stage = stage if layout.vpp_size else None
-        spec = _layer_spec(shape, use_te)
+        spec = layer_spec(shape, config, use_te)
         count = get_num_layers_to_build(config, vp_stage=vp_stage)
         chunk = GPTModel(
             config=config,
             # the final norm is not part of the layer spec
-            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm),
+            transformer_layer_spec=TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm_of(shape)),
             vocab_size=padded,
             max_sequence_length=shape.max_position_embeddings,
             pre_process=layout.pp_rank == 0 and stage == 0,
@@ -199,11 +179,7 @@ def build_model(
             position_embedding_type="rope",
             vp_stage=vp_stage,
         )
-        chunk.rotary_pos_emb = PositionRotary(inv_freq)
-        for module in chunk.modules():
-            if isinstance(module, SegmentAttention):
-                module.scale *= attention_scaling**2
-                module.backend = backend
+        apply_traits(chunk, shape, backend)
         _mark_tensor_parallel(chunk)
         if chunk.post_process:
             chunk.output_layer.forward = _hand_through

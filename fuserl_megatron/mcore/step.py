@@ -99,6 +99,7 @@ def _hidden_to_token_logps(engine: Engine, hidden_BSH: torch.Tensor, batch: Pack
         num_valid=min(max(target.shape.vocab_size - first_row, 0), rows),
         group=group,
         chunk_size=engine.logprob_chunk_size,
+        rule=target.logit_rule,
     )
 
 
@@ -120,11 +121,11 @@ def _run_schedule(engine: Engine, batches: Sequence[PackedBatch], on_output, for
 
     def forward_step(iterator, model):
         batch = next(iterator)
-        visible = Visibility(batch.segment_ids_BS, batch.parent_ids_BS, device, cp_size, cp_rank)
+        visible = Visibility(batch.segment_ids_BS, batch.parent_ids_BS, device, cp_size, cp_rank, batch.positions_BS)
         for earlier in kept:
             earlier.forget()
         kept.append(visible)
-        mask = attention_argument(visible, backend, width)
+        mask = attention_argument(visible, backend, width, engine.target.layers_alike)
         batch = (context_part(batch, cp_size, cp_rank) if cp_size > 1 else batch).to(device)
         core_model = model.module if engine.wrapped else model
         core_model.rotary_pos_emb.positions_BS = batch.positions_BS

@@ -166,13 +166,12 @@ def _read_texts(file: str | Path | None) -> Sequence[str]:
 def _tokens(sides: Sequence[Side], texts: Sequence[str], new_tokens: int) -> tuple[list[Tokens], str]:
     """The texts as token ids of at least two tokens, within both models' reach, and where the tokenizer came from."""
     vocabulary = min(side.shape.vocab_size for side in sides)
-    # past a sliding window the two computations differ on purpose: ours is full
-    reach = min(side.shape.sliding_window or side.shape.max_position_embeddings for side in sides)
+    reach = min(side.shape.max_position_embeddings for side in sides)
     longest = min(MAX_TOKENS, reach - new_tokens)
     if longest < 2:
         raise UserError(
-            f"max_new_tokens {new_tokens}: leaves no room in the {reach} tokens of the models' max_position_embeddings "
-            f"or sliding_window; --max-new-tokens {max(0, reach - 2)} would work"
+            f"max_new_tokens {new_tokens}: leaves no room in the models' {reach} max_position_embeddings; "
+            f"--max-new-tokens {max(0, reach - 2)} would work"
         )
     for side in sides:
         tokenizer = tokenizer_of(side)

@@ -157,6 +157,7 @@ class MegatronSide:
             num_valid=self.shape.vocab_size,
             group=None,
             chunk_size=256,
+            rule=self._target.logit_rule,
         )
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from unittest import mock
 
 def mistake(fault):
     """A context in which the product makes one mistake that real trainers have shipped."""
-    from fuserl_megatron.mcore import model, step
+    from fuserl_megatron.mcore import layer, model, step
     from fuserl_megatron.objectives.batch_loss import BatchLoss
 
     visible, original_loss, core_config = step.Visibility, BatchLoss.__call__, model.TransformerConfig
@@ -18,7 +18,7 @@ def mistake(fault):
     def without_overlap(**fields):
         return core_config(**fields | dict(overlap_p2p_comm=False, batch_p2p_comm=True))
 
-    class Unmarked(model.RMSNorm):
+    class Unmarked(layer.RMSNorm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.weight.sequence_parallel = False
@@ -27,6 +27,6 @@ def mistake(fault):
         "divide_by_local_count": mock.patch.object(BatchLoss, "__call__", wrong_loss),
         "divide_by_rows": mock.patch.object(BatchLoss, "__call__", wrong_loss),
         "ignore_segments": mock.patch.object(step, "Visibility", lambda s, _, *rest: visible(s * 0, s * 0, *rest)),
-        "norm_not_marked": mock.patch.object(model, "RMSNorm", Unmarked),
+        "norm_not_marked": mock.patch.object(layer, "RMSNorm", Unmarked),
         "no_overlap": mock.patch.object(model, "TransformerConfig", without_overlap),
     }[fault]

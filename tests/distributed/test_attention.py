@@ -104,7 +104,7 @@ def test_flex_attention_uncompiled_equals_the_dense_mask(cp_size):
         expected = attention._sdpa(q, k, v, 0.3, attn_mask=visible.dense())
         actual = attention._flex(q, k, v, visible, 0.3)
         assert (actual - expected).abs().max() < 1e-5
-        assert visible.block_mask is visible.block_mask
+        assert visible.block_mask() is visible.block_mask()
 
 
 def test_transformer_engine_is_told_where_segments_end():

@@ -39,6 +39,54 @@ CASES = {
     "qwen2.5 tied": dict(family="qwen2", rope_parameters=PLAIN, tie_word_embeddings=True, num_key_value_heads=2),
     "qwen3": dict(family="qwen3", rope_parameters=PLAIN | {"rope_theta": 1e6}, head_dim=16),
     "qwen3 tied": dict(family="qwen3", rope_parameters=YARN, tie_word_embeddings=True, num_key_value_heads=2),
+    "mistral window": dict(family="mistral", sliding_window=5, rope_parameters=PLAIN),
+    "qwen2.5 window": dict(
+        family="qwen2", sliding_window=6, use_sliding_window=True, max_window_layers=2, rope_parameters=PLAIN
+    ),
+    "smollm3": dict(family="smollm3", tie_word_embeddings=True, no_rope_layer_interval=2, rope_parameters=PLAIN),
+    "granite 3": dict(
+        family="granite",
+        rope_parameters=PLAIN,
+        embedding_multiplier=3.0,
+        attention_multiplier=0.2,
+        residual_multiplier=0.4,
+        logits_scaling=0.8,
+    ),
+    "phi3": dict(family="phi3", sliding_window=7, rope_parameters=PLAIN),
+    "phi4 partial rotary": dict(family="phi3", rope_parameters=PLAIN | {"partial_rotary_factor": 0.5}),
+    "phi4 mini": dict(
+        family="phi3",
+        original_max_position_embeddings=64,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+            "short_factor": [1.0, 1.5],
+            "long_factor": [2.0, 7.0],
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "olmo2": dict(family="olmo2", rope_parameters=PLAIN),
+    "gemma2": dict(
+        family="gemma2",
+        tie_word_embeddings=True,
+        sliding_window=6,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=6.0,
+        query_pre_attn_scalar=20,
+        rope_parameters=PLAIN,
+        head_dim=16,
+        scale=3.0,
+    ),
+    "gemma3": dict(
+        family="gemma3_text",
+        tie_word_embeddings=True,
+        sliding_window=6,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=20,
+        head_dim=16,
+        scale=3.0,
+    ),
 }
 LAYOUTS = {
     "tp1": (1, 1, None),
@@ -52,7 +100,10 @@ COVERING = [
     ("llama3.2 tied, wide heads", "pp2"), ("llama3.2 tied, wide heads", "tp2 pp2"), ("MQA", "pp2"),
     ("biases", "tp2 pp2"), ("biases tied", "pp2 vpp2"), ("linear rope", "tp2"), ("dynamic rope", "tp1"),
     ("yarn rope", "tp2"), ("yarn tied, attention factor", "pp2"), ("mistral", "tp2 pp2"), ("qwen2.5", "tp2"),
-    ("qwen2.5 tied", "tp2 pp2"), ("qwen3", "tp2 pp2"), ("qwen3 tied", "pp2 vpp2"),
+    ("qwen2.5 tied", "tp2 pp2"), ("qwen3", "tp2 pp2"), ("qwen3 tied", "pp2 vpp2"), ("mistral window", "tp1"),
+    ("qwen2.5 window", "pp2"), ("smollm3", "pp2 vpp2"), ("granite 3", "tp2 pp2"), ("phi3", "tp2"),
+    ("phi4 partial rotary", "tp2 pp2"), ("phi4 mini", "tp1"), ("olmo2", "tp2 pp2"), ("gemma2", "tp2 pp2"),
+    ("gemma3", "tp2 pp2"),
 ]  # fmt: skip
 PROMPT, NEW, ROWS = 12, 20, 2
 

@@ -19,13 +19,13 @@ import torch
 from common import Report, Wrong, attempt, for_a_while, main
 from convert.conftest import make_config, make_weights, write_model
 
+from fuserl_megatron.convert.families import FAMILIES
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.hf_io import check_weights
 from fuserl_megatron.convert.offline import hf_to_megatron, megatron_to_hf
 from fuserl_megatron.convert.rope import rope_inverse_frequencies
 from fuserl_megatron.convert.shards import ShardReader
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 VALUES = [
     *(None, True, False, 0, 1, -1, 2, 3, 7, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308, 5e-324, 1e-30),
     *(float("inf"), float("nan"), "", "x", "²", "\ud800", "\x1b[31m", "../../etc/passwd"),
@@ -65,7 +65,7 @@ TEXTS = [
 
 def odd_config(draw: random.Random) -> dict:
     """A good config with one to three fields set to something odd."""
-    config = make_config(draw.choice(FAMILIES))
+    config = make_config(draw.choice(list(FAMILIES)))
     if draw.random() < 0.4:
         rope = dict(draw.choice(ROPES))
         for _ in range(draw.choice([1, 1, 2])):

@@ -64,7 +64,7 @@ def test_flex_attention_takes_what_it_is_called_with():
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     inspect.signature(create_block_mask).bind(1, 1, None, 1, 1, device="cuda", _compile=True)
-    inspect.signature(flex_attention).bind(1, 1, 1, block_mask=1, scale=1.0, enable_gqa=True)
+    inspect.signature(flex_attention).bind(1, 1, 1, score_mod=None, block_mask=1, scale=1.0, enable_gqa=True)
 
 
 def trained_on_the_cpu(config):

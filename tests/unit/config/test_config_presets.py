@@ -16,9 +16,7 @@ SHAPES = {
     "70b": SimpleNamespace(num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64),
 }
 for shape in SHAPES.values():
-    vars(shape).update(
-        num_query_groups=8, head_dim=128, vocab_size=128256, max_position_embeddings=131072, sliding_window=None
-    )
+    vars(shape).update(num_query_groups=8, head_dim=128, vocab_size=128256, max_position_embeddings=131072)
 
 
 def parameters(shape):

@@ -14,7 +14,6 @@ LLAMA_8B = SimpleNamespace(
     num_query_groups=8,
     vocab_size=128256,
     max_position_embeddings=131072,
-    sliding_window=None,
 )
 SMOLLM2 = SimpleNamespace(
     num_layers=30,
@@ -23,7 +22,6 @@ SMOLLM2 = SimpleNamespace(
     num_query_groups=3,
     vocab_size=49152,
     max_position_embeddings=8192,
-    sliding_window=None,
 )
 DATA_SET = SimpleNamespace(num_prompts=1000, max_token_id=49151, tokens={"total_max": 2048.0})
 TP, PP = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
@@ -145,14 +143,6 @@ def test_data_set_and_model_belong_together():
         "longest prompt + response has 9000 tokens, and the model's max_position_embeddings is 8192; build it with"
     )
     assert expected in error_of(shape=SMOLLM2, data_set=long)
-    windowed = SimpleNamespace(**vars(SMOLLM2) | {"sliding_window": 2047})
-    said = error_of(shape=windowed, data_set=DATA_SET)
-    assert said.startswith(
-        "data.path=/d: its longest prompt + response has 2048 tokens, and the model's sliding_window"
-    )
-    assert said.endswith("build it with max_length=2047.") and "null" not in said, "no word of changing the model"
-    windowed.sliding_window = 2048
-    assert validate(config(), 1, windowed, DATA_SET)
     assert error_of("data.validation_path=/v", "trainer.val_check_interval=5", shape=SMOLLM2, held_out=long).startswith(
         "data.validation_path=/v: its"
     )

@@ -9,21 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from fuserl_megatron.convert.families import FAMILIES
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.names import hf_shapes
-
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 
 
 def make_config(family="llama", **changes):
     """A tiny config.json as a dictionary: 2 layers, 8 query heads on 4 key/value heads, an odd vocabulary."""
     config = {
-        "architectures": [ARCHITECTURES[family]],
+        "architectures": [FAMILIES[family].architecture],
         "model_type": family,
         "hidden_size": 48,
         "intermediate_size": 40,
@@ -38,7 +32,7 @@ def make_config(family="llama", **changes):
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
     }
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         config["sliding_window"] = None
     return config | changes
 

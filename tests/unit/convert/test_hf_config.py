@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from fuserl_megatron.convert.families import FAMILIES
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.util.errors import UserError
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3"]
 OPTIONAL = ["num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "torch_dtype"]
 
 
@@ -26,12 +26,20 @@ def test_absent_fields_take_the_defaults_of_transformers(make_config, family, ab
     assert actual.num_query_groups == expected.num_key_value_heads
     assert actual.max_position_embeddings == expected.max_position_embeddings
     assert actual.rms_norm_eps == expected.rms_norm_eps
-    assert actual.rope.theta == expected.rope_parameters["rope_theta"]
+    rope = expected.rope_parameters
+    if actual.local_rope is not None:
+        assert actual.local_rope.theta == rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    assert actual.rope.theta == rope["rope_theta"]
+    types = getattr(expected, "layer_types", None)
+    if types is not None:
+        assert [i in actual.sliding_layers for i in range(2)] == [kind == "sliding_attention" for kind in types]
     assert actual.tie_word_embeddings == expected.tie_word_embeddings
     assert actual.num_layers == expected.num_hidden_layers and actual.ffn_hidden_size == expected.intermediate_size
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Phi-3 has no linear RoPE, Gemma 3 two
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"phi3", "gemma3_text"}))
 def test_a_config_saved_by_transformers_reads_back(make_config, tmp_path, family):
     rope = {"rope_type": "linear", "factor": 3.0, "rope_theta": 777.0}
     config = make_config(family, rope_parameters=rope)
@@ -77,6 +85,8 @@ def test_dtype_in_either_spelling(make_config, field):
         ("llama", {"sliding_window": 16}),  # Llama does not read it
         ("llama", {"rope_scaling": None, "attention_dropout": 0.0, "pretraining_tp": 1, "hidden_act": "silu"}),
         ("llama", {"num_key_value_heads": None, "head_dim": None, "hidden_size": 64}),
+        ("gemma2", {"hidden_act": "gelu", "hidden_activation": "gelu_pytorch_tanh"}),  # as published
+        ("gemma2", {"final_logit_softcapping": None}),
     ],
 )
 def test_harmless_settings_are_accepted(make_config, family, changes):
@@ -86,7 +96,7 @@ def test_harmless_settings_are_accepted(make_config, family, changes):
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
-        ("llama", {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]}, "model_type = 'gemma2'"),
+        ("llama", {"model_type": "gpt2", "architectures": ["Gemma2ForCausalLM"]}, "model_type = 'gpt2'"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act"),
         ("llama", {"pretraining_tp": 2}, "pretraining_tp"),
@@ -122,8 +132,33 @@ def test_harmless_settings_are_accepted(make_config, family, changes):
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_theta": 1}, "RoPE frequencies"),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 10**400}}, "attention_factor"),
         ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope'"),
-        ("llama", {"rope_scaling": {"type": "su", "factor": 2.0}}, "'su'"),
+        ("llama", {"rope_scaling": {"type": "ntk", "factor": 2.0}}, "'ntk'"),
+        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "short_factor is missing"),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": 1, "long_factor": 1}},
+            "short_factor = 1 must be a list",
+        ),
+        (
+            "phi3",
+            {"rope_scaling": {"type": "su", "short_factor": [1, "x", 1], "long_factor": []}},
+            "short_factor = 'x'",
+        ),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1] * 4, "long_factor": []}}, "RoPE frequencies"),
+        ("phi3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported: it must give an even"),
+        ("phi3", {"partial_rotary_factor": 2}, "partial_rotary_factor = 2"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        ("gemma2", {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+        ("gemma3_text", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"attn_logit_softcapping": -1}, "attn_logit_softcapping = -1"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "layer_types names 3 layers"),
+        ("gemma2", {"layer_types": ["full_attention", "chunked"]}, "layer_types"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern = 0"),
+        ("smollm3", {"no_rope_layers": [1, 2]}, "no_rope_layers"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers names 1 layers"),
+        ("granite", {"residual_multiplier": "1"}, "residual_multiplier = '1'"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": None}}, "factor is null"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": "2"}}, "factor = '2'"),
