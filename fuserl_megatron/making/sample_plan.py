@@ -8,15 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
-from fuserl_megatron.making.accounting import DONE, check_plan
+from fuserl_megatron.making.accounting import DONE
 from fuserl_megatron.making.finished import account_directories, read_plan
 from fuserl_megatron.making.parts import num_parts, part_file, scan
 from fuserl_megatron.making.sample import need_aiohttp, open_runs
 from fuserl_megatron.making.sample_display import PROGRESS, Display, duration, line_of
-from fuserl_megatron.making.source_run import RUNS, SourceRun
+from fuserl_megatron.making.sample_run import SampleRun
+from fuserl_megatron.making.source_run import RUNS
 from fuserl_megatron.util.json_files import read_json
 from fuserl_megatron.util.report_page import columns
 from fuserl_megatron.util.whole_directory import size
@@ -64,13 +63,10 @@ def dry_run(config: SampleConfig, sources: list[SourceConfig]) -> int:
     return 0
 
 
-def _estimate(run: SourceRun) -> dict[str, Any]:
+def _estimate(run: SampleRun) -> dict[str, Any]:
     config, directory = run.source.config, run.directory
-    expected, there, mean, pace = len(run.prompts) * run.config.n, 0, None, None
-    if num_parts(directory):
-        check_plan(directory, run.plan)
-        there = int(np.isin(run.keys(), scan(directory).keys).sum())
-        mean, pace = _measured(directory)
+    expected, there = len(run.prompts) * run.config.n, run.there()
+    mean, pace = _measured(directory) if num_parts(directory) else (None, None)
     missing = expected - there
     tokens = round(missing * (mean or config.sampling.max_tokens))
     prompt_characters = run.prompts.num_characters * missing / len(run.prompts)
@@ -116,7 +112,7 @@ def status(output: str) -> int:
     complete = True
     for directory in account_directories(output):
         plan = read_plan(directory)
-        expected = plan["notes"]["num_prompts"] * plan["notes"]["n"]
+        expected = plan["notes"]["expected"]
         if (directory / DONE).is_file():
             done = read_json(directory / DONE)
             print(f"{directory.name}: complete, {done['rows']:,} answers, {done['failed']:,} failed")
