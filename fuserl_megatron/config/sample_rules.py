@@ -25,7 +25,9 @@ def check_run(config: AskConfig) -> None:
     """
     at_least_one = {"max_attempts": 5}
     if isinstance(config, SampleConfig):
-        at_least_one |= {"n": 5}
+        at_least_one |= {"n": 5, "shards": 1}
+        last = config.shards - 1
+        _check(config, lambda value: 0 <= value <= last, f"must be from 0 to shards - 1 = {last}", {"shard": last})
     if isinstance(config, LogprobsConfig):
         _check(config, lambda value: 0 <= value <= 100, "must be from 0 to 100", {"top_k": 10})
     _check(config, lambda value: value >= 1, "must be at least 1", at_least_one)

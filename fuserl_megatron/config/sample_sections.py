@@ -145,6 +145,10 @@ class SampleConfig(AskConfig):
     """Words in a row that two prompts must share to overlap; shorter prompts must be the same."""
     heldout_action: Literal["count", "drop"] = "count"
     """drop: prompts that overlap are left out."""
+    shards: int = 1
+    """Parts into which the prompts are divided by what they say, each a folder of its own: tasks of an array job."""
+    shard: int | None = None
+    """The part to sample, from 0. null: the task's number in an array job, elsewhere all parts one after the other."""
     on_too_long: Literal["stop", "allow"] = "stop"
     """stop before sampling when the longest prompt and max_tokens exceed the server's context; allow: such answers are
     cut, or fail, and are counted."""

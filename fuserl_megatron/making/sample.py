@@ -1,8 +1,10 @@
 """`fuserl sample`: n answers of every source to every prompt, each exactly once, however often it is interrupted."""
 
 import importlib.util
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
 from fuserl_megatron.making.answers import heldout_marks, marks
@@ -25,17 +27,36 @@ def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
     need_aiohttp()
     output = Path(config.output)
     stopping.remove_marker(output)
-    runs = open_runs(config, sources)
-    told = conduct(config, runs)
-    done = {run.source.name: run.done for run in runs if run.done is not None}
+    done: dict[str, dict[str, Any]] = {}
+    for shard in shards_of(config):
+        runs = open_runs(config, sources, shard)
+        told = conduct(config, runs)
+        done |= {run.name: run.done for run in runs if run.done is not None}
+        if told:
+            stopping.ask_for_more(output, f"stopped by {told}; everything that was answered is kept")
+            break
     if done:
         print(*table(done), sep="\n", flush=True)
-        if len(done) == len(runs):
+        if not told and len(done) == len(sources) * config.shards:
             write_html(output / "report.html", done)
             print(f"written: {output} (report.html has the figures)", flush=True)
-    if told:
-        stopping.ask_for_more(output, f"stopped by {told}; everything that was answered is kept")
     return 0
+
+
+def shards_of(config: SampleConfig, environ: Mapping[str, str] = os.environ) -> list[int]:
+    """The parts that this process samples.
+
+    Raises:
+        UserError: the task's number in the array job is none of them.
+    """
+    if config.shards == 1 or config.shard is not None:
+        return [config.shard or 0]
+    task = environ.get("SLURM_ARRAY_TASK_ID", "")
+    if not task:
+        return list(range(config.shards))
+    if int(task) >= config.shards:
+        raise UserError(f"shards={config.shards}: this is task {task} of the array; --array=0-{config.shards - 1} fits")
+    return [int(task)]
 
 
 def need_aiohttp(command: str = "sample") -> None:
@@ -51,8 +72,8 @@ def check_sources(sources: Sequence[SourceConfig]) -> None:
             check_program(source)
 
 
-def open_runs(config: SampleConfig, sources: list[SourceConfig]) -> list[SampleRun]:
-    """Read the prompts and prepare a run for each source. Writes nothing.
+def open_runs(config: SampleConfig, sources: list[SourceConfig], shard: int = 0) -> list[SampleRun]:
+    """Read the prompts of a shard and prepare a run for each source. Writes nothing.
 
     Raises:
         UserError: prompts or demonstrations that cannot be used, or a key that is not in the environment.
@@ -72,11 +93,11 @@ def open_runs(config: SampleConfig, sources: list[SourceConfig]) -> list[SampleR
         num_overlapping += overlaps
         return overlaps and config.heldout_action == "drop"
 
-    prompts = PromptList(config.prompts, config.on_bad_record, refuse, is_left_out)
+    prompts = PromptList(config.prompts, config.on_bad_record, refuse, is_left_out, (shard, config.shards))
     if config.heldout:
         what = "left out" if config.heldout_action == "drop" else "kept (heldout_action=drop leaves them out)"
         print(f"prompts: {num_overlapping:,} overlap with held-out ones: {what}", flush=True)
     for name, count in prompts.counts.items():
         if name.startswith("ignored_"):
             print(f"prompts: field {name.removeprefix('ignored_')!r} of {count:,} rows is not read; put it into meta")
-    return [SampleRun(config, source, prompts) for source in asked]
+    return [SampleRun(config, source, prompts, shard) for source in asked]

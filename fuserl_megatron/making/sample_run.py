@@ -1,19 +1,22 @@
 """One source of `fuserl sample`: every prompt n times."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from fuserl_megatron.config.sample_sections import SampleConfig
-from fuserl_megatron.making.accounting import Account
+from fuserl_megatron.making.accounting import PLAN, Account
 from fuserl_megatron.making.client import Job
+from fuserl_megatron.making.finished import SHARD, shard_names
 from fuserl_megatron.making.parts import key_array
 from fuserl_megatron.making.preflight import Preflight
 from fuserl_megatron.making.prompts import PromptList
 from fuserl_megatron.making.sample_report import ENOUGH_TWINS, Twins, figures_of
 from fuserl_megatron.making.source_run import SourceRun
 from fuserl_megatron.making.sources import Source, key_of_answer, row_of, seed_of
+from fuserl_megatron.util.errors import UserError
 
 ALL_THE_SAME = (
     f"the answers to each of {ENOUGH_TWINS} prompts are the same: does the server obey temperature? "
@@ -26,11 +29,23 @@ class SampleRun(SourceRun):
 
     config: SampleConfig
 
-    def __init__(self, config: SampleConfig, source: Source, prompts: PromptList):
+    def __init__(self, config: SampleConfig, source: Source, prompts: PromptList, shard: int = 0):
         counts = {name: count for name, count in prompts.counts.items() if not name.startswith("ignored_")}
         notes = {"prompts": prompts.names, "expected": len(prompts) * config.n, "num_prompts": len(prompts)}
         super().__init__(config, source, source.plan(config, notes | counts | {"n": config.n}))
         self.prompts, self._twins = prompts, Twins()
+        if config.shards > 1:
+            self.directory = self.directory / shard_names(config.shards)[shard]
+
+    def open(self, stack: contextlib.ExitStack, say: Callable[[str], None]) -> None:
+        """Also refuses a number of shards that is not the one before: answers would be had twice."""
+        parent = self.directory.parent if self.config.shards > 1 else self.directory
+        there = {path.name for path in parent.glob(f"{SHARD}*")}
+        if (self.config.shards > 1 and (parent / PLAN).is_file()) or there - set(shard_names(self.config.shards)):
+            before = int(min(there).rpartition("-")[2]) if there else 1
+            what = f"was sampled with shards={before}, not {self.config.shards}"
+            raise UserError(f"{parent}: {what}; give the same number, or choose another output")
+        super().open(stack, say)
 
     def keys(self) -> np.ndarray:
         """[prompts x n] the names of all answers, prompt by prompt."""

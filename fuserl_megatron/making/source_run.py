@@ -48,6 +48,11 @@ class SourceRun(abc.ABC):
         self._is_stopped = False
         self._starting: asyncio.Task | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is called in tables: its source, with the shard where there are several."""
+        return str(self.directory.relative_to(self.config.output))
+
     @abc.abstractmethod
     def keys(self) -> np.ndarray:
         """[rows] the names of all that is to be had."""
@@ -186,7 +191,7 @@ class SourceRun(abc.ABC):
 
         self.client = client = Client(self.source, self.config, endpoints, answered, failed, display.say)
         there = int(account.have.sum())
-        display.watch(Pace(self.source.name, len(account.keys), there, client))
+        display.watch(Pace(self.name, len(account.keys), there, client))
         started = now()
         syncing = asyncio.create_task(_sync(account))
         try:
