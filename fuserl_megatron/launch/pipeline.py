@@ -108,9 +108,8 @@ class _Chain:
         made = asking_stages(name, words.values(), self.config_dir, apart)
         for key in self.sections.get(name, {}):
             if ".cluster." in key and not any(key.startswith(f"sources.{one.source}.") for one in made.values()):
-                raise UserError(
-                    f"{key}: no job of this source alone; on SLURM each has its own, elsewhere they share one"
-                )
+                why = "is no job of its own: on SLURM each of the sources has one, elsewhere they share a process"
+                raise UserError(f"{key}: {why}")
         for stage, one in made.items():
             self._make(stage, one, name)
 
