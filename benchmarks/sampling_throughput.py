@@ -1,7 +1,8 @@
 """Tokens a second of `fuserl sample` beside `vllm bench serve`: the same server, prompts of one kind, in turns.
 
 Both keep the same number of requests in flight and draw alike (temperature, top_p, a fixed number of tokens). Prompts
-differ from turn to turn, so that nothing is answered from the server's prefix cache.
+differ from turn to turn, so that nothing is answered from the server's prefix cache. Beside the pace stands what the
+server worked for a thousand tokens, in processor time: on a busy machine that is the steadier figure.
 
     python benchmarks/sampling_throughput.py --vllm .venv-vllm/bin/vllm --model models/smollm2
 
@@ -67,6 +68,15 @@ def theirs(options: argparse.Namespace, url: str, folder: Path, prompts: Path) -
     return result["output_throughput"]
 
 
+def worked(process: subprocess.Popen) -> float:
+    """Processor seconds of the server and its engine so far."""
+    import psutil
+
+    top = psutil.Process(process.pid)
+    times = [one.cpu_times() for one in (top, *top.children(recursive=True))]
+    return sum(one.user + one.system for one in times)
+
+
 def wait_for(process: subprocess.Popen, port: int, log: Path) -> None:
     """Until the server answers."""
     started = time.monotonic()
@@ -120,24 +130,30 @@ def main() -> None:
             server = subprocess.Popen([options.vllm, *words], stdout=log, stderr=log, env=os.environ | ENVIRONMENT)
         try:
             wait_for(server, port, folder / "vllm.log")
-            ratios: dict[str, list[float]] = {"with seeds": [], "without seeds": []}
+            paces: dict[str, list[float]] = {"with seeds": [], "without seeds": []}
+            works: dict[str, list[float]] = {name: [] for name in paces}
             for turn in range(options.turns):
-                found = {}
+                found, work = {}, {}
                 arms = ["with seeds", "bench", "without seeds"]
                 for arm in arms if turn % 2 == 0 else reversed(arms):  # who comes first takes turns, too
                     prompts = folder / f"{arm.replace(' ', '_')}_{turn}.jsonl"
                     write_prompts(prompts, f"{turn}{len(arm)}", options.requests)
+                    before = worked(server)
                     if arm == "bench":
                         found[arm] = theirs(options, url, folder, prompts)
                     else:
                         found[arm] = ours(options, url, folder, prompts, arm == "with seeds")
-                for arm, values in ratios.items():
-                    values.append(found[arm] / found["bench"])
-                words = [f"{arm} {pace:.1f}" for arm, pace in found.items()]
-                load = f"load {os.getloadavg()[0]:.1f}"
-                print(f"turn {turn}: tokens/s: {', '.join(words)}; {load}", flush=True)
-            for arm, values in ratios.items():
-                print(f"fuserl sample {arm} / vllm bench serve: median {statistics.median(values):.3f}", flush=True)
+                    work[arm] = 1e3 * (worked(server) - before) / (options.requests * options.tokens)
+                for arm in paces:
+                    paces[arm].append(found[arm] / found["bench"])
+                    works[arm].append(work["bench"] / work[arm])
+                words = [f"{arm} {pace:.1f} ({work[arm]:.1f} s/1,000)" for arm, pace in found.items()]
+                print(f"turn {turn}: tokens/s: {', '.join(words)}; load {os.getloadavg()[0]:.1f}", flush=True)
+            for arm in paces:
+                figures = (
+                    f"pace {statistics.median(paces[arm]):.3f}, by processor time {statistics.median(works[arm]):.3f}"
+                )
+                print(f"fuserl sample {arm} / vllm bench serve, medians: {figures}", flush=True)
         finally:
             server.terminate()
             server.wait(60)
