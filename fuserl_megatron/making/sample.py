@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
+from fuserl_megatron.making.accounting import DONE
 from fuserl_megatron.making.answers import heldout_marks, marks
 from fuserl_megatron.making.conductor import conduct
+from fuserl_megatron.making.finished import account_directories
 from fuserl_megatron.making.prompts import Prompt, PromptList
 from fuserl_megatron.making.sample_report import table, write_html
 from fuserl_megatron.making.sample_run import SampleRun
@@ -16,6 +18,7 @@ from fuserl_megatron.making.servers import check_program
 from fuserl_megatron.making.sources import Source
 from fuserl_megatron.runtime import stopping
 from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.json_files import read_json
 
 
 def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
@@ -37,10 +40,17 @@ def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
             break
     if done:
         print(*table(done), sep="\n", flush=True)
-        if not told and len(done) == len(sources) * config.shards:
-            write_html(output / "report.html", done)
+        write_html(output / "report.html", finished_runs(output))
+        if len(done) == len(sources) * len(shards_of(config)):
             print(f"written: {output} (report.html has the figures)", flush=True)
     return 0
+
+
+def finished_runs(output: Path) -> dict[str, dict[str, Any]]:
+    """done.json of every source and shard in a directory that is finished, also by jobs of their own, by name."""
+    there = account_directories(output, all_shards=False)
+    files = {str(directory.relative_to(output)): directory / DONE for directory in there}
+    return {name: read_json(file) for name, file in files.items() if file.is_file()}
 
 
 def shards_of(config: SampleConfig, environ: Mapping[str, str] = os.environ) -> list[int]:

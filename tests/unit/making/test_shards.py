@@ -31,6 +31,8 @@ def test_tasks_of_an_array_have_together_what_one_run_has(settings, stub, tmp_pa
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
     assert sample(config, [source]) == 0
     rows = all_rows(config)
+    page = (Path(config.output) / "report.html").read_text()
+    assert all(f"a/shard-000{i}-of-0003" in page for i in range(3))
     assert content_of(rows) == whole and len(rows) == 40 and stub.counts["answers"] == 40 + 3
     assert status(config.output) == 0
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
