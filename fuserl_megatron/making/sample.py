@@ -19,6 +19,7 @@ from fuserl_megatron.making.sources import Source
 from fuserl_megatron.runtime import stopping
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import read_json
+from fuserl_megatron.util.locks import only_writer
 
 
 def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
@@ -40,7 +41,8 @@ def sample(config: SampleConfig, sources: list[SourceConfig]) -> int:
             break
     if done:
         print(*table(done), sep="\n", flush=True)
-        write_html(output / "report.html", finished_runs(output))
+        with only_writer(output / ".report.lock", output / "report.html", "type the same command again"):
+            write_html(output / "report.html", finished_runs(output))
         if len(done) == len(sources) * len(shards_of(config)):
             print(f"written: {output} (report.html has the figures)", flush=True)
     return 0
