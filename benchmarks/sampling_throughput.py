@@ -6,7 +6,8 @@ server worked for a thousand tokens, in processor time: on a busy machine that i
 
     python benchmarks/sampling_throughput.py --vllm .venv-vllm/bin/vllm --model models/smollm2
 
-Without --vllm nothing is measured: a server is needed that is not part of this project's environment.
+`vllm bench serve` reads prompts with pandas: `pip install pandas` in its environment. Without --vllm nothing is
+measured: a server is needed that is not part of this project's environment.
 """
 
 import argparse
