@@ -57,6 +57,8 @@ class LogprobSource(Source):
         prompt = self._prompts.get(job.prompt.id)
         if prompt is None:
             told = await post("/tokenize", of_tokenize(self.body(job.prompt.messages, None)), at_root=True)
+            if not isinstance(told, dict) or not told.get("tokens"):
+                raise BadReply("/tokenize gives no tokens")
             prompt = self._prompts[job.prompt.id] = told["tokens"]
             if len(self._prompts) > KEPT_PROMPTS:
                 self._prompts.popitem(last=False)
