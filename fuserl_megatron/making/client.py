@@ -67,8 +67,7 @@ class Stats:
     started: float = field(default_factory=time.monotonic)
 
 
-class _GraceIsOver(Exception):
-    pass
+class _GraceIsOver(Exception): ...
 
 
 class Client:
@@ -173,9 +172,9 @@ class Client:
         import aiohttp
 
         async def post(path: str, body: dict[str, Any], at_root: bool = False) -> Any:
-            content = json.dumps(body, ensure_ascii=False).encode()
+            data = json.dumps(body, ensure_ascii=False).encode()
             url = (endpoint.root if at_root else endpoint.url) + path
-            async with self._session.post(url, data=content, headers=endpoint.headers) as response:
+            async with self._session.post(url, data=data, headers=endpoint.headers) as response:
                 content = await response.read()
                 if response.status != 200:
                     raise Refused(fault_of_status(response.status, response.headers, content))
@@ -191,8 +190,7 @@ class Client:
         except (aiohttp.ClientError, OSError, ValueError) as error:  # TimeoutError is an OSError
             fault = fault_of_error(error)
         else:
-            self._answered(job, endpoint, answer, time.monotonic() - started)
-            return
+            return self._answered(job, endpoint, answer, time.monotonic() - started)
         await self._faulted(job, endpoint, fault)
 
     def _answered(self, job: Job, endpoint: Endpoint, answer: dict[str, Any], seconds: float) -> None:
