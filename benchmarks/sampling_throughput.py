@@ -1,8 +1,9 @@
 """Tokens a second of `fuserl sample` beside `vllm bench serve`: the same server, prompts of one kind, in turns.
 
 Both keep the same number of requests in flight and draw alike (temperature, top_p, a fixed number of tokens). Prompts
-differ from turn to turn, so that nothing is answered from the server's prefix cache. Beside the pace stands what the
-server worked for a thousand tokens, in processor time: on a busy machine that is the steadier figure.
+differ from turn to turn, so that nothing is answered from the server's prefix cache. Beside the pace stand the tokens
+of a step of the server's engine, which are as many as the requests it has at that moment: how full it was kept,
+whatever else the machine does. (The 16 steps of the one probe before our first answer are left out.)
 
     python benchmarks/sampling_throughput.py --vllm .venv-vllm/bin/vllm --model models/smollm2
 
@@ -69,13 +70,13 @@ def theirs(options: argparse.Namespace, url: str, folder: Path, prompts: Path) -
     return result["output_throughput"]
 
 
-def worked(process: subprocess.Popen) -> float:
-    """Processor seconds of the server and its engine so far."""
-    import psutil
-
-    top = psutil.Process(process.pid)
-    times = [one.cpu_times() for one in (top, *top.children(recursive=True))]
-    return sum(one.user + one.system for one in times)
+def engine(url: str) -> tuple[float, float]:
+    """(tokens made, steps) of the server's engine so far."""
+    with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=60) as reply:
+        lines = [line for line in reply.read().decode().splitlines() if not line.startswith("#")]
+    names = ("vllm:generation_tokens_total{", "vllm:iteration_tokens_total_count{")
+    tokens, steps = (sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name)) for name in names)
+    return tokens, steps
 
 
 def wait_for(process: subprocess.Popen, port: int, log: Path) -> None:
@@ -109,6 +110,7 @@ def main() -> None:
     if options.quick:
         options.turns, options.requests = 1, 16
     options.vllm = shutil.which(options.vllm) or options.vllm
+    from fuserl_megatron.making.preflight import PROBE_TOKENS
     from fuserl_megatron.util.ports import free_port
 
     port = free_port()
@@ -132,29 +134,29 @@ def main() -> None:
         try:
             wait_for(server, port, folder / "vllm.log")
             paces: dict[str, list[float]] = {"with seeds": [], "without seeds": []}
-            works: dict[str, list[float]] = {name: [] for name in paces}
+            fills: dict[str, list[float]] = {name: [] for name in (*paces, "bench")}
             for turn in range(options.turns):
-                found, work = {}, {}
+                found = {}
                 arms = ["with seeds", "bench", "without seeds"]
                 for arm in arms if turn % 2 == 0 else reversed(arms):  # who comes first takes turns, too
                     prompts = folder / f"{arm.replace(' ', '_')}_{turn}.jsonl"
                     write_prompts(prompts, f"{turn}{len(arm)}", options.requests)
-                    before = worked(server)
+                    tokens, steps = engine(url)
                     if arm == "bench":
                         found[arm] = theirs(options, url, folder, prompts)
                     else:
                         found[arm] = ours(options, url, folder, prompts, arm == "with seeds")
-                    work[arm] = 1e3 * (worked(server) - before) / (options.requests * options.tokens)
+                    probe = 0 if arm == "bench" else PROBE_TOKENS
+                    after = engine(url)
+                    fills[arm].append((after[0] - tokens - probe) / (after[1] - steps - probe))
                 for arm in paces:
                     paces[arm].append(found[arm] / found["bench"])
-                    works[arm].append(work["bench"] / work[arm])
-                words = [f"{arm} {pace:.1f} ({work[arm]:.1f} s/1,000)" for arm, pace in found.items()]
+                words = [f"{arm} {pace:.1f} ({fills[arm][-1]:.2f} a step)" for arm, pace in found.items()]
                 print(f"turn {turn}: tokens/s: {', '.join(words)}; load {os.getloadavg()[0]:.1f}", flush=True)
             for arm in paces:
-                figures = (
-                    f"pace {statistics.median(paces[arm]):.3f}, by processor time {statistics.median(works[arm]):.3f}"
-                )
-                print(f"fuserl sample {arm} / vllm bench serve, medians: {figures}", flush=True)
+                pace, full = statistics.median(paces[arm]), statistics.median(fills[arm])
+                ratio = full / statistics.median(fills["bench"])
+                print(f"fuserl sample {arm} / vllm bench serve, medians: pace {pace:.3f}, tokens a step {ratio:.3f}")
         finally:
             server.terminate()
             server.wait(60)
