@@ -25,7 +25,9 @@ class Making:
     config: SampleConfig | LogprobsConfig | ScoreConfig
     """The run's settings, with plain names of sources or rewards."""
     files: Mapping[str, str]
-    """Path in the tree -> text, for each of them."""
+    """Path in the chain's folder -> text, for each of them."""
+    tree: str = ""
+    """The folder in there that is the command's --config-dir: a source may be set otherwise for another stage."""
     writes: tuple[str, ...]
     """Directories that the next stage reads."""
     gpus: int | None
@@ -68,10 +70,11 @@ def asking_stages(kind: str, words: Iterable[str], config_dir: str | Path | None
 
 
 def _asking(config: SampleConfig | LogprobsConfig, sources: Sequence[tuple[str, SourceConfig]]) -> Making:
-    names = tuple(name for name, _ in sources)
+    names, tree = tuple(name for name, _ in sources), "" if isinstance(config, SampleConfig) else "logprobs"
     return Making(
         config=dataclasses.replace(config, sources=names),
-        files=_tree("source", dict(sources)),
+        files=_tree(f"{tree}/source" if tree else "source", dict(sources)),
+        tree=tree,
         writes=tuple(f"{config.output}/{source.name}" for _, source in sources),
         gpus=None if any(not source.url for _, source in sources) else 0,
     )

@@ -120,7 +120,7 @@ class _Chain:
 
     def _make(self, name: str, made: Making, kind: str) -> None:
         self.made[name] = made
-        folder = str(self.root / "launch")
+        folder = str(self.root / "launch" / made.tree)
         self._add(name, ("fuserl", kind, "--config-dir", folder), made.config, made.config.output, made.files, kind)
 
     def _written(self, key: str, kind: str) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def test_resources_and_requeue(words):
 def test_a_job_for_each_source_and_tasks_for_its_shards(words, tmp_path):
     words = [*words, "stages=[sample,logprobs,score,build_sft]", "cluster=slurm", "sample.shards=3"]
     words += ["sample.cluster.time=9:00", "sample.sources.there.cluster.time=5:00"]
+    words += ["logprobs.sources.there.max_in_flight=7"]
     pipeline, stages = stages_of(words)
     names = ["sample_there", "sample_our_own", "logprobs_there", "logprobs_our_own", "score", "build_sft"]
     assert list(stages) == names
@@ -129,6 +130,10 @@ def test_a_job_for_each_source_and_tasks_for_its_shards(words, tmp_path):
     assert settings["sample_there"]["sources"] == settings["logprobs_there"]["sources"] == ["there"]
     assert settings["logprobs_there"]["samples"] == settings["score"]["samples"] == written
     assert settings["score"]["logprobs"] == [str(run / "logprobs" / source) for source in ("there", "our-own")]
+    # a source may be set otherwise there, and is frozen apart
+    files = {**stages["sample_there"].more_config, **stages["logprobs_there"].more_config}
+    assert [yaml.safe_load(text)["max_in_flight"] for text in files.values()] == [256, 7]
+    assert f"{run}/launch/logprobs" in stages["logprobs_there"].command
     script = job_script(pipeline, stages["sample_there"])
     assert "#SBATCH --array=0-2\n" in script and "sample_there_%a.log\n" in script
     assert "\nlogs+=/task_$SLURM_ARRAY_TASK_ID\ndone_file+=.$SLURM_ARRAY_TASK_ID\n" in script
