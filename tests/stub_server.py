@@ -30,6 +30,7 @@ class Stub:
         fields: what /openapi.json lists of a request; None answers 404.
         bos: ids in front of every prompt, of the server's own making.
         ends: whether prompts end with the generation prompt.
+        between: ids that the template puts between it and an answer that is there.
     """
 
     def __init__(self, share: float = 0.0, faults: tuple[str, ...] = FAULTS, seed: int | None = None):
@@ -39,6 +40,7 @@ class Stub:
         self.fields: set[str] | None = None
         self.bos: list[int] = []
         self.tokenizes, self.ends, self.delay = False, True, 0.0
+        self.between: list[int] = []
         self.counts: Counter[str] = Counter()
         self.seen: Counter[str] = Counter()
         self.in_flight = self.most_in_flight = 0
@@ -53,7 +55,12 @@ class Stub:
                 if body.get("add_special_tokens", True)
                 else [*map(ord, body["prompt"])]
             )
-        text = "".join(f"<{m['role']}>{m['content']}" for m in body["messages"])
+        messages = body["messages"]
+        if messages[-1]["role"] == "assistant":  # a finished turn: what ends it is 3 and a line break
+            end = [] if body.get("continue_final_message") else [3, 10]
+            begun = self.ids({"messages": messages[:-1]})
+            return [*begun, *self.between, *map(ord, messages[-1]["content"]), *end]
+        text = "".join(f"<{m['role']}>{m['content']}" for m in messages)
         return [*self.bos, *map(ord, text), *([2] if ends and self.ends else [])]
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
@@ -85,7 +92,22 @@ class Stub:
         choice |= {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         usage = {"prompt_tokens": len(self.ids(body)), "completion_tokens": 20}
         given = {"prompt_token_ids": self.ids(body)} if body.get("return_token_ids") else {}
+        if body.get("logprobs"):
+            values = [-len(text) / 1000, -0.5]
+            content = {"content": [{"logprob": v} for v in values]} if chat else {"token_logprobs": values}
+            choice["logprobs"] = content
+        if "prompt_logprobs" in body:
+            given["prompt_logprobs"] = [
+                None,
+                *(self.likely(token, body["prompt_logprobs"]) for token in self.ids(body)[1:]),
+            ]
         return {"model": body["model"], "choices": [choice], "usage": usage, **given}
+
+    @staticmethod
+    def likely(token: int, k: int) -> dict:
+        """What is said of a token: its own log-probability, and k others that are likelier."""
+        others = {str(token + 1 + i): {"logprob": -0.001 * (1 + i)} for i in range(k)}
+        return {str(token): {"logprob": -(token % 7) / 4 - 0.25}, **others}
 
     async def fault(self, request: web.Request) -> web.StreamResponse:
         """Go wrong in one of the ways."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One command: prompts -> two real models through vLLM -> rewards -> FuseSFT -> FusePO -> held-out answers -> a table.
 # Stopped at any place, the same command goes on: what is there is not made again. README.md says what must be installed.
-#   bash examples/real_sources/run.sh
+#   bash examples/real_sources/run.sh [KEY=VALUE ...]     # overrides of chain.yaml, such as fusesft.trainer.max_steps=4
 set -euo pipefail
 
 here=examples/real_sources
@@ -22,12 +22,12 @@ goes_on() { ! compgen -G "$run/*/REQUEUE" > /dev/null && ! compgen -G "$run/*/*/
 [ -f "$run/gemma/config.json" ] || "$python" "$here/get_gemma.py" --out "$run/gemma"
 [ -f "$run/heldout.jsonl" ] || "$python" "$here/prompts.py" --out "$run"
 
-fuserl launch --config-name chain
+fuserl launch --config-name chain "$@"
 goes_on
 best=$("$python" "$here/table.py" --best-source "$run/fused/score/records.jsonl")
 for arm in "single build_sft.sources=[$best]" "uniform build_sft.reward_temperature=1000"; do
   fuserl launch --config-name chain "stages=[build_sft,fusesft]" "build_sft.inputs=[$run/fused/score]" \
-    "run.results_dir=$run/${arm%% *}" "${arm#* }"
+    "run.results_dir=$run/${arm%% *}" "${arm#* }" "$@"
   goes_on
 done
 

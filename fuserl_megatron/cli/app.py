@@ -20,6 +20,7 @@ from fuserl_megatron.cli import (
     generate,
     keys,
     launch,
+    logprobs,
     nemo_config,
     parity,
     plan,
@@ -35,6 +36,7 @@ from fuserl_megatron.cli.exit_codes import exit_code
 
 COMMANDS = (
     sample,
+    logprobs,
     score,
     build,
     show,

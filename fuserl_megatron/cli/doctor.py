@@ -108,7 +108,7 @@ def print_report(findings: list[Finding], as_json: bool) -> bool:
 # --- packages ---
 
 _EXTRAS = (
-    ("aiohttp", "sample", "fuserl sample"),
+    ("aiohttp", "sample", "fuserl sample, logprobs"),
     ("math-verify", "rules", "fuserl score rewards=[math_verify]"),
     ("if-verifiable", "rules", "fuserl score rewards=[if_verifiable]"),
     ("nemo-run", "nemo", "fuserl launch launcher=nemo"),

@@ -37,7 +37,7 @@ PATTERN is looked for in keys and meanings; the names of other trainers (TRL, ms
 """,
     )
     command.add_argument("pattern", nargs="?", default="", metavar="PATTERN", help="part of a key or of its meaning")
-    command.add_argument("--of", metavar="COMMAND", help="only of train, build, sample, score or launch")
+    command.add_argument("--of", metavar="COMMAND", help="only of train, build, sample, logprobs, score or launch")
     command.add_argument("--markdown", action="store_true", help="print the page docs/settings.md")
 
 

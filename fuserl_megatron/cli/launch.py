@@ -23,9 +23,9 @@ def add(jobs: Jobs) -> None:
       stages=[fusesft,evaluate] fusesft.data.path=fused evaluate.data.path=heldout fusesft.cluster.nodes=4 \\
       fusesft.recipe=llama31_8b_fusesft run.results_dir=runs/large
 
-Stages, in this order: sample, score, import, build_sft, build_po, build_heldout, fusesft, reference, fusepo, export,
-evaluate. Each reads what the ones before it write (build_sft and build_po both read all that score writes).
-STAGE.KEY=value is KEY of `fuserl sample`, `score`, `build` or `train`, train.KEY one for all that train,
+Stages, in this order: sample, logprobs, score, import, build_sft, build_po, build_heldout, fusesft, reference, fusepo,
+export, evaluate. Each reads what the ones before it write (build_sft and build_po both read all that score writes).
+STAGE.KEY=value is KEY of `fuserl sample`, `logprobs`, `score`, `build` or `train`, train.KEY one for all that train,
 STAGE.cluster.KEY a resource of one stage. On this machine (cluster=local) a stage takes TP x PP x CP ranks unless
 cluster.ntasks_per_node says otherwise; evaluate compares with target (evaluate.before=DIR, or null). The same command
 again goes on where the chain stopped.

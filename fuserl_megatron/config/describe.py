@@ -28,7 +28,7 @@ class Setting:
 def commands() -> dict[str, tuple[type, ...]]:
     """The dataclasses behind each command; one of several for settings that lie in files of their own."""
     from fuserl_megatron.config.launch_sections import LaunchConfig
-    from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
+    from fuserl_megatron.config.sample_sections import LogprobsConfig, SampleConfig, SourceConfig
     from fuserl_megatron.config.schema import BuildConfig, Config
     from fuserl_megatron.config.score_sections import KINDS, ScoreConfig
 
@@ -36,6 +36,7 @@ def commands() -> dict[str, tuple[type, ...]]:
         "train": (Config,),
         "build": (BuildConfig,),
         "sample": (SampleConfig, SourceConfig),
+        "logprobs": (LogprobsConfig,),
         "score": (ScoreConfig, *KINDS.values()),
         "launch": (LaunchConfig,),
     }
@@ -73,14 +74,15 @@ def _of_section(command: str, schema: type, prefix: str) -> Iterator[Setting]:
 
 
 def _meanings(schema: type) -> dict[str, str]:
-    """The string under each field."""
-    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]).body
+    """The string under each field, those of the classes it is made of included."""
     found, name = {}, None
-    for node in body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name is not None:
-            found[name] = " ".join(str(node.value.value).split())
+    for part in reversed([part for part in schema.__mro__ if dataclasses.is_dataclass(part)]):
+        for node in typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(part))).body[0]).body:
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                name = node.target.id
+            elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name is not None:
+                found[name] = " ".join(str(node.value.value).split())
+        name = None
     return found
 
 

@@ -1,12 +1,12 @@
 """Settings of `fuserl launch`: which stages, where they run, and what they share. The stages' own sections (fusesft,
-build_sft, sample, ...) hold overrides of `fuserl train`, `build`, `sample` and `score`, whose schemas check them."""
+build_sft, sample, ...) hold overrides of the commands `train`, `build`, `sample`, `logprobs` and `score`."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 # fmt: off
-StageName = Literal["sample", "score", "import", "build_sft", "build_po", "build_heldout", "fusesft", "reference",
-                    "fusepo", "export", "evaluate"]
+StageName = Literal["sample", "logprobs", "score", "import", "build_sft", "build_po", "build_heldout", "fusesft",
+                    "reference", "fusepo", "export", "evaluate"]
 # fmt: on
 
 

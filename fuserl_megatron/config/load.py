@@ -16,13 +16,12 @@ from typing import Any, Literal, overload
 from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.keys import about_key, all_keys, plain, plain_type
 from fuserl_megatron.config.run_directory import fold
-from fuserl_megatron.config.sample_sections import SampleConfig
 from fuserl_megatron.config.schema import BuildConfig, Config
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import nearest, show
 
 Place = str | Path | None
-SCHEMAS: dict[str, type] = {"train": Config, "build": BuildConfig, "sample": SampleConfig}
+SCHEMAS: dict[str, type] = {"train": Config, "build": BuildConfig}
 EXAMPLES = {
     "model.path": "model.path=/models/Llama-3.1-8B-Instruct",
     "data.path": "data.path=/data/fused (the directory `fuserl build` wrote)",
@@ -50,23 +49,17 @@ def load_config(
 ) -> BuildConfig: ...
 
 
-@overload
 def load_config(
-    kind: Literal["sample"], overrides: Sequence[str] = ..., config_dir: Place = ..., config_name: str | None = ...
-) -> SampleConfig: ...
-
-
-def load_config(
-    kind: Literal["train", "build", "sample"],
+    kind: Literal["train", "build"],
     overrides: Sequence[str] = (),
     config_dir: Place = None,
     config_name: str | None = None,
     later: Collection[str] = (),
-) -> Config | BuildConfig | SampleConfig:
+) -> Config | BuildConfig:
     """Compose conf/, the user's own directory and the command line into one checked configuration.
 
     Args:
-        kind: which root: "train" gives a `Config`, "build" a `BuildConfig`, "sample" a `SampleConfig`.
+        kind: which root: "train" gives a `Config`, "build" a `BuildConfig`.
         overrides: hydra overrides such as `optim.lr=1e-6` or `recipe=llama31_8b_fusesft`.
         config_dir: the user's own directory of yaml files, searched before the shipped tree.
         config_name: root file (without .yaml) in config_dir or the shipped tree, or the path of a yaml file.

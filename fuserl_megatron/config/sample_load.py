@@ -1,18 +1,21 @@
-"""The settings of `fuserl sample`: the run's own, and those of every source it names, each from a file of its own."""
+"""The settings of `fuserl sample` and `fuserl logprobs`: the run's own, and those of every source it names, each from
+a file of its own."""
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from fuserl_megatron.config.compose import compose_tree, conf_dir
-from fuserl_megatron.config.load import from_dict, load_config
-from fuserl_megatron.config.sample_rules import check_sample, check_source
-from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
+from fuserl_megatron.config.load import from_dict
+from fuserl_megatron.config.sample_rules import check_run, check_source
+from fuserl_megatron.config.sample_sections import AskConfig, LogprobsConfig, SampleConfig, SourceConfig
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.paths import did_you_mean
 from fuserl_megatron.util.text import nearest
 
 GROUP = "source"
+Run = TypeVar("Run", bound=AskConfig)
 
 
 def load_sample(
@@ -28,10 +31,27 @@ def load_sample(
     Raises:
         UserError: what `load_config` refuses, a source that is not there, a rule between settings that does not hold.
     """
+    return _load(SampleConfig, "sample", overrides, config_dir, config_name)
+
+
+def load_logprobs(
+    overrides: Sequence[str] = (), config_dir: str | Path | None = None, config_name: str | None = None
+) -> tuple[LogprobsConfig, list[SourceConfig]]:
+    """The same for conf/logprobs.yaml."""
+    return _load(LogprobsConfig, "logprobs", overrides, config_dir, config_name)
+
+
+def _load(
+    schema: type[Run],
+    root: str,
+    overrides: Sequence[str],
+    config_dir: str | Path | None,
+    config_name: str | None,
+) -> tuple[Run, list[SourceConfig]]:
     own = [text for text in overrides if not _key(text).startswith("sources.")]
     theirs = [text for text in overrides if _key(text).startswith("sources.")]
-    run = load_config("sample", own, config_dir, config_name)
-    check_sample(run)
+    run = from_dict(schema, compose_tree(schema, config_name or root, own, config_dir))
+    check_run(run)
     names = [Path(item).name.removesuffix(".yaml") for item in run.sources]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"sources: {twice} is named twice; name each once")

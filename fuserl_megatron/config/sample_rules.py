@@ -7,23 +7,30 @@ from operator import attrgetter
 from typing import Any
 
 from fuserl_megatron.config.rules import refuse
-from fuserl_megatron.config.sample_sections import SampleConfig, SamplingConfig, SourceConfig
+from fuserl_megatron.config.sample_sections import AskConfig, LogprobsConfig, SampleConfig, SamplingConfig, SourceConfig
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import nearest
 
-OURS = ("model", "messages", "prompt", "n", "seed", "stream", "chat_template_kwargs", "return_token_ids")
+OURS = ("model", "messages", "prompt", "n", "seed", "stream", "chat_template_kwargs", "return_token_ids", "logprobs")
 """Fields of a request that sampling itself fills in."""
 LOOKS_LIKE_A_KEY = re.compile(r"\b(sk|gsk|hf|xai|pplx|nvapi|ghp|AIza)[-_]?[A-Za-z0-9_-]{18,}")
 FIELDS = {"model", "name", "port"}
 
 
-def check_sample(config: SampleConfig) -> None:
+def check_run(config: AskConfig) -> None:
     """The run's own settings.
 
     Raises:
         UserError: the first rule that does not hold.
     """
-    _check(config, lambda value: value >= 1, "must be at least 1", {"n": 5, "max_attempts": 5})
+    at_least_one = {"max_attempts": 5}
+    if isinstance(config, SampleConfig):
+        at_least_one |= {"n": 5, "shards": 1}
+        last = config.shards - 1
+        _check(config, lambda value: 0 <= value <= last, f"must be from 0 to shards - 1 = {last}", {"shard": last})
+    if isinstance(config, LogprobsConfig):
+        _check(config, lambda value: 0 <= value <= 100, "must be from 0 to 100", {"top_k": 10})
+    _check(config, lambda value: value >= 1, "must be at least 1", at_least_one)
     _check(config, lambda value: value > 0, "must be positive", {"patience": 1800})
     _check(config, lambda value: value >= 0, "must not be negative", {"grace": 60})
     _check(config, lambda value: 0 <= value < 1, "must be a share, at least 0 and below 1", {"max_failures": 0.01})

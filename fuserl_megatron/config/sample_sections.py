@@ -89,6 +89,9 @@ class SourceConfig:
     """How prompts must begin: auto takes the tokenizer's word for whether there is a begin-of-text token."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How answers are drawn."""
+    logprobs: bool = False
+    """Have the server say how likely its own answer was; the row then has source_mean_logps for this source alone.
+    `fuserl logprobs` gives the values of all sources."""
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """The name under which sampling.max_tokens is sent; some paid models take the second one only."""
     send_seed: bool = True
@@ -105,15 +108,31 @@ class SourceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Responses of every source to every prompt (`fuserl sample`)."""
+class AskConfig:
+    """What every run that asks sources is told."""
 
-    prompts: tuple[str, ...] = ()
-    """JSONL or parquet files, globs, or hub data sets; a row is a `prompt` (text or messages), and may have `meta`."""
     output: str = "???"
     """Directory to write: a folder for each source."""
     sources: tuple[str, ...] = ()
     """Names in the group source/, or paths of yaml files. `sources.NAME.KEY=VALUE` changes a setting of one."""
+    max_failures: float = 0.01
+    """Share of the answers that may fail before the run stops. (Unless it is 0, ten may fail in any case.)"""
+    max_attempts: int = 5
+    """How many times one answer is tried. A busy or dead server takes none of them."""
+    patience: float = 1800.0
+    """Seconds without any answer, from servers that run elsewhere, after which the run stops."""
+    grace: float = 60.0
+    """Seconds that requests under way are given to end after Ctrl-C, SIGTERM or SIGUSR1."""
+    retry_failed: bool = False
+    """Ask again for answers that failed in a run that is finished otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(AskConfig):
+    """Responses of every source to every prompt (`fuserl sample`)."""
+
+    prompts: tuple[str, ...] = ()
+    """JSONL or parquet files, globs, or hub data sets; a row is a `prompt` (text or messages), and may have `meta`."""
     n: int = 5
     """Answers of each source to each prompt. A larger number later samples only what is missing."""
     seed: int = 0
@@ -126,16 +145,20 @@ class SampleConfig:
     """Words in a row that two prompts must share to overlap; shorter prompts must be the same."""
     heldout_action: Literal["count", "drop"] = "count"
     """drop: prompts that overlap are left out."""
+    shards: int = 1
+    """Parts into which the prompts are divided by what they say, each a folder of its own: tasks of an array job."""
+    shard: int | None = None
+    """The part to sample, from 0. null: the task's number in an array job, elsewhere all parts one after the other."""
     on_too_long: Literal["stop", "allow"] = "stop"
     """stop before sampling when the longest prompt and max_tokens exceed the server's context; allow: such answers are
     cut, or fail, and are counted."""
-    max_failures: float = 0.01
-    """Share of the answers that may fail before the run stops. (Unless it is 0, ten may fail in any case.)"""
-    max_attempts: int = 5
-    """How many times one answer is tried. A busy or dead server takes none of them."""
-    patience: float = 1800.0
-    """Seconds without any answer, from servers that run elsewhere, after which the run stops."""
-    grace: float = 60.0
-    """Seconds that requests under way are given to end after Ctrl-C, SIGTERM or SIGUSR1."""
-    retry_failed: bool = False
-    """Ask again for answers that failed in a run that is finished otherwise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogprobsConfig(AskConfig):
+    """Log-probabilities of finished answers under every source (`fuserl logprobs`)."""
+
+    samples: tuple[str, ...] = ()
+    """Directories that `fuserl sample` wrote, or files of records (prompt, source, response) in any known format."""
+    top_k: int = 0
+    """Keep this many of the likeliest tokens at each place of an answer, too; the server's limit is usually 20."""

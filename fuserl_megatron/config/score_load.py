@@ -126,7 +126,7 @@ def _check(config: ScoreConfig) -> None:
         )
     if not config.rewards:
         raise UserError("rewards=[]: by what? Type rewards=[length], or another file of conf/reward.")
-    for key in ("samples", "rewards", "heldout", "rescore"):
+    for key in ("samples", "rewards", "logprobs", "heldout", "rescore"):
         values = getattr(config, key)
         if len(set(values)) != len(values):
             raise UserError(f"{key}={show(values)}: one stands twice; name each once.")

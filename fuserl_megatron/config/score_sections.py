@@ -133,6 +133,8 @@ class ScoreConfig:
     """Directory to write; `fuserl build inputs=[output]` reads it."""
     rewards: tuple[str, ...] = ()
     """Names in the group reward/. `rewards.NAME.KEY=VALUE` changes a setting of one, or writes out one of your own."""
+    logprobs: tuple[str, ...] = ()
+    """Directories that `fuserl logprobs` wrote for these answers: the records get their values as source_mean_logps."""
     combine: CombineConfig = field(default_factory=CombineConfig)
     """How their values become one."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)

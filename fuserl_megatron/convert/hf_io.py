@@ -28,9 +28,8 @@ from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES, ShardWrite
 from fuserl_megatron.convert.shards import ShardReader, check_tensors
 from fuserl_megatron.convert.weight_files import find_files
 from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.util.hub import COMPANION_FILES, COMPANION_PATTERNS, TOKENIZER_FILES, local_model
+from fuserl_megatron.util.hub import COMPANION_FILES, COMPANION_PATTERNS, TOKENIZER_FILES, model_directory
 from fuserl_megatron.util.json_files import write_json
-from fuserl_megatron.util.paths import did_you_mean, export_of_run
 from fuserl_megatron.util.whole_directory import cannot_write, check_destination, create_partial, discard, publish
 
 
@@ -45,18 +44,7 @@ def check_model_directory(path: str | Path, allow_pickle: bool = False) -> Path:
     Raises:
         UserError: what is missing and what to do.
     """
-    path = Path(local_model(path))
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such directory{did_you_mean(path) or '; give a local Hugging Face model directory'}"
-        )
-    if not path.is_dir():
-        raise UserError(f"{path}: a file; give the Hugging Face model directory that holds config.json and the weights")
-    if not (path / "config.json").is_file():
-        hint = export_of_run(path)
-        if not hint and (list(path.glob("iter_*")) or (path / "latest_checkpointed_iteration.txt").exists()):
-            hint = " (it looks like a Megatron checkpoint: convert it with `fuserl convert megatron-to-hf`)"
-        raise UserError(f"{path}: no config.json, so not a Hugging Face model directory{hint}; give one that has it")
+    path = model_directory(path)
     find_files(path, allow_pickle)
     return path
 

@@ -62,8 +62,8 @@ def _freeze(pipeline: Pipeline, stages: Sequence[Stage], overrides: Sequence[str
         if stage.config:
             for path, text in {stage.config_path: stage.config, **stage.more_config}.items():
                 write_text(Path(path), text)
-        with contextlib.suppress(FileNotFoundError):
-            pipeline.done_file(stage).unlink()
+        for file in pipeline.done_files(stage):
+            file.unlink(missing_ok=True)
     write_text(folder / "config.yaml", to_yaml(pipeline.config))
     origin = {
         "version": fuserl_megatron.__version__,

@@ -11,9 +11,7 @@ from pathlib import Path
 from fuserl_megatron.launch.launcher import frozen
 from fuserl_megatron.launch.ranks import die_with_parent
 from fuserl_megatron.launch.stages import Pipeline, Stage, write_text
-
-MARKER = "REQUEUE"
-"""What a stage leaves in its results_dir when it was stopped to be continued (runtime/stopping.py)."""
+from fuserl_megatron.util.paths import REQUEUE
 
 
 class Local:
@@ -42,7 +40,7 @@ class Local:
                     f"{stage.name} ended with exit code {code}; the stages after it were not started", file=sys.stderr
                 )
                 return code if code > 0 else 128 - code
-            if stage.resumes and (Path(stage.results_dir) / MARKER).is_file():
+            if stage.resumes and (Path(stage.results_dir) / REQUEUE).is_file():
                 print(f"{stage.name} was stopped and has kept its work; the same command goes on with it")
                 return 0
             write_text(pipeline.done_file(stage), stage.hash + "\n")

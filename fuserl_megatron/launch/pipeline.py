@@ -1,13 +1,12 @@
 """From the launcher's configuration to a list of stages: what each runs, on how much, and what it waits for.
 
-    sample -> score -> import -> build_sft, build_po, build_heldout -> fusesft -> reference -> fusepo -> export
-    -> evaluate
+    sample -> logprobs -> score -> import -> build_sft, build_po, build_heldout -> fusesft -> reference -> fusepo
+    -> export -> evaluate
 
 Nothing is written or started here. Every stage that reads settings gets them frozen as yaml: composed as its own
 command would, over defaults that make a stage read what the ones before it write.
 """
 
-import dataclasses
 import hashlib
 import re
 import shlex
@@ -16,17 +15,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.derived import replica_ranks
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
-from fuserl_megatron.config.load import from_dict, load_config, to_yaml
+from fuserl_megatron.config.load import load_config, to_yaml
 from fuserl_megatron.config.objective import uses_reference
-from fuserl_megatron.config.sample_sections import SampleConfig
-from fuserl_megatron.config.schema import BuildConfig, Config
-from fuserl_megatron.config.score_sections import ScoreConfig
+from fuserl_megatron.config.schema import Config
 from fuserl_megatron.config.validate import validate, validate_build
-from fuserl_megatron.launch.making import Making, sample_stage, score_stage
-from fuserl_megatron.launch.sections import ORDER, key_of, load_sections, override, value_of
+from fuserl_megatron.launch.making import Making, asking_stages, score_stage
+from fuserl_megatron.launch.resources import resources
+from fuserl_megatron.launch.sections import ORDER, load_sections, override, value_of
 from fuserl_megatron.launch.stages import Pipeline, Stage
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.hub import local_model
@@ -34,7 +31,8 @@ from fuserl_megatron.util.paths import did_you_mean, export_of_run
 from fuserl_megatron.util.text import show
 
 READS = {
-    "score": ("sample",),
+    "logprobs": ("sample",),
+    "score": ("sample", "logprobs"),
     "build_sft": ("import", "score"),
     "build_po": ("import", "score"),
     "build_heldout": ("import",),
@@ -96,18 +94,43 @@ class _Chain:
         return Pipeline(config=self.config, stages=tuple(self.stages.values()), notes=tuple(self.notes))
 
     def _sample(self, name: str) -> None:
-        words = self._words({"output": str(self.root / name)}, name)
-        self._make(name, sample_stage(words.values(), self.config_dir))
+        self._ask(name, {})
+
+    def _logprobs(self, name: str) -> None:
+        asked = {key: word for key, word in self.sections.get("sample", {}).items() if key.startswith("sources")}
+        self.sections = {**self.sections, name: asked | self.sections.get(name, {})}
+        self._ask(name, self._written("samples", "sample"))
+
+    def _ask(self, name: str, defaults: dict[str, Any]) -> None:
+        """On SLURM a job for each source, if the jobs are ours: nemo-run has no array jobs."""
+        apart = self.config.cluster.type == "slurm" and self.config.launcher == "fuserl"
+        words = self._words({"output": str(self.root / name)} | defaults, name)
+        made = asking_stages(name, words.values(), self.config_dir, apart)
+        for key in self.sections.get(name, {}):
+            if ".cluster." in key and not any(key.startswith(f"sources.{one.source}.") for one in made.values()):
+                why = "is no job of its own: on SLURM each of the sources has one, elsewhere they share a process"
+                raise UserError(f"{key}: {why}")
+        for stage, one in made.items():
+            self._make(stage, one, name)
 
     def _score(self, name: str) -> None:
-        samples = {"samples": self.made["sample"].writes} if "sample" in self.made else {}
-        words = self._words({"output": str(self.root / name)} | samples, name)
-        self._make(name, score_stage(words.values(), self.config_dir))
+        there = self._written("samples", "sample") | self._written("logprobs", "logprobs")
+        words = self._words({"output": str(self.root / name)} | there, name)
+        self._make(name, score_stage(words.values(), self.config_dir), name)
 
-    def _make(self, name: str, made: Making) -> None:
+    def _make(self, name: str, made: Making, kind: str) -> None:
         self.made[name] = made
-        folder = str(self.root / "launch")
-        self._add(name, ("fuserl", name, "--config-dir", folder), made.config, made.config.output, made.files)
+        folder = str(self.root / "launch" / made.tree)
+        self._add(name, ("fuserl", kind, "--config-dir", folder), made.config, made.config.output, made.files, kind)
+
+    def _written(self, key: str, kind: str) -> dict[str, Any]:
+        """What a later stage reads of those of this kind, as a default."""
+        found = [path for name in self._of(kind) if name in self.made for path in self.made[name].writes]
+        return {key: found} if found else {}
+
+    def _of(self, kind: str) -> list[str]:
+        """The stages so far that are this one, or a part of it for one source."""
+        return [name for name in self.stages if name == kind or name.startswith(f"{kind}_")]
 
     def _import(self, name: str) -> None:
         if self.is_hf:
@@ -197,7 +220,7 @@ class _Chain:
         words = {key: override(key, value) for key, value in defaults.items()}
         for section in sections:
             words |= self.sections.get(section, {})
-        return {key: word for key, word in words.items() if key.partition(".")[0] != "cluster"}
+        return {key: word for key, word in words.items() if not re.match(r"(sources\.[^=]*\.)?cluster\.", key)}
 
     def _compose(self, name: str, words: Mapping[str, str]) -> Config:
         words = {"run.results_dir": override("run.results_dir", str(self.root / name))} | dict(words)
@@ -206,7 +229,7 @@ class _Chain:
             if f"exp_manager.{nemo}" in words and words[f"run.{ours}"] not in self._given(f"run.{ours}"):
                 del words[f"run.{ours}"]  # a default of the chain, no second opinion
         config = load_config("train", list(words.values()), self.config_dir)
-        ranks, unit = self._cluster(name, config).num_ranks, replica_ranks(config.model)
+        ranks, unit = self._cluster(name, config, name).num_ranks, replica_ranks(config.model)
         if ranks % unit:
             raise UserError(
                 f"cluster: ranks in all = {ranks}, must be a multiple of TP x PP x CP = {unit}; "
@@ -229,52 +252,40 @@ class _Chain:
         self.trained[name] = config
         self._add(name, ("fuserl", "train"), config, config.run.results_dir)
 
-    def _cluster(self, name: str, config: object) -> ClusterConfig:
-        """The chain's resources, or one process of them, with the stage's own over them.
-
-        The one process has no GPU, but where it starts servers (all of a node) or holds a reward model (one).
-        On this machine a stage that trains takes the ranks of its layout, as `fuserl train` does, unless it is said.
-        """
-        words = [word for key, word in self.sections.get(name, {}).items() if key.startswith("cluster.")]
-        values = compose_tree(LaunchConfig, "config", words)["cluster"] if words else {}
-        gpus = self.config.cluster.gpus_per_node if name in self.made else None
-        if gpus is not None and (most := self.made[name].gpus) is not None:
-            gpus = min(gpus, most) or None
-        alone = {} if isinstance(config, Config) else dict(nodes=1, ntasks_per_node=1, gpus_per_node=gpus)
-        changed = {key: values[key] for key in (key_of(word).partition(".")[2] for word in words)}
-        merged = dataclasses.asdict(self.config.cluster) | alone | changed
-        cluster = from_dict(LaunchConfig, {"target": "-", "cluster": merged}).cluster
-        if cluster.type != self.config.cluster.type:
-            raise UserError(f"cluster.type={cluster.type}: is the same for all stages; write cluster={cluster.type}.")
-        _check_cluster(cluster)
-        if (
-            isinstance(config, Config)
-            and cluster.type == "local"
-            and cluster.ntasks_per_node is cluster.gpus_per_node is None
-        ):
-            return dataclasses.replace(cluster, ntasks_per_node=replica_ranks(config.model))
-        return cluster
+    def _cluster(self, name: str, config: object, kind: str) -> ClusterConfig:
+        """The stage's resources; a job of one source has its own over those of its kind."""
+        section, made = self.sections.get(kind, {}), self.made.get(name)
+        words = [word for key, word in section.items() if key.startswith("cluster.")]
+        own = f"sources.{made.source}." if made and made.source else "-"
+        words += [word.removeprefix(own) for key, word in section.items() if key.startswith(f"{own}cluster.")]
+        gpus = self.config.cluster.gpus_per_node if made else None
+        if gpus is not None and made and made.gpus is not None:
+            gpus = min(gpus, made.gpus) or None
+        return resources(self.config.cluster, words, config if isinstance(config, Config) else None, gpus)
 
     def _add(
         self,
         name: str,
         command: tuple[str, ...],
-        config: Config | BuildConfig | SampleConfig | ScoreConfig | None = None,
+        config: object = None,
         results_dir: str = "",
         more: Mapping[str, str] = MappingProxyType({}),
+        kind: str = "",
     ) -> None:
+        kind = kind or name
         folder = self.root / "launch"
         text, path = (to_yaml(config), str(folder / f"{name}.yaml")) if config is not None else ("", "")
         if path:
             command += ("--config-name", path)
-        depends_on = tuple(other for other in READS.get(name, ()) if other in self.stages)
+        depends_on = tuple(other for read in READS.get(kind, ()) for other in self._of(read))
         parts = [*command, text, *more.values(), *(self.stages[other].hash for other in depends_on)]
         digest = hashlib.sha256("\0".join(parts).encode())
         self.stages[name] = Stage(
             name=name,
             command=command,
             depends_on=depends_on,
-            cluster=self._cluster(name, config),
+            cluster=self._cluster(name, config, kind),
+            tasks=self.made[name].tasks if name in self.made else 0,
             trains=isinstance(config, Config),
             resumes=isinstance(config, Config) or name in self.made,
             config=text,
@@ -283,14 +294,3 @@ class _Chain:
             results_dir=str(Path(results_dir).resolve()) if results_dir else str(self.root / name),
             hash=digest.hexdigest()[:16],
         )
-
-
-def _check_cluster(cluster: ClusterConfig) -> None:
-    for name in ("nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "signal_seconds"):
-        if (value := getattr(cluster, name)) is not None and value < 1:
-            raise UserError(f"cluster.{name}={value}: must be at least 1; cluster.{name}=1 would work.")
-    if cluster.type == "local" and cluster.nodes > 1:
-        raise UserError(f"cluster.nodes={cluster.nodes}: cluster=local is one machine; cluster.nodes=1 would work.")
-    for pair in cluster.env:
-        if not re.fullmatch(r"[A-Za-z_]\w*=.*", pair, re.DOTALL):
-            raise UserError(f"cluster.env=[{pair}]: is no NAME=value; 'cluster.env=[\"NCCL_DEBUG=WARN\"]' would work.")

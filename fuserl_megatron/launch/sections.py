@@ -17,10 +17,10 @@ from fuserl_megatron.util.text import nearest, show
 
 ORDER: tuple[str, ...] = typing.get_args(StageName)
 # fmt: off
-SECTIONS = ("sample", "score", "train", "build_sft", "build_po", "build_heldout", "fusesft", "reference", "fusepo",
-            "evaluate")
+SECTIONS = ("sample", "logprobs", "score", "train", "build_sft", "build_po", "build_heldout", "fusesft", "reference",
+            "fusepo", "evaluate")
 # fmt: on
-"""Sections whose keys are those of `fuserl sample`, `score`, `build` or `train`."""
+"""Sections whose keys are those of `fuserl sample`, `logprobs`, `score`, `build` or `train`."""
 
 
 def load_sections(

@@ -49,7 +49,7 @@ class Slurm:
         """Write the scripts and submit them."""
         for stage in stages:
             write_text(pipeline.folder / f"{stage.name}.sbatch", job_script(pipeline, stage))
-        logs = {stage.name: f"{pipeline.folder / stage.name}.log" for stage in stages}
+        logs = {stage.name: f"{pipeline.folder / stage.name}{'_*' if stage.tasks else ''}.log" for stage in stages}
         return record(pipeline, submit(pipeline, stages), logs)
 
 
@@ -76,7 +76,8 @@ def job_script(pipeline: Pipeline, stage: Stage) -> str:
     cluster, folder = stage.cluster, pipeline.folder
     options = {
         "job-name": f"{pipeline.config.run.name}-{stage.name}",
-        "output": str(folder / f"{stage.name}.log").replace("%", "%%"),
+        "output": str(folder / stage.name).replace("%", "%%") + ("_%a.log" if stage.tasks else ".log"),
+        "array": f"0-{stage.tasks - 1}" if stage.tasks else None,
         "open-mode": "append",
         "chdir": str(Path.cwd()),
         "nodes": cluster.nodes,
@@ -114,6 +115,7 @@ def job_script(pipeline: Pipeline, stage: Stage) -> str:
             *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
             *cluster.setup,
             *(f"{name}={shlex.quote(value)}" for name, value in settings.items()),
+            *(("logs+=/task_$SLURM_ARRAY_TASK_ID", "done_file+=.$SLURM_ARRAY_TASK_ID") if stage.tasks else ()),
             f"command=({shlex.join(stage.command)})",
             "",
             _body(),
@@ -153,7 +155,7 @@ def still_there(jobs: Mapping[str, str]) -> dict[str, str]:
     """Those of the jobs that wait or run, with their state in SLURM's word."""
     if not jobs:
         return {}
-    command = ["squeue", "--noheader", "--format=%i %T", f"--jobs={','.join(jobs.values())}"]
+    command = ["squeue", "--noheader", "--format=%F %T", f"--jobs={','.join(jobs.values())}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)  # fails where SLURM knows none of them
     states = dict(line.split() for line in done.stdout.splitlines())
     return {name: states[job] for name, job in jobs.items() if job in states}

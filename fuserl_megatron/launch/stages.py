@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
+from fuserl_megatron.util.files import write_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class Stage:
     """Whether it runs ranks of the trainer; the others are one process, without a GPU unless their own section asks."""
     resumes: bool = False
     """Whether it can be told to stop and be continued: then it ends with 0 and leaves REQUEUE in results_dir."""
+    tasks: int = 0
+    """Of an array job, each of which runs the command and finds its part by its number; 0: one job."""
     config: str = ""
     """Text of the frozen settings, to be written to config_path before the stage starts."""
     config_path: str = ""
@@ -54,18 +57,21 @@ class Pipeline:
         return self.root / "launch"
 
     def done_file(self, stage: Stage) -> Path:
-        """Holds the stage's hash once it has succeeded."""
+        """Holds the stage's hash once it has succeeded; of an array job each task's has the number behind it."""
         return self.folder / f"{stage.name}.done"
+
+    def done_files(self, stage: Stage) -> list[Path]:
+        """All of them."""
+        file = self.done_file(stage)
+        return [file.with_name(f"{file.name}.{task}") for task in range(stage.tasks)] or [file]
 
     def is_done(self, stage: Stage) -> bool:
         """Whether it has succeeded under these settings."""
-        file = self.done_file(stage)
-        return file.is_file() and file.read_text(encoding="utf-8").strip() == stage.hash
+        files = self.done_files(stage)
+        return all(file.is_file() and file.read_text(encoding="utf-8").strip() == stage.hash for file in files)
 
 
 def write_text(file: Path, text: str) -> None:
     """Write a small file of the chain, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(file)
+    write_file(file, [text.encode()])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fuserl_megatron.making.accounting import PLAN
-from fuserl_megatron.making.finished import account_directories, finished_lines, read_done
+from fuserl_megatron.making.finished import SHARD, account_directories, finished_lines, read_done
 from fuserl_megatron.making.parts import key_array, key_of
 from fuserl_megatron.records.files import rows
 from fuserl_megatron.records.format_reader import FormatReader
@@ -98,7 +98,8 @@ def read_rows(names: Sequence[str]) -> Iterator[Answer]:
 
 def _found(name: str) -> tuple[list[Path], list[str]]:
     """The directories of `fuserl sample` that are meant, or else files."""
-    if os.path.isdir(name) and any(list(Path(name).glob(pattern)) for pattern in (PLAN, f"*/{PLAN}")):
+    patterns = (PLAN, f"*/{PLAN}", f"*/{SHARD}*/{PLAN}")
+    if os.path.isdir(name) and any(list(Path(name).glob(pattern)) for pattern in patterns):
         return account_directories(name), []
     return [], expand_inputs([name], "samples")
 

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fuserl_megatron.config.sample_sections import SampleConfig
+from fuserl_megatron.config.sample_sections import AskConfig
 from fuserl_megatron.making.accounting import now
 from fuserl_megatron.making.endpoint import Endpoint
 from fuserl_megatron.making.faults import Fault, alike, fault_of_error, fault_of_status
 from fuserl_megatron.making.prompts import Prompt
-from fuserl_megatron.making.sources import BadReply, Source
+from fuserl_megatron.making.sources import BadReply, Refused, Source
 from fuserl_megatron.util.errors import UserError
 
 TICK_S = 0.1
@@ -41,8 +41,10 @@ class Job:
     position: int
     """Of its key among the expected ones."""
     prompt: Prompt
-    index: int
-    seed: int
+    index: int = 0
+    seed: int | None = None
+    response: str = ""
+    """The finished answer that is asked about, where it is not an answer that is asked for."""
     attempts: int = 0
     """Requests that failed through no fault of a busy or dead server."""
     deaths: int = 0
@@ -65,8 +67,7 @@ class Stats:
     started: float = field(default_factory=time.monotonic)
 
 
-class _GraceIsOver(Exception):
-    pass
+class _GraceIsOver(Exception): ...
 
 
 class Client:
@@ -80,7 +81,7 @@ class Client:
     def __init__(
         self,
         source: Source,
-        run: SampleConfig,
+        run: AskConfig,
         endpoints: list[Endpoint],
         on_answer: Callable[[Job, dict[str, Any], dict[str, Any]], None],
         on_failure: Callable[[Job, Fault], None],
@@ -170,27 +171,26 @@ class Client:
     async def _ask(self, job: Job, endpoint: Endpoint) -> None:
         import aiohttp
 
-        body = json.dumps(self.source.body(job.prompt.messages, job.seed), ensure_ascii=False).encode()
-        started, reply = time.monotonic(), None
-        try:
-            url = endpoint.url + self.source.path
-            async with self._session.post(url, data=body, headers=endpoint.headers) as response:
+        async def post(path: str, body: dict[str, Any], at_root: bool = False) -> Any:
+            data = json.dumps(body, ensure_ascii=False).encode()
+            url = (endpoint.root if at_root else endpoint.url) + path
+            async with self._session.post(url, data=data, headers=endpoint.headers) as response:
                 content = await response.read()
                 if response.status != 200:
-                    fault = fault_of_status(response.status, response.headers, content)
-                else:
-                    reply = json.loads(content)
+                    raise Refused(fault_of_status(response.status, response.headers, content))
+                return json.loads(content)
+
+        started = time.monotonic()
+        try:
+            answer = await self.source.ask(job, post)
+        except Refused as refused:
+            fault = refused.fault
+        except BadReply as bad:
+            fault = Fault("broken", str(bad), "bad_reply")
         except (aiohttp.ClientError, OSError, ValueError) as error:  # TimeoutError is an OSError
             fault = fault_of_error(error)
-        if reply is not None:
-            try:
-                answer = self.source.answer(reply)
-            except BadReply as bad:
-                fault = Fault("broken", str(bad), "bad_reply")
-            else:
-                seconds = time.monotonic() - started
-                self._answered(job, endpoint, answer, seconds)
-                return
+        else:
+            return self._answered(job, endpoint, answer, time.monotonic() - started)
         await self._faulted(job, endpoint, fault)
 
     def _answered(self, job: Job, endpoint: Endpoint, answer: dict[str, Any], seconds: float) -> None:

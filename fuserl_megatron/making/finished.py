@@ -12,21 +12,35 @@ from fuserl_megatron.making.parts import read_places
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import read_json
 
+SHARD = "shard-"
 
-def account_directories(directory: str | Path) -> list[Path]:
-    """The directories with a plan.json: this one, or those in it, by name.
+
+def account_directories(directory: str | Path, all_shards: bool = True) -> list[Path]:
+    """The directories with a plan.json: this one, or those in it, by name; of a source in shards each shard's.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or with `all_shards` one of a source's is missing.
     """
     top = Path(directory)
     if (top / PLAN).is_file():
         return [top]
-    found = sorted(file.parent for file in top.glob(f"*/{PLAN}"))
+    patterns = (f"*/{PLAN}", f"{SHARD}*/{PLAN}", f"*/{SHARD}*/{PLAN}")
+    found = sorted({file.parent for pattern in patterns for file in top.glob(pattern)})
     if not found:
         what = "no such directory" if not top.exists() else f"no {PLAN} in it or in its folders"
         raise UserError(f"{top}: {what}: not written by `fuserl sample` or `fuserl score`")
+    for parent in sorted({path.parent for path in found if path.name.startswith(SHARD)}) if all_shards else ():
+        there = [path.name for path in found if path.parent == parent]
+        wanted = shard_names(int(there[0].rpartition("-")[2]))
+        if missing := [name for name in wanted if name not in there]:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise UserError(f"{parent}: {missing[0]}{more} is not begun; sample all of its shards first")
     return found
+
+
+def shard_names(count: int) -> list[str]:
+    """The folders of a source that is sampled in so many parts."""
+    return [f"{SHARD}{number:04d}-of-{count:04d}" for number in range(count)]
 
 
 def read_plan(directory: Path) -> dict[str, Any]:

@@ -6,8 +6,7 @@ from typing import Any
 
 from fuserl_megatron.records.messages import Messages
 from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.util.hub import local_model
-from fuserl_megatron.util.paths import did_you_mean, export_of_run
+from fuserl_megatron.util.hub import model_directory
 from fuserl_megatron.util.text import first_line
 
 
@@ -19,16 +18,10 @@ class Generator:
     """
 
     def __init__(self, path: str, dtype: str = "auto"):
-        import os
-
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        directory = local_model(path)
-        if not os.path.isdir(directory):
-            raise UserError(f"{path}: no such directory{did_you_mean(path)}")
-        if exported := export_of_run(directory):
-            raise UserError(f"{path}: holds no model{exported}")
+        directory = model_directory(path)
         self.name, self.device = path, "cuda" if torch.cuda.is_available() else "cpu"
         kind: Any = dtype if dtype == "auto" else getattr(torch, dtype)
         try:

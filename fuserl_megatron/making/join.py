@@ -34,6 +34,8 @@ class Values:
     parts: dict[str, np.ndarray] = field(default_factory=dict)
     errors: dict[str, Counter[str]] = field(default_factory=dict)
     """Reward -> kind of error -> rows."""
+    logps: dict[str, np.ndarray] = field(default_factory=dict)
+    """Source -> mean log-probabilities."""
 
 
 def needed(table: AnswerTable, config: ScoreConfig, rewards: Mapping[str, Reward]) -> tuple[np.ndarray, dict[str, int]]:
@@ -182,7 +184,7 @@ def group_moments(column: np.ndarray, keep: np.ndarray, groups: np.ndarray) -> t
 
 def write_records(file: Path, names: Sequence[str], table: AnswerTable, total: np.ndarray, values: Values) -> int:
     """Stream the records that have a reward to a file; returns how many."""
-    written = 0
+    written, logps = 0, values.logps
     with open(file, "wb") as output:
         for i, sample in enumerate(answers(names, table)):
             if sample.key != table.keys[i : i + 1].tobytes():
@@ -196,6 +198,8 @@ def write_records(file: Path, names: Sequence[str], table: AnswerTable, total: n
             single = {name: float(column[i]) for name, column in values.rewards.items()}
             record["rewards"] = {name: None if np.isnan(value) else value for name, value in single.items()}
             record |= {name: sample.record[name] for name in CARRIED if sample.record.get(name) is not None}
+            if found := {name: float(column[i]) for name, column in logps.items() if not np.isnan(column[i])}:
+                record["source_mean_logps"] = record.get("source_mean_logps", {}) | found
             record["key"] = sample.key.hex()
             output.write(json.dumps(record, ensure_ascii=False, default=str).encode() + b"\n")
             written += 1

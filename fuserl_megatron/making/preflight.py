@@ -32,18 +32,23 @@ class Findings:
 
     facts: list[str]
     """Lines to print."""
-    version: str | None = None
-    """The server's own version, where it says one."""
     context: int | None = None
     """Tokens that prompt and answer may have together, where it says so."""
 
 
 class Preflight:
-    """One look at one server. `check` does all of it."""
+    """One look at one server. `check` does all of it.
+
+    Attributes:
+        version: the server's own, where it says one.
+        known: the fields that it takes in a request; empty where it does not list them.
+    """
 
     def __init__(self, source: Source, endpoint: Endpoint, session: Any):
         self.source, self.endpoint, self.session = source, endpoint, session
         self.config, self.name = source.config, source.name
+        self.version: str | None = None
+        self.known: set[str] = set()
 
     async def check(self, longest: list[Prompt], on_too_long: str) -> Findings:
         """Ask the server for what it is, prove the prompt, compare the longest prompts with its context.
@@ -53,11 +58,11 @@ class Preflight:
         """
         found = Findings([])
         context = await self._model()
-        known = await self._known_fields()
+        self.known = known = await self._known_fields()
         body = self.source.body(PROBE, 1)
         self._check_fields(body, known, found)
         version = await self._get(self.endpoint.root + "/version")
-        found.version = version.get("version") if isinstance(version, dict) else None
+        self.version = version.get("version") if isinstance(version, dict) else None
         reply = await self._probe(body, known)
         tokenizer = await asyncio.to_thread(load_tokenizer, self.config)
         tokens = await self._tokens(body, reply, tokenizer)
@@ -113,7 +118,7 @@ class Preflight:
         asked.pop("min_tokens", None)
         if "return_token_ids" in known:
             asked["return_token_ids"] = True
-        reply = await self._post(self.endpoint.url + self.source.path, asked)
+        reply = await self.post(self.endpoint.url + self.source.path, asked)
         try:
             self.source.answer(reply)
         except BadReply as bad:
@@ -124,16 +129,16 @@ class Preflight:
         """What the server made of the probe, from whatever it tells."""
         tokens = Tokens(body, (reply.get("usage") or {}).get("prompt_tokens"))
         ids = reply.get("prompt_token_ids") or reply["choices"][0].get("prompt_token_ids")
-        asked = _of_tokenize(body)
-        told = await self._tokenize(asked)
+        asked = of_tokenize(body)
+        told = await self.tokenize(asked)
         if told is not None:
             tokens.context = told.get("max_model_len")
             if self.config.kind == "chat":
-                without = await self._tokenize(asked | {"add_generation_prompt": False})
+                without = await self.tokenize(asked | {"add_generation_prompt": False})
                 tokens.with_generation_prompt = told["tokens"]
                 tokens.without = without["tokens"] if without else None
-            bare = await self._tokenize({"model": body["model"], "prompt": "a", "add_special_tokens": True})
-            plain = await self._tokenize({"model": body["model"], "prompt": "a", "add_special_tokens": False})
+            bare = await self.tokenize({"model": body["model"], "prompt": "a", "add_special_tokens": True})
+            plain = await self.tokenize({"model": body["model"], "prompt": "a", "add_special_tokens": False})
             if bare and plain and bare["tokens"] != plain["tokens"]:
                 tokens.bos = bare["tokens"][0]
         tokens.ids = ids or (told["tokens"] if told else None)
@@ -161,14 +166,14 @@ class Preflight:
     async def _count(self, body: dict[str, Any], tokenizer: Any) -> int | None:
         if tokenizer is not None:
             return len(tokenizer.ids(body))
-        asked = _of_tokenize(body)
-        told = await self._tokenize(asked)
+        asked = of_tokenize(body)
+        told = await self.tokenize(asked)
         return None if told is None else len(told["tokens"])
 
-    async def _tokenize(self, asked: dict[str, Any]) -> dict[str, Any] | None:
+    async def tokenize(self, asked: dict[str, Any]) -> dict[str, Any] | None:
         """The reply of vLLM's /tokenize; None where the server has nothing like it."""
         try:
-            told = await self._post(self.endpoint.root + "/tokenize", asked)
+            told = await self.post(self.endpoint.root + "/tokenize", asked)
         except UserError:
             return None
         return told if isinstance(told, dict) and isinstance(told.get("tokens"), list) and told["tokens"] else None
@@ -193,7 +198,7 @@ class Preflight:
                 raise self._unreachable(fault) from None
         return None
 
-    async def _post(self, url: str, body: dict[str, Any]) -> Any:
+    async def post(self, url: str, body: dict[str, Any]) -> Any:
         """The JSON of a good reply; what may be one bad moment is tried again.
 
         Raises:
@@ -224,7 +229,7 @@ class Preflight:
         return UserError(f"{self.name}: {self.endpoint.url}: {fault.reason}; start the server, or correct url")
 
 
-def _of_tokenize(body: dict[str, Any]) -> dict[str, Any]:
+def of_tokenize(body: dict[str, Any]) -> dict[str, Any]:
     """The fields of a request that /tokenize takes."""
     names = ("model", "messages", "prompt", "chat_template_kwargs")
     return {name: body[name] for name in names if name in body}

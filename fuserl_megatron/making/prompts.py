@@ -50,7 +50,8 @@ class PromptList:
         ids: [prompts] of 16 bytes, in order of first appearance.
         longest: the prompts with the most characters, the longest first.
         num_characters: of all prompts together.
-        counts: rows, duplicates, overlapping, skipped (and bad_KIND for each kind of bad record), ignored_FIELD.
+        counts: rows, duplicates, overlapping, other_shards, skipped (and bad_KIND for each kind of bad record),
+            ignored_FIELD.
     """
 
     def __init__(
@@ -59,9 +60,16 @@ class PromptList:
         on_bad_record: str = "stop",
         refuse: Callable[[Prompt], str | None] | None = None,
         is_left_out: Callable[[Prompt], bool] = lambda prompt: False,
+        shard: tuple[int, int] = (0, 1),
     ):
-        """`refuse` says what is wrong with a prompt that is a good one otherwise, or None; `is_left_out` is whether it
-        is to be left out and counted as `overlapping`.
+        """Read all of them once.
+
+        Args:
+            inputs: files, globs, hub names.
+            on_bad_record: stop or skip.
+            refuse: says what is wrong with a prompt that is a good one otherwise, or None.
+            is_left_out: whether it is to be left out and counted as `overlapping`.
+            shard: (number, of how many): the part of the prompts, by their hash, that is taken. It may be empty.
 
         Raises:
             UserError: an input that cannot be read, a bad record under on_bad_record=stop, or no prompt at all.
@@ -83,16 +91,19 @@ class PromptList:
                     self.counts.update(("skipped", f"bad_{bad.kind}"))
                     usable.append(False)
                     continue
-                usable.append(not is_left_out(prompt))
-                if not usable[-1]:
-                    self.counts["overlapping"] += 1
+                left_out = "overlapping" if is_left_out(prompt) else ""
+                if int(prompt.id[:12], 16) % shard[1] != shard[0]:
+                    left_out = "other_shards"
+                usable.append(not left_out)
+                if left_out:
+                    self.counts[left_out] += 1
                     continue
                 ids += bytes.fromhex(prompt.id)
                 lengths.append(prompt.num_characters)
                 longest[prompt.id] = prompt
                 if len(longest) > NUM_LONGEST:
                     longest.pop(min(longest, key=lambda key: longest[key].num_characters))
-        if not ids:
+        if not ids and not self.counts["other_shards"]:
             raise UserError(f"{', '.join(inputs)}: no usable prompt ({self.counts['rows']} rows read)")
         found = np.frombuffer(bytes(ids), "S16")
         first = np.sort(np.unique(found, return_index=True)[1])

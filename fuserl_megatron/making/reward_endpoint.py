@@ -9,7 +9,6 @@ The conversation goes as messages: the server applies the model's own template, 
 import http.client
 import json
 import math
-import os
 import random
 import threading
 from collections.abc import Iterable, Iterator
@@ -22,6 +21,7 @@ from fuserl_megatron.making.answers import Answer
 from fuserl_megatron.making.conversation import Unscorable
 from fuserl_megatron.making.faults import message_of, retry_after
 from fuserl_megatron.records.messages import Messages, as_dicts
+from fuserl_megatron.util.credentials import key_of_environment
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import first_line, nearest
 
@@ -47,7 +47,7 @@ class Endpoint:
 
     def __init__(self, name: str, reward: EndpointReward):
         self.name, self.reward, self.where = name, reward, f"rewards.{name}"
-        self._key = _key(self.where, reward.api_key_env)
+        self._key = key_of_environment(f"{self.where}.", reward.api_key_env)
         self._urls = [_base(self.where, url) for url in reward.url]
         self._turn, self._closing, self._connections = 0, threading.Event(), threading.local()
 
@@ -237,14 +237,6 @@ def _base(where: str, url: str) -> str:
     for path in ("/classify", "/pooling", "/v1"):
         url = url.removesuffix(path)
     return url
-
-
-def _key(where: str, name: str | None) -> str | None:
-    if name is None:
-        return None
-    if not os.environ.get(name):
-        raise UserError(f"{where}.api_key_env={name}: that variable is not set; type export {name}=...")
-    return os.environ[name]
 
 
 def _sigmoid(value: float) -> float:

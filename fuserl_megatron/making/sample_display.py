@@ -79,6 +79,7 @@ class Display:
         self.paces: dict[str, Pace] = {}
         self._tasks: dict[str, Any] = {}
         self._bar: Any = None
+        self._over: set[str] = set()
         self._lines_at, self._files_at = time.monotonic(), 0.0
 
     def __enter__(self) -> "Display":
@@ -113,13 +114,18 @@ class Display:
         moment = time.monotonic()
         write, speak = moment - self._files_at >= FILE_EVERY_S, moment - self._lines_at >= LINE_EVERY_S
         for name, pace in self.paces.items():
+            if name in self._over:
+                continue
             now = pace.look()
             if self._bar is not None:
                 self._bar.update(self._tasks[name], completed=now["done"], words=line_of(now))
             elif speak:
                 self.say(f"{name}: {line_of(now)}")
-            if write:
+            over = now["done"] + now["failed"] >= now["expected"]
+            if write or over:
                 write_progress(self.output / name, now)
+            if over:
+                self._over.add(name)
         self._files_at = moment if write else self._files_at
         self._lines_at = moment if speak else self._lines_at
 

@@ -8,15 +8,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
-from fuserl_megatron.making.accounting import DONE, check_plan
+from fuserl_megatron.making.accounting import DONE
 from fuserl_megatron.making.finished import account_directories, read_plan
 from fuserl_megatron.making.parts import num_parts, part_file, scan
-from fuserl_megatron.making.sample import need_aiohttp, open_runs
+from fuserl_megatron.making.sample import need_aiohttp, open_runs, shards_of
 from fuserl_megatron.making.sample_display import PROGRESS, Display, duration, line_of
-from fuserl_megatron.making.source_run import RUNS, SourceRun
+from fuserl_megatron.making.sample_run import SampleRun
+from fuserl_megatron.making.source_run import RUNS
+from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import read_json
 from fuserl_megatron.util.report_page import columns
 from fuserl_megatron.util.whole_directory import size
@@ -37,13 +37,13 @@ def dry_run(config: SampleConfig, sources: list[SourceConfig]) -> int:
         UserError: whatever would stop the run before its first answer.
     """
     need_aiohttp()
-    runs = open_runs(config, sources)
-    prompts = runs[0].prompts
-    counts = prompts.counts
-    print(f"prompts: {len(prompts):,} of {counts['rows']:,} rows, {counts['duplicates']:,} duplicates", end="")
+    shards = [open_runs(config, sources, shard) for shard in shards_of(config)]
+    runs = [run for shard in shards for run in shard]
+    counts, there = runs[0].prompts.counts, sum(len(shard[0].prompts) for shard in shards)
+    print(f"prompts: {there:,} of {counts['rows']:,} rows, {counts['duplicates']:,} duplicates", end="")
     print(f", {counts['skipped']:,} left out")
     display = Display(Path(config.output))
-    for run in runs:
+    for run in shards[0]:
         if run.source.config.url:
             asyncio.run(run.look(run.endpoints(), display.say))
         else:
@@ -52,28 +52,25 @@ def dry_run(config: SampleConfig, sources: list[SourceConfig]) -> int:
     for run in runs:
         estimate = _estimate(run)
         needed += estimate["bytes"]
-        rows.append((run.source.name, *estimate["cells"]))
+        rows.append((run.name, *estimate["cells"]))
     print(*columns(rows), sep="\n")
     at_most = "tokens: of answers; at most max_tokens each until there are some to measure"
     print(f"{at_most}; time: at the pace of this output's earlier runs")
-    there = next(
+    existing = next(
         path for path in (Path(config.output).absolute(), *Path(config.output).absolute().parents) if path.exists()
     )
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     print(f"disk: needs about {size(needed)}, free {size(free)}{': NOT ENOUGH' if free < needed else ''}")
     return 0
 
 
-def _estimate(run: SourceRun) -> dict[str, Any]:
+def _estimate(run: SampleRun) -> dict[str, Any]:
     config, directory = run.source.config, run.directory
-    expected, there, mean, pace = len(run.prompts) * run.config.n, 0, None, None
-    if num_parts(directory):
-        check_plan(directory, run.plan)
-        there = int(np.isin(run.keys(), scan(directory).keys).sum())
-        mean, pace = _measured(directory)
+    expected, there = len(run.prompts) * run.config.n, run.there()
+    mean, pace = _measured(directory) if num_parts(directory) else (None, None)
     missing = expected - there
     tokens = round(missing * (mean or config.sampling.max_tokens))
-    prompt_characters = run.prompts.num_characters * missing / len(run.prompts)
+    prompt_characters = run.prompts.num_characters * missing / max(len(run.prompts), 1)
     price = None
     if config.price_input is not None or config.price_output is not None:
         prompt_tokens = prompt_characters / CHARACTERS_PER_TOKEN
@@ -114,12 +111,12 @@ def status(output: str) -> int:
         UserError: nothing was sampled there.
     """
     complete = True
-    for directory in account_directories(output):
-        plan = read_plan(directory)
-        expected = plan["notes"]["num_prompts"] * plan["notes"]["n"]
+    for directory in account_directories(output, all_shards=False):
+        plan, name = read_plan(directory), "/".join(directory.parts[len(Path(output).parts) :]) or directory.name
+        expected = plan["notes"]["expected"]
         if (directory / DONE).is_file():
             done = read_json(directory / DONE)
-            print(f"{directory.name}: complete, {done['rows']:,} answers, {done['failed']:,} failed")
+            print(f"{name}: complete, {done['rows']:,} answers, {done['failed']:,} failed")
             continue
         complete = False
         there = len(scan(directory).keys)
@@ -128,5 +125,10 @@ def status(output: str) -> int:
             now = read_json(directory / PROGRESS)
             age = time.time() - now["time"]
             words = line_of(now) if age < FRESH_S else f"{words}; stopped {duration(age)} ago"
-        print(f"{directory.name}: {words}")
+        print(f"{name}: {words}")
+    try:
+        account_directories(output)
+    except UserError as error:  # a shard that nobody has begun
+        print(error)
+        return 1
     return 0 if complete else 1

@@ -13,8 +13,8 @@ from fuserl_megatron.config.score_sections import REFUSALS
 from fuserl_megatron.util.report_page import columns, histogram, write_page
 from fuserl_megatron.util.text import show
 
-CUT_WARNING = 0.05
-"""A larger share of answers cut by the limit of tokens is pointed out."""
+CUT_WARNING, REPEATED_WARNING = 0.05, 0.1
+"""A larger share of answers that are cut by the limit of tokens, or repeat another one, is pointed out."""
 ENOUGH_TWINS = 20
 BARS = 24
 
@@ -105,6 +105,9 @@ def warnings(sources: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if figures["cut"] / answers > CUT_WARNING:
             what = f"{share(figures['cut'], answers)} of the answers are cut by sampling.max_tokens"
             lines.append(f"WARNING: {name}: {what}: raise it, or leave cut answers out when scoring")
+        if (answers - figures["distinct"]) / answers > REPEATED_WARNING:
+            what = f"{share(answers - figures['distinct'], answers)} of the answers repeat another one to their prompt"
+            lines.append(f"WARNING: {name}: {what}: scoring leaves them out (policy.duplicated); a larger n asks on")
         if figures["empty"]:
             lines.append(f"WARNING: {name}: {figures['empty']:,} answers are empty; `fuserl build` takes none of them")
         if done["failed"]:

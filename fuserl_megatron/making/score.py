@@ -30,7 +30,9 @@ from fuserl_megatron.making.answers import (
     heldout_marks,
     scan_answers,
 )
+from fuserl_megatron.making.finished import account_directories, read_done
 from fuserl_megatron.making.join import RECORDS, combined, needed, read_values, truncated_policy, write_records
+from fuserl_megatron.making.logprobs import read_logprobs
 from fuserl_megatron.making.rewards import asked, open_reward
 from fuserl_megatron.making.score_report import describe, write_html
 from fuserl_megatron.util.errors import UserError
@@ -72,6 +74,9 @@ def prepare(config: ScoreConfig, rewards: Mapping[str, Reward], progress: bool =
         UserError: anything in the settings or the inputs that the user can put right.
     """
     check_inputs(config.samples)
+    for name in config.logprobs:
+        for directory in account_directories(name):
+            read_done(directory)
     heldout = heldout_marks(config.heldout, config.heldout_ngram) if config.heldout else set()
     phrases = config.policy.refusal_phrases
     table = scan_answers(
@@ -222,6 +227,7 @@ def _join(prepared: Prepared, plans: dict[str, Any], say: Say) -> dict[str, Any]
         prepared.directories, keep, [name for name, _ in leaves(config.combine.weights) if name not in prepared.rewards]
     )
     truncated = truncated_policy(config.policy, prepared.rewards)
+    values.logps = read_logprobs(config.logprobs, table.keys)
     total, failed = combined(values, table, keep, config.combine, config.policy, truncated)
     if np.isnan(total).all():
         why = ", ".join(f"{kind} {n:,}" for errors in values.errors.values() for kind, n in errors.most_common(3))
@@ -250,9 +256,11 @@ def _join(prepared: Prepared, plans: dict[str, Any], say: Say) -> dict[str, Any]
 def _plan(config: ScoreConfig, table: AnswerTable, plans: dict[str, Any]) -> dict[str, Any]:
     """What records.jsonl follows from."""
     settings = dataclasses.asdict(config)
-    names = ("combine", "policy", "heldout", "heldout_ngram", "heldout_action")
+    names = ("combine", "policy", "logprobs", "heldout", "heldout_ngram", "heldout_action")
     keys = hashlib.sha256(table.keys.tobytes() + table.flags.tobytes()).hexdigest()
     rewards = {name: plan["settings"] for name, plan in plans.items()}
+    logprobs = [read_done(directory) for name in config.logprobs for directory in account_directories(name)]
+    settings["logprobs"] = [[done["plan_id"], done["finished"]] for done in logprobs]
     chosen = {"rewards": rewards, **{name: settings[name] for name in names}, "samples_sha256": keys}
     return json.loads(json.dumps(chosen))
 

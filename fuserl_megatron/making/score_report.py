@@ -37,6 +37,7 @@ def describe(
         "sources": {name: _source(table, k, total, columns) for k, name in enumerate(table.sources)},
         "rewards": {name: _reward(name, column, table, kept, values, plans) for name, column in columns.items()},
         "correlations": _correlations(columns, table, kept),
+        "logprobs": {name: int((kept & ~np.isnan(column)).sum()) for name, column in values.logps.items()},
     }
 
 
@@ -151,6 +152,8 @@ def headlines(report: Mapping[str, Any]) -> list[str]:
         lines.append(f"WARNING: {share:.0%} of {worst}'s answers have no end: sample them again with more max_tokens")
     left = ", ".join(f"{name} {number:,}" for name, number in r["left_out"].items())
     lines.append(f"left out: {left or 'nothing'}")
+    for name, count in r["logprobs"].items():
+        lines.append(f"log-probabilities of {name}: of {count:,} records")
     if r["repeated_records"]:
         lines.append(f"records that stand twice in the input, read once: {r['repeated_records']:,}")
     if r["prompts_heldout"]:

@@ -1,10 +1,10 @@
 """One source of a run: what is missing, who is asked for it, and its last file."""
 
+import abc
 import asyncio
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,56 +12,70 @@ from typing import Any
 
 import numpy as np
 
-from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
-from fuserl_megatron.making.accounting import Account, now
+from fuserl_megatron.config.sample_sections import AskConfig, SourceConfig
+from fuserl_megatron.making.accounting import Account, Plan, check_plan, now
 from fuserl_megatron.making.client import Client, Job
 from fuserl_megatron.making.endpoint import Endpoint
 from fuserl_megatron.making.faults import Fault
 from fuserl_megatron.making.finished import read_done
-from fuserl_megatron.making.parts import key_array
+from fuserl_megatron.making.parts import num_parts, scan
 from fuserl_megatron.making.preflight import Preflight
-from fuserl_megatron.making.prompts import PromptList
 from fuserl_megatron.making.sample_display import Display, Pace
-from fuserl_megatron.making.sample_report import ENOUGH_TWINS, Twins, figures_of
 from fuserl_megatron.making.servers import OwnServer
-from fuserl_megatron.making.sources import Source, key_of_answer, row_of, seed_of
-from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.making.sources import Source
+from fuserl_megatron.util.credentials import key_of_environment
 
 SYNC_S = 1.0
 RUNS = "runs.jsonl"
-ALL_THE_SAME = (
-    f"the answers to each of {ENOUGH_TWINS} prompts are the same: does the server obey temperature? "
-    "(`transformers serve` samples only if the model's generation_config.json says do_sample)"
-)
 
 
-class SourceRun:
-    """One source of a run.
+class SourceRun(abc.ABC):
+    """One source of a run. `fuserl sample` and `fuserl logprobs` say what is asked and what is kept of it.
 
     Attributes:
         done: the content of its done.json, when it is finished.
         client: while it is asked.
     """
 
-    def __init__(self, config: SampleConfig, source: Source, prompts: PromptList):
-        self.config, self.source, self.prompts = config, source, prompts
+    def __init__(self, config: AskConfig, source: Source, plan: Plan):
+        self.config, self.source = config, source
         self.directory = Path(config.output) / source.name
         self.headers = _headers(source.config)
         self.done: dict[str, Any] | None = None
         self.client: Client | None = None
-        counts = {name: count for name, count in prompts.counts.items() if not name.startswith("ignored_")}
-        notes = {"prompts": prompts.names, "num_prompts": len(prompts), **counts, "n": config.n}
-        self.plan = source.plan(config, notes | {"settings": _told(source.config)})
+        self.plan = dataclasses.replace(plan, notes=dict(plan.notes) | {"settings": _told(source.config)})
         self.servers: list[OwnServer] = []
         self._is_stopped = False
         self._starting: asyncio.Task | None = None
 
+    @property
+    def name(self) -> str:
+        """What it is called in tables: its source, with the shard where there are several."""
+        return str(self.directory.relative_to(self.config.output))
+
+    @abc.abstractmethod
     def keys(self) -> np.ndarray:
-        """[prompts x n] the names of all answers, prompt by prompt."""
-        plan_id, name = self.plan.id, self.source.name
-        ids = self.prompts.ids.tobytes()
-        texts = (ids[at : at + 16].hex() for at in range(0, len(ids), 16))
-        return key_array(key_of_answer(plan_id, name, text, i) for text in texts for i in range(self.config.n))
+        """[rows] the names of all that is to be had."""
+
+    @abc.abstractmethod
+    def jobs(self, account: Account) -> Iterator[Job]:
+        """What is missing, read as it is needed."""
+
+    @abc.abstractmethod
+    def row(self, job: Job, answer: dict[str, Any], how: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+        """What is kept of an answer."""
+
+    @abc.abstractmethod
+    def figures(self, rows: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """What done.json says of all rows."""
+
+    async def prove(self, check: Preflight) -> list[str]:
+        """Look at one server before anything is asked; what was found, as lines to print.
+
+        Raises:
+            UserError: one line for the first thing that is wrong.
+        """
+        return (await check.check([], "allow")).facts
 
     def open(self, stack: contextlib.ExitStack, say: Callable[[str], None]) -> None:
         """Take the directory for as long as `stack` is open, and find out what is missing there.
@@ -78,6 +92,17 @@ class SourceRun:
                 return
             self.done = done
             say(f"{self.source.name}: complete, {done['rows']:,} answers; nothing to do")
+
+    def there(self) -> int:
+        """How many rows there are, from the files alone.
+
+        Raises:
+            UserError: another plan, or files that are damaged.
+        """
+        if not num_parts(self.directory):
+            return 0
+        check_plan(self.directory, self.plan)
+        return int(np.isin(self.keys(), scan(self.directory).keys).sum())
 
     @property
     def needs_server(self) -> bool:
@@ -96,10 +121,9 @@ class SourceRun:
         async with aiohttp.ClientSession() as session:
             for endpoint in endpoints:
                 check = Preflight(self.source, endpoint, session)
-                found = await check.check(self.prompts.longest, self.config.on_too_long)
-                versions |= {found.version} if found.version is not None else set()
-                for fact in found.facts:
+                for fact in await self.prove(check):
                     say(f"{self.source.name}: {endpoint.url}: {fact}")
+                versions |= {check.version} if check.version is not None else set()
         self.plan = dataclasses.replace(self.plan, notes=dict(self.plan.notes) | {"server_versions": sorted(versions)})
 
     def stop(self) -> None:
@@ -137,7 +161,7 @@ class SourceRun:
                     await server.stop()
             if client.stopped and not (account.have | account.failed).all():
                 return
-        figures = await asyncio.to_thread(figures_of, account.rows())
+        figures = await asyncio.to_thread(self.figures, account.rows())
         facts = {"source": self.source.name, "model": self.source.config.model, "figures": figures, "failures": {}}
         if client is not None:
             facts |= run_figures(client) | {"failures": dict(client.stats.failed)}
@@ -158,12 +182,8 @@ class SourceRun:
         return [Endpoint(url, self.source.config.max_in_flight, self.headers) for url in self.source.config.url]
 
     async def _ask(self, account: Account, endpoints: list[Endpoint], display: Display) -> Client:
-        twins = Twins()
-
         def answered(job: Job, answer: dict[str, Any], how: dict[str, Any]) -> None:
-            account.append(job.position, row_of(self.source, job.prompt, job.index, answer, how))
-            if twins.seen(job.prompt.number, answer["response"]):
-                display.say(f"WARNING: {self.source.name}: {ALL_THE_SAME}")
+            account.append(job.position, self.row(job, answer, how, display.say))
 
         def failed(job: Job, fault: Fault) -> None:
             why = {"kind": fault.name, "status": fault.status, "reason": fault.reason, "attempts": job.attempts}
@@ -171,11 +191,11 @@ class SourceRun:
 
         self.client = client = Client(self.source, self.config, endpoints, answered, failed, display.say)
         there = int(account.have.sum())
-        display.watch(Pace(self.source.name, len(account.keys), there, client))
+        display.watch(Pace(self.name, len(account.keys), there, client))
         started = now()
         syncing = asyncio.create_task(_sync(account))
         try:
-            await client.run(self._jobs(account), len(account.keys), there)
+            await client.run(self.jobs(account), len(account.keys), there)
         finally:
             syncing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -185,15 +205,6 @@ class SourceRun:
             with open(self.directory / RUNS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(note) + "\n")
         return client
-
-    def _jobs(self, account: Account) -> Iterator[Job]:
-        """What is missing, the answers to one prompt together: a server computes the prompt once for them."""
-        n = self.config.n
-        missing = ~account.have.reshape(len(self.prompts), n)
-        for prompt in self.prompts.read(np.asarray(missing.any(axis=1))):
-            for index in np.flatnonzero(missing[prompt.number]).tolist():
-                position = prompt.number * n + index
-                yield Job(position, prompt, index, seed_of(account.keys[position : position + 1].tobytes()))
 
 
 async def _sync(account: Account) -> None:
@@ -215,13 +226,8 @@ def run_figures(client: Client) -> dict[str, Any]:
 
 
 def _headers(config: SourceConfig) -> dict[str, str]:
-    headers = {"Content-Type": "application/json"}
-    if config.api_key_env is None:
-        return headers
-    key = os.environ.get(config.api_key_env, "").strip()
-    if not key:
-        raise UserError(f"source {config.name}: api_key_env={config.api_key_env}: not set in the environment")
-    return headers | {"Authorization": f"Bearer {key}"}
+    key = key_of_environment(f"source {config.name}: ", config.api_key_env)
+    return {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
 
 
 def _told(config: SourceConfig) -> dict[str, Any]:

@@ -6,11 +6,13 @@ the same answer n times. The seed follows from the row's key, so an answer that 
 
 import dataclasses
 import json
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fuserl_megatron.config.sample_sections import SampleConfig, SourceConfig
 from fuserl_megatron.making.accounting import Plan
+from fuserl_megatron.making.faults import Fault
 from fuserl_megatron.making.parts import key_of
 from fuserl_megatron.making.prompts import Prompt
 from fuserl_megatron.records.files import rows
@@ -19,6 +21,11 @@ from fuserl_megatron.records.records import decode
 from fuserl_megatron.records.thinking import THINKING
 from fuserl_megatron.util.errors import UserError
 
+if TYPE_CHECKING:
+    from fuserl_megatron.making.client import Job
+
+Post = Callable[..., Awaitable[Any]]
+"""post(path, body, at_root=False) -> the JSON of a good reply; Refused, or an error of the client's library."""
 VERSION = 1
 """Part of every plan: a change of what is asked for the same settings makes another plan."""
 
@@ -29,6 +36,14 @@ GIVEN_UP = ("abort", "error", "cancelled")
 
 class BadReply(Exception):
     """A reply with status 200 that is no answer; the message says why."""
+
+
+class Refused(Exception):
+    """A request that brought no answer, with what is known of the reason."""
+
+    def __init__(self, fault: Fault):
+        super().__init__(fault.reason)
+        self.fault = fault
 
 
 class Source:
@@ -53,23 +68,33 @@ class Source:
             return f"source {self.name} is a completion source and takes a single user message, not {roles}"
         return None
 
+    async def ask(self, job: "Job", post: Post) -> dict[str, Any]:
+        """One answer, with the fields of `answer`.
+
+        Raises:
+            BadReply: as of `answer`.
+            Refused: the server's refusal.
+        """
+        return self.answer(await post(self.path, self.body(job.prompt.messages, job.seed)))
+
     def body(self, messages: Messages, seed: int | None) -> dict[str, Any]:
         """The request for one answer."""
         body = dict(self._fixed)
         if self.config.kind == "chat":
-            body["messages"] = self._chat(messages)
+            body["messages"] = self.chat(messages)
         else:
-            body["prompt"] = self._text(messages[0][1] or "")
+            body["prompt"] = self.text(messages[0][1] or "")
         if seed is not None and self.config.send_seed:
             body["seed"] = seed
         return body
 
     def answer(self, reply: Any) -> dict[str, Any]:
         """The fields of a row that come from the server: response, reasoning (where there is any), finish_reason,
-        prompt_tokens and tokens (null where the server does not count), model.
+        prompt_tokens and tokens (null where the server does not count), model; with `logprobs` source_mean_logps,
+        unless the answer came with reasoning, whose tokens cannot be told from its own.
 
         Raises:
-            BadReply: not one choice, no text in it, or one that the server gave up.
+            BadReply: not one choice, no text in it, one that the server gave up, or no log-probabilities.
         """
         choices = reply.get("choices") if isinstance(reply, dict) else None
         if not isinstance(choices, list):
@@ -91,8 +116,10 @@ class Source:
         if self.config.reasoning == "apart" and not reasoning:
             reasoning, text = split_reasoning(text)
         usage = reply.get("usage") or {}
+        means = {self.name: mean_logp(choice)} if self.config.logprobs and text and not reasoning else {}
         return {
             "response": text,
+            **({"source_mean_logps": means} if means else {}),
             **({"reasoning": reasoning} if reasoning else {}),
             "finish_reason": choice.get("finish_reason"),
             "prompt_tokens": usage.get("prompt_tokens"),
@@ -106,6 +133,19 @@ class Source:
         asked = {
             name: value for name, value in dataclasses.asdict(config.sampling).items() if value not in (None, (), {})
         }
+        settings = self.prompt_settings() | {
+            "reasoning": config.reasoning,
+            "sampling": asked,
+            "send_seed": config.send_seed,
+            "seed": run.seed,
+        }
+        if config.logprobs:
+            settings["logprobs"] = True
+        return Plan(settings=settings, notes=notes)
+
+    def prompt_settings(self) -> dict[str, Any]:
+        """The part of a plan that says which model is asked, and what of."""
+        config = self.config
         settings = {
             "version": VERSION,
             "source": self.name,
@@ -114,16 +154,10 @@ class Source:
             "revision": config.revision,
             "system": config.system,
             "demonstrations": key_of(*map(tuple, self.demonstrations)).hex() if self.demonstrations else None,
-            "reasoning": config.reasoning,
-            "sampling": asked,
-            "send_seed": config.send_seed,
-            "seed": run.seed,
         }
         if config.kind == "chat":
-            settings["chat_template_kwargs"] = config.chat_template_kwargs
-        else:
-            settings |= {"prompt_format": config.prompt_format, "separator": config.separator}
-        return Plan(settings=settings, notes=notes)
+            return settings | {"chat_template_kwargs": config.chat_template_kwargs}
+        return settings | {"prompt_format": config.prompt_format, "separator": config.separator}
 
     def _settings_of_requests(self) -> dict[str, Any]:
         config, sampling = self.config, dataclasses.asdict(self.config.sampling)
@@ -131,9 +165,12 @@ class Source:
         body = {"model": config.model} | {key: value for key, value in sampling.items() if value not in (None, ())}
         if config.chat_template_kwargs:
             body["chat_template_kwargs"] = config.chat_template_kwargs
+        if config.logprobs:
+            body["logprobs"] = True if config.kind == "chat" else 1
         return body | extra
 
-    def _chat(self, messages: Messages) -> list[dict[str, Any]]:
+    def chat(self, messages: Messages) -> list[dict[str, Any]]:
+        """The conversation as it is sent: system message and demonstrations in front."""
         chat = as_dicts(messages)
         if self.config.system is not None and chat[0]["role"] != "system":
             chat.insert(0, {"role": "system", "content": self.config.system})
@@ -145,10 +182,24 @@ class Source:
         ]
         return chat
 
-    def _text(self, prompt: str) -> str:
+    def text(self, prompt: str) -> str:
+        """The text that a base model is to continue."""
         asked = self.config.prompt_format.replace
         shown = [f"{asked('{prompt}', question)} {answer}" for question, answer in self.demonstrations]
         return self.config.separator.join([*shown, asked("{prompt}", prompt)])
+
+
+def mean_logp(choice: dict[str, Any]) -> float:
+    """The mean log-probability of an answer's tokens, as its server gives them.
+
+    Raises:
+        BadReply: it gives none.
+    """
+    given = choice.get("logprobs") or {}
+    values = [entry.get("logprob") for entry in given.get("content") or ()] or given.get("token_logprobs") or []
+    if not values or not all(isinstance(value, int | float) for value in values):
+        raise BadReply("no log-probabilities in the reply: this server gives none; leave logprobs out")
+    return min(sum(values) / len(values), 0.0)
 
 
 def row_of(source: Source, prompt: Prompt, index: int, answer: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:

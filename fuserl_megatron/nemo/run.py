@@ -18,6 +18,7 @@ from fuserl_megatron.launch.local import local_command
 from fuserl_megatron.launch.slurm import SLURM, record
 from fuserl_megatron.launch.stages import Pipeline, Stage
 from fuserl_megatron.util.errors import UserError
+from fuserl_megatron.util.paths import REQUEUE
 
 RANKS = """\
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
@@ -46,7 +47,7 @@ def task_script(pipeline: Pipeline, stage: Stage, command: Sequence[str]) -> str
     if stage.cluster.venv is not None:
         lines.append(f"source {shlex.quote(stage.cluster.venv)}/bin/activate")
     lines += stage.cluster.setup
-    marker = shlex.quote(f"{stage.results_dir}/REQUEUE")
+    marker = shlex.quote(f"{stage.results_dir}/{REQUEUE}")
     again = f'[ "${{SLURM_RESTART_COUNT:-0}}" -lt {stage.cluster.max_requeues} ]'
     return "\n".join(
         [

@@ -30,9 +30,9 @@ def check_there(stages: Iterable[Stage], todo: Iterable[Stage]) -> None:
             config = yaml.safe_load(stage.config)
             if stage.trains:
                 _check_training(config, written)
-            elif stage.name in ("sample", "score"):
+            elif kind := KINDS.get(stage.name.partition("_")[0]):
                 parts = {Path(path).stem: yaml.safe_load(text) for path, text in stage.more_config.items()}
-                (_check_sample if stage.name == "sample" else _check_score)(config, parts, written)
+                kind(config, parts, written)
             else:
                 _check_build(config, written)
         except UserError as error:
@@ -49,9 +49,9 @@ def _check_training(config: dict[str, Any], written: list[Path]) -> None:
 
 
 def _check_sample(config: dict[str, Any], sources: dict[str, dict[str, Any]], written: list[Path]) -> None:
-    expand_inputs(config["prompts"], "prompts")
-    if config["heldout"]:
-        expand_inputs(config["heldout"], "heldout")
+    for key in ("prompts", "samples", "heldout"):
+        if named := [path for path in config.get(key) or () if not _is_written(path, written)]:
+            expand_inputs(named, key)
     for name, source in sources.items():
         _check_file(f"sources.{name}.demonstrations", source["demonstrations"])
 
@@ -64,6 +64,9 @@ def _check_score(config: dict[str, Any], rewards: dict[str, dict[str, Any]], wri
         if reward["kind"] == "model":
             _check_models({f"rewards.{name}.model": reward["model"]}, written)
             _check_file(f"rewards.{name}.chat_template", reward["chat_template"])
+
+
+KINDS = {"sample": _check_sample, "logprobs": _check_sample, "score": _check_score}
 
 
 def _check_build(config: dict[str, Any], written: list[Path]) -> None:

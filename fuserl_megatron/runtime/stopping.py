@@ -24,12 +24,12 @@ from pathlib import Path
 
 from fuserl_megatron.config.keys import seconds_of
 from fuserl_megatron.util.files import write_file
+from fuserl_megatron.util.paths import REQUEUE
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 """Held from the first moment of a command on."""
 HEARD = (*SIGNALS, signal.SIGINT)
 """What a rank that listens obeys. Until then Ctrl-C ends a rank at once: nothing was done that could be saved."""
-MARKER = "REQUEUE"
 SAME_SIGNAL_S = 2.0
 """A launcher and the process group may both hand on one signal: what comes within this time is not a second one."""
 
@@ -143,7 +143,7 @@ def ask_for_more(directory: Path, why: str) -> None:
     """Write REQUEUE with the command that goes on, and say it."""
     directory.mkdir(parents=True, exist_ok=True)
     also = [Path(os.environ["FUSERL_MARKER"])] if os.environ.get("FUSERL_MARKER") else []
-    for file in (directory / MARKER, *also):
+    for file in (directory / REQUEUE, *also):
         write_file(file, [f"{why}\n{resume_command()}\n".encode()])
     print(f"{why}; continue with: {resume_command()}", flush=True)
 
@@ -151,7 +151,7 @@ def ask_for_more(directory: Path, why: str) -> None:
 def remove_marker(directory: Path) -> None:
     """At a start, before anything can go wrong: a run that fails now must not look like one to be continued."""
     with contextlib.suppress(FileNotFoundError):
-        (directory / MARKER).unlink()
+        (directory / REQUEUE).unlink()
 
 
 def resume_command(environ: Mapping[str, str] = os.environ) -> str:

@@ -40,6 +40,18 @@ def refuse_secrets(values: Any, path: str = "") -> None:
             raise UserError(f"{path}: an address with a password in it, and {why} ($MLFLOW_TRACKING_PASSWORD).")
 
 
+def key_of_environment(where: str, name: str | None) -> str | None:
+    """The key in the variable that a setting `api_key_env` names; None where it names none.
+
+    Raises:
+        UserError: the variable is not set; begins with `where`.
+    """
+    key = os.environ.get(name, "").strip() if name is not None else None
+    if key == "":
+        raise UserError(f"{where}api_key_env={name}: not set in the environment; type export {name}=...")
+    return key
+
+
 def redact(text: str) -> str:
     """The text with every credential replaced by the name of its variable."""
     for name, secret in _secrets():

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from fuserl_megatron.util.errors import UserError
-from fuserl_megatron.util.paths import did_you_mean
+from fuserl_megatron.util.paths import did_you_mean, export_of_run
 from fuserl_megatron.util.text import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -59,3 +59,23 @@ def local_model(path: str | Path, *, weights: bool = True) -> str:
             f"{name}: no such directory{did_you_mean(name)}, and the hub does not give it ({first_line(error)}); "
             "correct the name, or log in with `hf auth login` if the model asks for that"
         ) from None
+
+
+def model_directory(path: str | Path) -> Path:
+    """The directory of a path or hub name; refuse, in one line, what is not a Hugging Face model directory.
+
+    Raises:
+        UserError: what is missing and what to do; as of `local_model`.
+    """
+    path = Path(local_model(path))
+    if not path.exists():
+        near = did_you_mean(path) or "; give a local Hugging Face model directory"
+        raise UserError(f"{path}: no such directory{near}")
+    if not path.is_dir():
+        raise UserError(f"{path}: a file; give the Hugging Face model directory that holds config.json and the weights")
+    if not (path / "config.json").is_file():
+        hint = export_of_run(path)
+        if not hint and (list(path.glob("iter_*")) or (path / "latest_checkpointed_iteration.txt").exists()):
+            hint = " (it looks like a Megatron checkpoint: convert it with `fuserl convert megatron-to-hf`)"
+        raise UserError(f"{path}: no config.json, so not a Hugging Face model directory{hint}; give one that has it")
+    return path

@@ -4,6 +4,9 @@ import difflib
 import os
 from pathlib import Path
 
+REQUEUE = "REQUEUE"
+"""What a command leaves in its directory when it was stopped to be continued (runtime/stopping.py)."""
+
 
 def did_you_mean(path: str | Path) -> str:
     """The question "; did you mean models/llama?" for a path that is not there; empty where nothing near is.

@@ -2,6 +2,7 @@
 folder."""
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -94,14 +95,14 @@ class Cluster:
         return done.stdout.strip()
 
     def wait(self, job: str, timeout: float = 900) -> str:
-        """The final state of a job."""
+        """The final state of a job; of an array COMPLETED where all tasks are, else that of one that is not."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
-            fields = dict(f.split("=", 1) for f in self.run("scontrol", "-o", "show", "job", job).split() if "=" in f)
-            if fields["JobState"] not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
-                return fields["JobState"]
+            states = set(re.findall(r"JobState=(\w+)", self.run("scontrol", "-o", "show", "job", job)))
+            if not states & {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"}:
+                return min(states - {"COMPLETED"}, default="COMPLETED")
             time.sleep(0.5)
-        raise TimeoutError(f"job {job} is still {fields['JobState']}")
+        raise TimeoutError(f"job {job} is still {', '.join(states)}")
 
     def _call(self, *command: str) -> None:
         subprocess.run(command, env=self.environment, check=True, timeout=600, capture_output=True)

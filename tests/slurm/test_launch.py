@@ -140,8 +140,10 @@ def test_no_value_becomes_a_command_of_the_job_script(cluster, case, tmp_path, c
 
 
 @pytest.mark.slow
-def test_a_sampling_that_is_requeued_in_its_middle_and_what_waits_for_it(cluster, case, tmp_path):
-    """Told to stop with answers under way: the same job goes on, nothing is asked twice, and score starts behind it."""
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_sampling_that_is_requeued_in_its_middle_and_what_waits_for_it(cluster, case, tmp_path, shards):
+    """Told to stop with answers under way: the same job, or the same task of the array, goes on, nothing is asked
+    twice, and score starts behind it."""
     (tmp_path / "prompts.jsonl").write_text("".join(f'{{"prompt": "question {i}"}}\n' for i in range(40)))
     with Stub(seed=3).running() as stub:
         stub.delay = 0.3
@@ -149,24 +151,28 @@ def test_a_sampling_that_is_requeued_in_its_middle_and_what_waits_for_it(cluster
         words = ["cluster=slurm", f"target={case['policy']}", f"run.results_dir={tmp_path / 'run'}", "sample.n=2"]
         words += ["stages=[sample,score,build_sft]", f"sample.prompts=[{tmp_path}/prompts.jsonl]"]
         words += [f"sample.sources=[{tmp_path}/a.yaml]", "score.rewards=[length]", "score.policy.truncated=keep"]
+        words.append(f"sample.shards={shards}")
         words += ["build_sft.reward_temperature=1", "build_sft.max_length=512"]
         assert main(["launch", *words]) == 0
         run = tmp_path / "run"
         jobs, log = json.loads((run / "launch" / "jobs.json").read_text()), run / "launch" / "sample.log"
+        told, done = jobs["sample"], run / "launch" / "sample.done"
+        if shards > 1:  # the last task, whose job id is that of the whole array
+            told, log, done = f"{told}_1", log.with_name("sample_1.log"), done.with_name("sample.done.1")
         deadline = time.monotonic() + 600
         while stub.counts["answers"] < 10 and time.monotonic() < deadline:
             time.sleep(0.05)
-        cluster.run("scancel", "--batch", "--signal=USR1", jobs["sample"])
+        cluster.run("scancel", "--batch", "--signal=USR1", told)
         while not (log.exists() and "goes back into the queue" in log.read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        kept = sum(len(file.read_text().splitlines()) for file in run.glob("sample/a/part-*.jsonl"))
-        assert 0 < kept < 80 and not (run / "launch" / "sample.done").exists() and not (run / "score").exists()
+        kept = sum(len(file.read_text().splitlines()) for file in run.glob("sample/a/**/part-*.jsonl"))
+        assert 0 < kept < 80 and not done.exists() and not (run / "score").exists()
         stub.delay, asked = 0.0, stub.counts["answers"]
         for name, job in jobs.items():
-            assert cluster.wait(job) == "COMPLETED", (run / "launch" / f"{name}.log").read_text()
-        assert stub.counts["answers"] - asked <= 80 - kept + 4  # a few prove the server anew
+            assert cluster.wait(job) == "COMPLETED", "".join(f.read_text() for f in run.glob(f"launch/{name}*.log"))
+        assert stub.counts["answers"] - asked <= 80 - kept + 4 * shards  # a few prove the server anew
     assert ", start 1, " in log.read_text()
-    rows = [json.loads(line) for file in run.glob("sample/a/part-*.jsonl") for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for file in run.glob("sample/a/**/part-*.jsonl") for line in file.read_text().splitlines()]
     assert len({row["key"] for row in rows}) == len(rows) == 80
     assert len((run / "score" / "records.jsonl").read_text().splitlines()) == 80
     assert (run / "build_sft" / "groups.arrow").exists()

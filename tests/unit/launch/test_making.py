@@ -102,14 +102,51 @@ def test_resources_and_requeue(words):
     words += ["cluster=slurm", "cluster.gpus_per_node=8", "cluster.nodes=2", "sample.cluster.time=12:00:00"]
     pipeline, stages = stages_of(words)
     got = {name: (stage.cluster.num_ranks, stage.cluster.gpus_per_node) for name, stage in stages.items()}
-    assert (got["sample"], got["score"], got["build_sft"], got["fusesft"]) == ((1, 8), (1, None), (1, None), (16, 8))
-    script = job_script(pipeline, stages["sample"])
+    assert (got["score"], got["build_sft"], got["fusesft"]) == ((1, None), (1, None), (16, 8))
+    assert (got["sample_there"], got["sample_our_own"]) == ((1, None), (1, 8))
+    script = job_script(pipeline, stages["sample_our_own"])
     assert "#SBATCH --signal=B:USR1@300\n" in script and "#SBATCH --time=12:00:00\n" in script
     assert "#SBATCH --signal" not in job_script(pipeline, stages["build_sft"])
     elsewhere = [word for word in words if not word.startswith("sample.sources=")]
     (there,) = [re.search(r"\[(.*?),", word)[1] for word in words if word.startswith("sample.sources=")]
     got = stages_of([*elsewhere, f"sample.sources=[{there}]", "score.rewards=[length,mine,skywork_v2_8b]"])[1]
     assert (got["sample"].cluster.gpus_per_node, got["score"].cluster.gpus_per_node) == (None, 1)
+
+
+def test_a_job_for_each_source_and_tasks_for_its_shards(words, tmp_path):
+    words = [*words, "stages=[sample,logprobs,score,build_sft]", "cluster=slurm", "sample.shards=3"]
+    words += ["sample.cluster.time=9:00", "sample.sources.there.cluster.time=5:00"]
+    words += ["logprobs.sources.there.max_in_flight=7"]
+    pipeline, stages = stages_of(words)
+    names = ["sample_there", "sample_our_own", "logprobs_there", "logprobs_our_own", "score", "build_sft"]
+    assert list(stages) == names
+    assert stages["logprobs_there"].depends_on == ("sample_there", "sample_our_own")
+    assert stages["score"].depends_on == tuple(names[:4])
+    assert [stages[name].tasks for name in names] == [3, 3, 0, 0, 0, 0]
+    assert (stages["sample_there"].cluster.time, stages["sample_our_own"].cluster.time) == ("5:00", "9:00")
+    settings = {name: yaml.safe_load(stage.config) for name, stage in stages.items()}
+    run = tmp_path / "run"
+    written = [str(run / "sample" / source) for source in ("there", "our-own")]
+    assert settings["sample_there"]["sources"] == settings["logprobs_there"]["sources"] == ["there"]
+    assert settings["logprobs_there"]["samples"] == settings["score"]["samples"] == written
+    assert settings["score"]["logprobs"] == [str(run / "logprobs" / source) for source in ("there", "our-own")]
+    # a source may be set otherwise there, and is frozen apart
+    files = {**stages["sample_there"].more_config, **stages["logprobs_there"].more_config}
+    assert [yaml.safe_load(text)["max_in_flight"] for text in files.values()] == [256, 7]
+    assert f"{run}/launch/logprobs" in stages["logprobs_there"].command
+    script = job_script(pipeline, stages["sample_there"])
+    assert "#SBATCH --array=0-2\n" in script and "sample_there_%a.log\n" in script
+    assert "\nlogs+=/task_$SLURM_ARRAY_TASK_ID\ndone_file+=.$SLURM_ARRAY_TASK_ID\n" in script
+    assert "--array" not in job_script(pipeline, stages["score"])
+    stage = stages["sample_there"]
+    for task in range(3):
+        assert not pipeline.is_done(stage)
+        pipeline.folder.mkdir(parents=True, exist_ok=True)
+        (pipeline.folder / f"sample_there.done.{task}").write_text(stage.hash)
+    assert pipeline.is_done(stage)
+    # on this machine one process asks them all, one shard after the other
+    here = stages_of([*(w for w in words if w != "cluster=slurm" and "there.cluster" not in w)])[1]
+    assert list(here) == ["sample", "logprobs", "score", "build_sft"] and here["sample"].tasks == 0
 
 
 @pytest.mark.parametrize(
@@ -125,6 +162,11 @@ def test_resources_and_requeue(words):
         ("score.polcy.empty=stop", "score: polcy.empty: no such key."),
         ("scor.rewards=[length]", "scor.rewards: no such key. Did you mean score?"),
         ("sample=3", "sample is a section"),
+        (
+            "sample.sources.there.cluster.time=1:00",
+            "sample: sources.there.cluster.time: is no job of its own: on SLURM",
+        ),
+        ("sample.shards=0", "sample: shards=0: must be at least 1; shards=1 would work."),
         ("sample.cluster.nodess=1", "cluster.nodess: no such key. Did you mean cluster.nodes?"),
     ],
 )

@@ -144,7 +144,7 @@ def test_no_server_and_a_missing_key(server, monkeypatch):
     with pytest.raises(UserError, match="Connection refused"):
         endpoint(server).__enter__()
     monkeypatch.delenv("RM_KEY", raising=False)
-    with pytest.raises(UserError, match="api_key_env=RM_KEY: that variable is not set"):
+    with pytest.raises(UserError, match="api_key_env=RM_KEY: not set in the environment"):
         endpoint(server, api_key_env="RM_KEY")
     server.url = url
     monkeypatch.setenv("RM_KEY", "abc-123-very-secret")

@@ -121,8 +121,9 @@ def test_a_server_that_does_not_sample_is_pointed_out(settings, stub, capsys, ob
     stub.script = answer
     config, source = settings(40, n=3)
     sample(config, [source])
-    warned = capsys.readouterr().out.count("the answers to each of 20 prompts are the same")
-    assert warned == (0 if obeys else 1)
+    out = capsys.readouterr().out
+    assert out.count("the answers to each of 20 prompts are the same") == (0 if obeys else 1)
+    assert ("66.7% of the answers repeat another one to their prompt" in out) == (not obeys)
 
 
 def test_completion_with_demonstrations_keeps_the_plain_prompt(settings, stub, tmp_path):
