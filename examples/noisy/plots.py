@@ -4,7 +4,6 @@ python examples/noisy/plots.py [--results runs/noisy/results.jsonl] [--phase run
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -12,9 +11,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from methods import METHODS, RESULTS, SWEEP  # noqa: E402
+from student import MULTIPLES  # noqa: E402
 from table import FUSERL, by_seed, half_width, read  # noqa: E402
 
-AT_ZERO, AT_INFINITY = 0.12, 30.0  # where the axis of tau shows them
+AT_ZERO, AT_INFINITY = 0.07, 30.0  # where the axis of tau shows them
 
 
 def mean_and_half(lines: list[dict], name: str) -> tuple[float, float]:
@@ -41,27 +41,40 @@ def draw_points(plt, lines: list[dict], out: Path) -> None:
     figure.savefig(out / "points.png", dpi=90)
 
 
-def draw_sweep(plt, lines: list[dict], out: Path) -> None:
-    """Accuracy by temperature for the first stage and for both."""
+def draw_sweep(plt, lines: list[dict], worlds: list[dict], out: Path) -> None:
+    """Accuracy by temperature: of the trainer's models, and of the student's as points below the rule's."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.3), layout="constrained")
     rule = statistics.mean(line["tau"] for line in by_seed(lines, "FuseSFT").values())
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    ends = {
-        "both stages": ("SFT(best) + DPO", FUSERL, "uniform SFT + uniform DPO", "FuseSFT + FusePO-DPO, tau {:g}"),
-        "FuseSFT": ("SFT(best)", "FuseSFT", "uniform SFT", "FuseSFT, tau {:g}"),
+    rows = {
+        "FuseSFT + FusePO-DPO": ("SFT(best) + DPO", "uniform SFT + uniform DPO"),
+        "FuseSFT": ("SFT(best)", "uniform SFT"),
     }
-    for label, (best, fused, uniform, pattern) in ends.items():
-        places = {AT_ZERO: best, rule: fused, AT_INFINITY: uniform, **{tau: pattern.format(tau) for tau in SWEEP}}
+    for label, (best, uniform) in rows.items():
+        places = {AT_ZERO: best, rule: label, AT_INFINITY: uniform, **{tau: f"{label}, tau {tau:g}" for tau in SWEEP}}
         taus = [tau for tau in sorted(places) if by_seed(lines, places[tau])]
         means, halves = zip(*(mean_and_half(lines, places[tau]) for tau in taus), strict=True)
-        axes.errorbar(taus, means, yerr=halves, fmt="o-", capsize=3, markersize=4, label=label)
-    axes.axvline(rule, color="tab:green", linestyle="--", label=f"the rule: {rule:.2f}")
-    axes.set_xscale("log")
-    ticks = [AT_ZERO, *SWEEP, rule, AT_INFINITY]
-    axes.set_xticks(ticks, ["0 (best)", *(f"{tau:g}" for tau in SWEEP), f"{rule:.1f}", "inf (uniform)"], fontsize=8)
-    axes.set_xticks([], minor=True)
-    axes.set_xlabel("reward_temperature")
-    axes.set_ylabel("right, %")
-    axes.legend(fontsize=8)
+        left.errorbar(taus, means, yerr=halves, fmt="o-", capsize=3, markersize=4, label=label)
+    left.axvline(rule, color="tab:green", linestyle="--", label="the rule")
+    ticks = {AT_ZERO: "0 (best)", **{tau: f"{tau:g}" for tau in SWEEP}, rule: f"{rule:.1f}", AT_INFINITY: "inf"}
+    left.set_xlabel("reward_temperature (trainer, 12 seeds)")
+    left.set_ylabel("right, %")
+    for line in worlds:
+        places = {AT_ZERO: "SFT(best) + DPO", 1.0: FUSERL, AT_INFINITY: "uniform SFT + uniform DPO"}
+        places |= {multiple: f"{FUSERL}, rule x {multiple:g}" for multiple in MULTIPLES}
+        points = [statistics.mean(line[places[m]]) - statistics.mean(line[FUSERL]) for m in sorted(places)]
+        label = f"habit {line['habit']:g}, noise {line['noise']:g} (rule {line['tau']:.2f})"
+        right.plot(sorted(places), points, "o-", markersize=3, linewidth=1, label=label)
+    right.axvline(1, color="tab:green", linestyle="--")
+    right.set_xlabel("reward_temperature in multiples of the rule's (student, 24 seeds)")
+    right.set_ylabel("FuseRL minus FuseRL at the rule, points")
+    of_rule = {AT_ZERO: "0", **{m: f"{m:g}" for m in (0.25, 0.5, 1, 2, 4, 8)}, AT_INFINITY: "inf"}
+    for axes, named in ((left, ticks), (right, of_rule)):
+        axes.set_xscale("log")
+        axes.set_xticks(list(named), list(named.values()), fontsize=8)
+        axes.set_xticks([], minor=True)
+        axes.xaxis.label.set_fontsize(8)
+        axes.yaxis.label.set_fontsize(8)
+        axes.legend(fontsize=6)
     figure.savefig(out / "sweep.png", dpi=90)
 
 
@@ -78,7 +91,8 @@ def draw_phases(plt, lines: list[dict], out: Path) -> None:
             row, column = habits.index(line["habit"]), noises.index(line["noise"])
             mean, half = statistics.mean(gains), half_width(gains)
             grid[row][column] = mean
-            axes.text(column, row, f"{mean:+.1f}\n±{half:.1f}", ha="center", va="center", fontsize=7)
+            colour = "white" if abs(mean) > 8 else "black"
+            axes.text(column, row, f"{mean:+.1f}\n±{half:.1f}", ha="center", va="center", fontsize=7, color=colour)
         axes.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto")
         axes.set_xticks(range(len(noises)), [f"{noise:g}" for noise in noises])
         axes.set_yticks(range(len(habits)), [f"{habit:g}" for habit in habits])
@@ -100,10 +114,10 @@ def main() -> int:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lines = read(options.results)
+    lines, worlds = read(options.results), read(options.phase)
     draw_points(plt, lines, options.out)
-    draw_sweep(plt, lines, options.out)
-    draw_phases(plt, [json.loads(line) for line in options.phase.read_text().splitlines()], options.out)
+    draw_sweep(plt, lines, [world for world in worlds if f"{FUSERL}, rule x 2" in world], options.out)
+    draw_phases(plt, worlds, options.out)
     return 0
 
 

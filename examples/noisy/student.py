@@ -30,6 +30,8 @@ NUM_SFT, NUM_PO, NUM_TEST, NUM_HABIT = 60, 240, 1500, 60
 HABITS = ((0.5, 0.1), (0.35, 0.4), (0.25, 0.6), (0.15, 0.75))  # probability of the right and of the careless answer
 NOISES = (0.05, 0.5, 1.0, 1.5, 2.0)
 COUNTS = (1, 2, 3, 4, 8)
+SWEPT, MULTIPLES = ((0.35, 0.4), (0.25, 0.6)), (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
+"""Where the temperature is swept, in multiples of the rule's; 0, 1 and inf are among the methods."""
 SEEDS = tuple(range(301, 325))
 
 
@@ -143,8 +145,8 @@ def accuracies(task: Task, weights_TDC: Tensor) -> list[float]:
     return [round(100 * float(share), 2) for share in right_TG.double().mean(dim=1)]
 
 
-def compare(task: Task) -> dict[str, list[float]]:
-    """Every method's accuracies."""
+def compare(task: Task, swept: bool = False) -> dict[str, list[float]]:
+    """Every method's accuracies; if swept, FuseRL's at other temperatures, too."""
     sft, po = slice(0, NUM_SFT), slice(NUM_SFT, NUM_SFT + NUM_PO)
     nothing = torch.zeros(len(task.x_TGD), D, C)
     ones_N = torch.ones(task.at_first_TG.numel())
@@ -164,6 +166,10 @@ def compare(task: Task) -> dict[str, list[float]]:
         "uniform SFT + uniform DPO": fuse_po(task, uniform, po, math.inf),
         "FuseSFT + FusePO-DPO": fuse_po(task, fused, po, task.tau),
     }
+    for multiple in MULTIPLES if swept else ():
+        tau = multiple * task.tau
+        first = models[f"FuseSFT, rule x {multiple:g}"] = fuse_sft(task, target, sft, tau)
+        models[f"FuseSFT + FusePO-DPO, rule x {multiple:g}"] = fuse_po(task, first, po, tau)
     return {name: accuracies(task, model) for name, model in models.items()}
 
 
@@ -181,7 +187,8 @@ def main() -> None:
         for world in worlds:
             task = Task(*world)
             line = dict(zip(("right", "habit", "noise", "sources"), world, strict=True))
-            line |= {"reward_accuracy": round(task.accuracy, 3), "tau": round(task.tau, 3), **compare(task)}
+            swept = world[:2] in SWEPT and world[2] >= 0.5 and world[3] == 4
+            line |= {"reward_accuracy": round(task.accuracy, 3), "tau": round(task.tau, 3), **compare(task, swept)}
             out.write(json.dumps(line) + "\n")
             means = {name: round(sum(v) / len(v), 1) for name, v in line.items() if isinstance(v, list)}
             print(world, line["reward_accuracy"], line["tau"], means, flush=True)
