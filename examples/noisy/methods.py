@@ -89,9 +89,6 @@ METHODS = {
     "FuseSFT + FusePO-DPO, no SFT term": Method(
         "FuseSFT", "po", DPO, rates_of="FuseSFT + FusePO-DPO", among="rpo_alpha=0 "
     ),
-    "FuseSFT + FusePO-LN-DPO, no SFT term": Method(
-        "FuseSFT", "po", LN_DPO, rates_of="FuseSFT + FusePO-LN-DPO", among="rpo_alpha=0 "
-    ),
     "FuseSFT + FusePO-DPO, shuffled rewards": Method("FuseSFT", "shuffled", DPO, rates_of="FuseSFT + FusePO-DPO"),
 }
 for _tau in SWEEP:
