@@ -181,6 +181,35 @@ def search_table(tries: dict) -> str:
     return "\n".join(rows)
 
 
+def phase_table(worlds: list[dict]) -> str:
+    """The student's worlds: means, and FuseRL minus others."""
+    rows = ["| right / habit | noise | K | A | tau | SFT(best), FuseSFT, uniform | FuseRL | minus more | minus best "]
+    rows[0] += "| minus uniform |"
+    rows.append("|---|---|---|---|---|---|---|---|---|---|")
+    for line in worlds:
+        stage_1 = ", ".join(f"{statistics.mean(line[n]):.1f}" for n in ("SFT(best)", "FuseSFT", "uniform SFT"))
+        row = [f"{line['right']:g} / {line['habit']:g}", f"{line['noise']:g}", line["sources"], line["reward_accuracy"]]
+        row += [f"{line['tau']:.2f}", stage_1, f"{statistics.mean(line[FUSERL]):.1f}"]
+        for other in ("FuseSFT + more FuseSFT", "SFT(best) + DPO", "uniform SFT + uniform DPO"):
+            row.append(interval([a - b for a, b in zip(line[FUSERL], line[other], strict=True)], "+"))
+        rows.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(rows)
+
+
+def sweep_table(worlds: list[dict]) -> str:
+    """FuseRL of the student by temperature, in multiples of the rule's."""
+    multiples = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+    rows = [f"| habit | noise | rule | 0 | {' | '.join(f'x {m:g}' for m in multiples)} | inf |"]
+    rows.append(f"|---|---|---{'|---:' * (len(multiples) + 2)}|")
+    for line in worlds:
+        names = [FUSERL if m == 1 else f"{FUSERL}, rule x {m:g}" for m in multiples]
+        if names[0] in line:
+            means = [statistics.mean(line[n]) for n in ("SFT(best) + DPO", *names, "uniform SFT + uniform DPO")]
+            cells = [f"**{mean:.1f}**" if mean == max(means) else f"{mean:.1f}" for mean in means]
+            rows.append(f"| {line['habit']:g} | {line['noise']:g} | {line['tau']:.2f} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def main() -> int:
     """Check, then print."""
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "results.jsonl"
@@ -192,7 +221,8 @@ def main() -> int:
         print(f"\n### {world}\n\n{main_table(lines, world)}\n\n{seeds_table(lines, world)}")
         if world == "noisy":
             print(f"\n{claims_table(lines)}")
-    print(f"\n### tries\n\n{search_table(tries)}")
+    worlds = read(path.with_name("phase.jsonl"))
+    print(f"\n### student\n\n{phase_table(worlds)}\n\n{sweep_table(worlds)}\n\n### tries\n\n{search_table(tries)}")
     return 0
 
 
