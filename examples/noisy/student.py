@@ -33,6 +33,7 @@ COUNTS = (1, 2, 3, 4, 8)
 SWEPT, MULTIPLES = ((0.35, 0.4), (0.25, 0.6)), (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
 """Where the temperature is swept, in multiples of the rule's; 0, 1 and inf are among the methods."""
 SEEDS = tuple(range(301, 325))
+SFT, PO = slice(0, NUM_SFT), slice(NUM_SFT, NUM_SFT + NUM_PO)
 
 
 class Task:
@@ -42,11 +43,13 @@ class Task:
         drawn = [self._draw(right, habit, noise, num_sources, num_samples, seed) for seed in seeds]
         for name in drawn[0]:
             setattr(self, name, torch.stack([one[name] for one in drawn]))
-        self.num_sources = num_sources
-        self.scores_TGK = source_scores(self.rewards_TGKN)
-        self.accuracy = self._accuracy()
-        self.tau = math.inf
-        if num_sources > 1:
+        self.use(self.rewards_TGKN)
+
+    def use(self, rewards_TGKN: Tensor) -> None:
+        """Take these rewards, with their scores, accuracy and the rule's temperature."""
+        self.rewards_TGKN, self.scores_TGK = rewards_TGKN, source_scores(rewards_TGKN)
+        self.accuracy, self.tau = self._accuracy(), math.inf
+        if self.scores_TGK.shape[2] > 1:
             deviation = within_prompt_deviation(self.scores_TGK[:, :NUM_SFT].flatten(0, 1))
             self.tau = rule_temperature(max(self.accuracy, 0.501), deviation)
 
@@ -72,6 +75,8 @@ class Task:
             (first_GD @ rule_DC).argmax(1),
         )
         return dict(
+            rule_TDC=rule_DC,
+            habit_TDC=habit_DC,
             x_TGD=x_GD,
             answers_TGKN=answers_GKN,
             quality_TGKN=quality_GKN,
@@ -91,10 +96,16 @@ class Task:
         return float(((gaps * truth)[counted] > 0).double().mean()) if counted.any() else 1.0
 
 
-def train(start_TDC: Tensor, x_TGD: Tensor, answers_TGI: Tensor, loss, steps: int = 100, lr: float = 0.15) -> Tensor:
-    """Full-batch gradient descent with momentum; `loss` is given log pi of the I answers a prompt, [T, G, I]."""
+def train(start_TDC: Tensor, x_TGD: Tensor, answers_TGI: Tensor, loss, steps: int = 100, watch=None) -> Tensor:
+    """Full-batch gradient descent with momentum; `loss` is given log pi of the I answers a prompt, [T, G, I].
+
+    `watch` sees the step's number and the weights before it.
+    """
+    lr = 0.15
     weights_TDC, velocity_TDC = start_TDC.clone().requires_grad_(), torch.zeros_like(start_TDC)
-    for _ in range(steps):
+    for step in range(steps):
+        if watch:
+            watch(step, weights_TDC.detach())
         (gradient_TDC,) = torch.autograd.grad(loss(logps(weights_TDC, x_TGD, answers_TGI)), weights_TDC)
         with torch.no_grad():
             velocity_TDC.mul_(0.9).add_(gradient_TDC / x_TGD.shape[1] + 1e-3 * weights_TDC)
@@ -118,9 +129,11 @@ def fuse_sft(task: Task, start_TDC: Tensor, part: slice, tau: float) -> Tensor:
     return train(start_TDC, task.x_TGD[:, part], answers_TGK, lambda l: loss(l.flatten(), batch, StepValues())[0])
 
 
-def fuse_po(task: Task, start_TDC: Tensor, part: slice, tau: float) -> Tensor:
-    """FusePO-DPO on some of the prompts, beta 0.5, with an SFT term of 0.3."""
-    best_TGK, worst_TGK, _ = best_and_worst_indices(task.rewards_TGKN[:, part])
+def fuse_po(
+    task: Task, start_TDC: Tensor, part: slice, tau: float, rpo_alpha: float = 0.3, keep_TGK=True, **options
+) -> Tensor:
+    """FusePO-DPO on some of the prompts, beta 0.5, with an SFT term; `keep_TGK` may leave pairs out."""
+    best_TGK, worst_TGK, has_pair_TGK = best_and_worst_indices(task.rewards_TGKN[:, part])
     answers = task.answers_TGKN[:, part]
     both_TG2K = [answers.gather(3, index[..., None]).squeeze(3) for index in (best_TGK, worst_TGK)]
     answers_TGI = torch.cat(both_TG2K, dim=2)  # each source's best, then each source's worst
@@ -130,13 +143,23 @@ def fuse_po(task: Task, start_TDC: Tensor, part: slice, tau: float) -> Tensor:
         lengths_N=torch.ones(answers_TGI.numel(), dtype=torch.int64),
         chosen_index_P=chosen_P,
         rejected_index_P=rejected_P,
-        pair_weights_P=source_weights(task.scores_TGK[:, part], None, tau).flatten(),
+        pair_weights_P=source_weights(task.scores_TGK[:, part], has_pair_TGK & keep_TGK, tau).flatten(),
         pair_source_ids_P=torch.zeros_like(chosen_P),
         reference_logps_N=logps(start_TDC, task.x_TGD[:, part], answers_TGI).flatten(),
     )
     spec = LOSSES["dpo"]
-    loss = preference_loss(spec, spec.complete({"beta": 0.5, "rpo_alpha": 0.3}), ["all"])
-    return train(start_TDC, task.x_TGD[:, part], answers_TGI, lambda l: loss(l.flatten(), batch, StepValues())[0])
+    loss = preference_loss(spec, spec.complete({"beta": 0.5, "rpo_alpha": rpo_alpha}), ["all"])
+    return train(
+        start_TDC, task.x_TGD[:, part], answers_TGI, lambda l: loss(l.flatten(), batch, StepValues())[0], **options
+    )
+
+
+def weak_target(task: Task) -> Tensor:
+    """Trained on 60 points, 65 % of them answered carelessly."""
+    nothing_TDC, ones_N = torch.zeros(len(task.x_TGD), D, C), torch.ones(task.at_first_TG.numel())
+    batch = SimpleNamespace(lengths_N=ones_N.long(), weights_N=ones_N, source_ids_N=torch.zeros_like(ones_N).long())
+    loss, answers_TG1 = sft_loss("token_mean", ["all"]), task.at_first_TG[..., None]
+    return train(nothing_TDC, task.first_TGD, answers_TG1, lambda l: loss(l.flatten(), batch, StepValues())[0], 60)
 
 
 def accuracies(task: Task, weights_TDC: Tensor) -> list[float]:
@@ -147,29 +170,22 @@ def accuracies(task: Task, weights_TDC: Tensor) -> list[float]:
 
 def compare(task: Task, swept: bool = False) -> dict[str, list[float]]:
     """Every method's accuracies; if swept, FuseRL's at other temperatures, too."""
-    sft, po = slice(0, NUM_SFT), slice(NUM_SFT, NUM_SFT + NUM_PO)
-    nothing = torch.zeros(len(task.x_TGD), D, C)
-    ones_N = torch.ones(task.at_first_TG.numel())
-    batch = SimpleNamespace(lengths_N=ones_N.long(), weights_N=ones_N, source_ids_N=torch.zeros_like(ones_N).long())
-    loss = sft_loss("token_mean", ["all"])
-    target = train(
-        nothing, task.first_TGD, task.at_first_TG[..., None], lambda l: loss(l.flatten(), batch, StepValues())[0], 60
-    )
-    fused, best, uniform = (fuse_sft(task, target, sft, tau) for tau in (task.tau, 0.0, math.inf))
+    target = weak_target(task)
+    fused, best, uniform = (fuse_sft(task, target, SFT, tau) for tau in (task.tau, 0.0, math.inf))
     models = {
         "target": target,
         "SFT(best)": best,
         "uniform SFT": uniform,
         "FuseSFT": fused,
-        "FuseSFT + more FuseSFT": fuse_sft(task, fused, po, task.tau),
-        "SFT(best) + DPO": fuse_po(task, best, po, 0.0),
-        "uniform SFT + uniform DPO": fuse_po(task, uniform, po, math.inf),
-        "FuseSFT + FusePO-DPO": fuse_po(task, fused, po, task.tau),
+        "FuseSFT + more FuseSFT": fuse_sft(task, fused, PO, task.tau),
+        "SFT(best) + DPO": fuse_po(task, best, PO, 0.0),
+        "uniform SFT + uniform DPO": fuse_po(task, uniform, PO, math.inf),
+        "FuseSFT + FusePO-DPO": fuse_po(task, fused, PO, task.tau),
     }
     for multiple in MULTIPLES if swept else ():
         tau = multiple * task.tau
-        first = models[f"FuseSFT, rule x {multiple:g}"] = fuse_sft(task, target, sft, tau)
-        models[f"FuseSFT + FusePO-DPO, rule x {multiple:g}"] = fuse_po(task, first, po, tau)
+        first = models[f"FuseSFT, rule x {multiple:g}"] = fuse_sft(task, target, SFT, tau)
+        models[f"FuseSFT + FusePO-DPO, rule x {multiple:g}"] = fuse_po(task, first, PO, tau)
     return {name: accuracies(task, model) for name, model in models.items()}
 
 

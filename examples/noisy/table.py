@@ -182,17 +182,29 @@ def search_table(tries: dict) -> str:
 
 
 def phase_table(worlds: list[dict]) -> str:
-    """The student's worlds: means, and FuseRL minus others."""
-    rows = ["| right / habit | noise | K | A | tau | SFT(best), FuseSFT, uniform | FuseRL | minus more | minus best "]
-    rows[0] += "| minus uniform |"
-    rows.append("|---|---|---|---|---|---|---|---|---|---|")
+    """The student's worlds, or its learned rewards: means, and FuseRL minus others."""
+    shown = [key for key in ("right", "habit", "noise", "sources", "comparisons", "reward") if key in worlds[0]]
+    heads = [*shown, "A", "tau", "SFT(best), FuseSFT, uniform", "FuseRL", "minus more", "minus best", "minus uniform"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for line in worlds:
         stage_1 = ", ".join(f"{statistics.mean(line[n]):.1f}" for n in ("SFT(best)", "FuseSFT", "uniform SFT"))
-        row = [f"{line['right']:g} / {line['habit']:g}", f"{line['noise']:g}", line["sources"], line["reward_accuracy"]]
-        row += [f"{line['tau']:.2f}", stage_1, f"{statistics.mean(line[FUSERL]):.1f}"]
+        row = [*(line[key] for key in shown), f"{line['reward_accuracy']:.2f}", f"{line['tau']:.2f}", stage_1]
+        row.append(f"{statistics.mean(line[FUSERL]):.1f}")
         for other in ("FuseSFT + more FuseSFT", "SFT(best) + DPO", "uniform SFT + uniform DPO"):
             row.append(interval([a - b for a, b in zip(line[FUSERL], line[other], strict=True)], "+"))
         rows.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(rows)
+
+
+def helps_table(worlds: list[dict]) -> str:
+    """With learned rewards: FuseRL with one change minus FuseRL as it is."""
+    names = list(worlds[0])[list(worlds[0]).index(FUSERL) + 1 :]
+    heads = " | ".join(f"{world['comparisons']}, {world['reward']}" for world in worlds)
+    rows = [f"| FuseRL with | {heads} |"]
+    rows.append("|---" * (len(worlds) + 1) + "|")
+    for name in names:
+        cells = [interval([a - b for a, b in zip(w[name], w[FUSERL], strict=True)], "+") for w in worlds]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -221,8 +233,10 @@ def main() -> int:
         print(f"\n### {world}\n\n{main_table(lines, world)}\n\n{seeds_table(lines, world)}")
         if world == "noisy":
             print(f"\n{claims_table(lines)}")
-    worlds = read(path.with_name("phase.jsonl"))
-    print(f"\n### student\n\n{phase_table(worlds)}\n\n{sweep_table(worlds)}\n\n### tries\n\n{search_table(tries)}")
+    worlds, learned = read(path.with_name("phase.jsonl")), read(path.with_name("learned.jsonl"))
+    print(f"\n### student\n\n{phase_table(worlds)}\n\n{sweep_table(worlds)}")
+    print(f"\n### learned rewards\n\n{phase_table(learned)}\n\n{helps_table(learned)}")
+    print(f"\n### tries\n\n{search_table(tries)}")
     return 0
 
 
