@@ -26,7 +26,7 @@ COMPARISONS = (100, 400, 1600)
 LABEL_SCALE = 0.5  # a label is right with probability sigmoid(difference of quality / this)
 
 
-def comparisons(task: Task, number: int, seeds=SEEDS) -> tuple[Tensor, Tensor]:
+def comparisons(task: Task, number: int, seeds) -> tuple[Tensor, Tensor]:
     """Prompts [T, M, D] and answers [T, M, 2], the preferred one first, as noisy labels say."""
     found = []
     for seed, rule_DC, habit_DC in zip(seeds, task.rule_TDC, task.habit_TDC, strict=True):
@@ -45,9 +45,9 @@ def comparisons(task: Task, number: int, seeds=SEEDS) -> tuple[Tensor, Tensor]:
     return tuple(map(torch.stack, zip(*found, strict=True)))
 
 
-def reward_models(task: Task, number: int) -> Tensor:
+def reward_models(task: Task, number: int, seeds=SEEDS) -> Tensor:
     """Bradley-Terry models of one set of comparisons, each of a bootstrap sample of it: [E, T, SEEN, C]."""
-    x_TMD, answers_TM2 = comparisons(task, number)
+    x_TMD, answers_TM2 = comparisons(task, number, seeds)
     generator, models = torch.Generator().manual_seed(7), []
     for _ in range(ENSEMBLE):
         index_M = torch.randint(number, (number,), generator=generator)

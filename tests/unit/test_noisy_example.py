@@ -11,6 +11,7 @@ import torch
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "noisy"
 sys.path[:0] = [str(EXAMPLE), str(EXAMPLE.parent / "skills")]
+import learned  # noqa: E402
 import methods  # noqa: E402
 import student  # noqa: E402
 import table  # noqa: E402
@@ -75,6 +76,18 @@ def test_a_cell_of_the_phase_diagram(one_thread):
     means = {name: sum(values) / len(values) for name, values in found.items()}
     assert means["target"] + 5 < means["FuseSFT"] < means["FuseSFT + more FuseSFT"] < means[table.FUSERL]
     assert exact.accuracy == 1.0 and exact.tau == 0.0  # the rule takes the best source
+
+
+def test_a_learned_reward_errs_the_same_way_on_the_same_answer(one_thread, monkeypatch):
+    monkeypatch.setattr(learned, "ENSEMBLE", 1)
+    task = student.Task(0.25, 0.6, 0.0, 4, seeds=(1, 2))
+    models = learned.reward_models(task, 400, seeds=(1, 2))
+    rewards = learned.rewards_of(models, task)
+    assert rewards.shape == (1, *task.answers_TGKN.shape)
+    task.use(rewards.mean(0))
+    assert 0.55 < task.accuracy < 0.8
+    same = task.answers_TGKN[..., :1] == task.answers_TGKN[..., 1:]
+    assert bool((rewards[0][..., :1] == rewards[0][..., 1:])[same].all())
 
 
 def test_the_kept_results_are_what_their_labels_say_and_swapped_labels_are_caught():
