@@ -1,4 +1,4 @@
-"""Draw the results: points with intervals, the sweep of tau, the phase diagram.
+"""Draw the results: points with intervals, the sweep of tau, the phase diagram. Without options: those of docs/.
 
 python examples/noisy/plots.py [--results runs/noisy/results.jsonl] [--phase runs/noisy/phase.jsonl] [--out DIR]
 """
@@ -14,6 +14,7 @@ from methods import METHODS, RESULTS, SWEEP  # noqa: E402
 from student import MULTIPLES  # noqa: E402
 from table import FUSERL, by_seed, half_width, read  # noqa: E402
 
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "assets"
 AT_ZERO, AT_INFINITY = 0.07, 30.0  # where the axis of tau shows them
 
 
@@ -38,7 +39,7 @@ def draw_points(plt, lines: list[dict], out: Path) -> None:
     axes.set_xlabel("held-out prompts answered rightly, % (bars: 95 % of the mean over 12 seeds; strokes: seeds)")
     axes.xaxis.label.set_fontsize(8)
     axes.grid(axis="x", alpha=0.3)
-    figure.savefig(out / "points.png", dpi=90)
+    figure.savefig(out / "noisy_points.png", dpi=90)
 
 
 def draw_sweep(plt, lines: list[dict], worlds: list[dict], out: Path) -> None:
@@ -75,7 +76,7 @@ def draw_sweep(plt, lines: list[dict], worlds: list[dict], out: Path) -> None:
         axes.xaxis.label.set_fontsize(8)
         axes.yaxis.label.set_fontsize(8)
         axes.legend(fontsize=6)
-    figure.savefig(out / "sweep.png", dpi=90)
+    figure.savefig(out / "noisy_sweep.png", dpi=90)
 
 
 def draw_phases(plt, lines: list[dict], out: Path) -> None:
@@ -99,7 +100,7 @@ def draw_phases(plt, lines: list[dict], out: Path) -> None:
         axes.set_title(f"FuseRL minus {other}", fontsize=8)
         axes.set_xlabel("noise of the reward", fontsize=8)
     panels[0].set_ylabel("share of the wrong habit", fontsize=8)
-    figure.savefig(out / "phases.png", dpi=90)
+    figure.savefig(out / "noisy_phases.png", dpi=90)
 
 
 def main() -> int:
@@ -107,7 +108,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", default=RESULTS / "results.jsonl", type=Path)
     parser.add_argument("--phase", default=RESULTS / "phase.jsonl", type=Path)
-    parser.add_argument("--out", default=RESULTS, type=Path)
+    parser.add_argument("--out", default=DOCS, type=Path)
     options = parser.parse_args()
     import matplotlib
 

@@ -12,7 +12,7 @@ done
 $python $here/compare.py --dir "$dir" --workers "${2:-2}"
 $python $here/table.py "$dir/results.jsonl" > "$dir/tables.md"
 $python $here/plots.py --results "$dir/results.jsonl" --phase "$dir/phase.jsonl" --out "$dir"
-echo "Tables: $dir/tables.md; plots: $dir/points.png, sweep.png, phases.png"
+echo "Tables: $dir/tables.md; plots: $dir/noisy_*.png"
 for file in results phase learned; do
   if cmp -s "$dir/$file.jsonl" "$here/results/$file.jsonl"; then echo "$file.jsonl is the kept one, to the last digit"
   else echo "$file.jsonl differs from the kept one: diff $dir/$file.jsonl $here/results/$file.jsonl"; fi

@@ -137,7 +137,8 @@ def main_table(lines: list[dict], world: str = "noisy") -> str:
         row = [name, interval(values), f"{statistics.mean(line['careless'] for line in of.values()):.1f}"]
         gains = differences(lines, FUSERL, name, world)
         row += [interval(gains, "+"), f"{sum(g > 0 for g in gains)} of {len(gains)}"] if name != FUSERL else ["", ""]
-        row += [f"{part:.3f}" for part in bias_and_variance(lines, name)] if world == "noisy" else []
+        if world == "noisy":
+            row += [f"{part:.3f}" for part in bias_and_variance(lines, name)] if len(of) > 1 else ["", ""]
         rows.append(f"| {' | '.join(row)} |")
     if world != "noisy":
         rows[:2] = ["| method | right, % | careless, % | FuseRL minus it | seeds won |", "|---|---|---:|---|---:|"]
