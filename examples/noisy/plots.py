@@ -14,7 +14,7 @@ from methods import METHODS, RESULTS, SWEEP  # noqa: E402
 from student import MULTIPLES  # noqa: E402
 from table import FUSERL, by_seed, half_width, read  # noqa: E402
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "assets"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 AT_ZERO, AT_INFINITY = 0.07, 30.0  # where the axis of tau shows them
 
 
