@@ -19,11 +19,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from methods import METHODS, SEEDS, read_tries  # noqa: E402
 from runs import WORLDS, Seed, quiet_and_single_threaded  # noqa: E402
 
-CLAIMS = ["target", *(name for name, method in METHODS.items() if method.part == "claims")]
+
+def _of(part: str) -> list[str]:
+    return [name for name, method in METHODS.items() if method.part == part]
+
+
+CLAIMS = ["target", *_of("claims")]
 PARTS = {
     "claims": ("noisy", CLAIMS, SEEDS),
-    "others": ("noisy", [name for name, method in METHODS.items() if method.part == "others"], SEEDS),
-    "sweep": ("noisy", [name for name, method in METHODS.items() if method.part == "sweep"], SEEDS),
+    **{part: ("noisy", _of(part), SEEDS) for part in ("others", "sweep", "afterwards")},
     **{world: (world, CLAIMS[1:], SEEDS[:6]) for world in WORLDS if world != "noisy"},
 }
 """Name -> world, methods, seeds; the order in which they are run."""

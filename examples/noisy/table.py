@@ -28,6 +28,7 @@ CLAIMS = (  # method, minus which, what an earlier, exploratory study had
     ("FuseSFT + FusePO-RLOO", "SFT(best) + RLOO", ""),
     ("FuseSFT + FusePO-LN-DPO", "FuseChat-3.0", ""),
     (FUSERL, "FuseChat-3.0", ""),
+    (FUSERL, "FuseChat-3.0, other rates", ""),
     (FUSERL, "FuseSFT + more FuseSFT", "+5.8 ± 3.0 (12)"),
     (FUSERL, "uniform SFT + uniform DPO", "+2.3 ± 1.5 (12)"),
     (FUSERL, "FuseSFT + WRPO", "+12.1 ± 4.9 (6)"),
