@@ -28,7 +28,7 @@ from fuserl_megatron.objectives.weights import best_and_worst_indices, source_sc
 D, C = 12, 5
 NUM_SFT, NUM_PO, NUM_TEST, NUM_HABIT = 60, 240, 1500, 60
 HABITS = ((0.5, 0.1), (0.35, 0.4), (0.25, 0.6), (0.15, 0.75))  # probability of the right and of the careless answer
-NOISES = (0.05, 0.5, 1.0, 1.5, 2.0)
+NOISES = (0.05, 0.5, 1.0, 1.5, 2.0, 6.0)
 COUNTS = (1, 2, 3, 4, 8)
 SWEPT, MULTIPLES = ((0.35, 0.4), (0.25, 0.6)), (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)
 """Where the temperature is swept, in multiples of the rule's; 0, 1 and inf are among the methods."""
@@ -203,7 +203,7 @@ def main() -> None:
         for world in worlds:
             task = Task(*world)
             line = dict(zip(("right", "habit", "noise", "sources"), world, strict=True))
-            swept = world[:2] in SWEPT and world[2] >= 0.5 and world[3] == 4
+            swept = world[:2] in SWEPT and 0.5 <= world[2] <= 2 and world[3] == 4
             line |= {"reward_accuracy": round(task.accuracy, 3), "tau": round(task.tau, 3), **compare(task, swept)}
             out.write(json.dumps(line) + "\n")
             means = {name: round(sum(v) / len(v), 1) for name, v in line.items() if isinstance(v, list)}
