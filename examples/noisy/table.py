@@ -37,6 +37,9 @@ CLAIMS = (  # method, minus which, what an earlier, exploratory study had
     ("FuseSFT", "uniform SFT", "+2.9 ± 1.3 (12)"),
     ("FuseSFT", "SFT(best), equal compute", "+6.8 ± 2.2 (4)"),
     (FUSERL, "FuseSFT + FusePO-DPO, no SFT term", "+8.0 ± 6.4 (2)"),
+    ("FuseSFT, tau 0.5", "FuseSFT", ""),
+    (f"{FUSERL}, tau 0.5", FUSERL, ""),
+    (f"{FUSERL}, tau 8", FUSERL, ""),
     ("FuseSFT + DPO by gap", FUSERL, ""),
     ("FuseSFT + FusePO-DPO, shuffled rewards", "FuseSFT", ""),
 )
