@@ -70,12 +70,12 @@ def problems(lines: list[dict], tries: dict) -> list[str]:
         if name == "target":
             continue
         method = METHODS[name]
-        if (line["settings"], line["rates"]) != (" ".join(method.settings), chosen(name, tries)):
-            found.append(f"{place}: was made with other settings: {line['settings']} {line['rates']}")
+        if (line.get("settings"), line["rates"]) != (" ".join(method.settings), chosen(name, tries)):
+            found.append(f"{place}: was made with other settings: {line.get('settings')} {line['rates']}")
         start = of.get((world, seed, method.start))
-        if line["start"] not in ({start["model"]} if start else targets if method.start == "target" else {None}):
+        if line.get("start") not in ({start["model"]} if start else targets if method.start == "target" else {None}):
             found.append(f"{place}: did not start from the model of {method.start}")
-        if data.setdefault((world, seed, method.data), line["data"]) != line["data"]:
+        if data.setdefault((world, seed, method.data), line.get("data")) != line.get("data"):
             found.append(f"{place}: has other data than the methods it shares them with")
     if len(targets) > 1 or len({d for d in data.values()}) < len(data):
         found.append("two sets of data are one, or there are two targets")
