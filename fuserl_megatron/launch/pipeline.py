@@ -20,7 +20,7 @@ from fuserl_megatron.config.compose import compose_tree
 from fuserl_megatron.config.derived import replica_ranks
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
 from fuserl_megatron.config.load import from_dict, load_config, to_yaml
-from fuserl_megatron.config.objective import uses_reference
+from fuserl_megatron.config.objective import reference_mode, uses_reference
 from fuserl_megatron.config.sample_sections import SampleConfig
 from fuserl_megatron.config.schema import BuildConfig, Config
 from fuserl_megatron.config.score_sections import ScoreConfig
@@ -137,7 +137,7 @@ class _Chain:
         if "fusepo" not in self.wanted:
             raise UserError("scores for the stage fusepo, which is not among the stages; leave it out.")
         config = self._compose("fusepo", self._words(self._po_defaults(), "train", "fusepo", name))
-        if not uses_reference(config.objective) or config.objective.reference_mode not in (None, "cache"):
+        if not uses_reference(config.objective) or reference_mode(config) != "cache":
             self.notes.append("reference: nothing to do, fusepo reads no stored reference")
             return
         self._add(name, ("fuserl", "train", "--reference-only"), config, config.run.results_dir)

@@ -62,11 +62,11 @@ def with_local_models(config: Config) -> Config:
 
 def check_reference(config: Config) -> None:
     """Whether the objective stores scores of its reference, as --reference-only wants. Raises UserError."""
-    from fuserl_megatron.config.objective import uses_reference
+    from fuserl_megatron.config.objective import reference_mode, uses_reference
 
-    mode = config.objective.reference_mode
-    if not uses_reference(config.objective) or mode not in (None, "cache"):
-        what = f"objective.reference_mode={mode} stores" if mode else "this objective reads"
+    mode = reference_mode(config)
+    if not (reads := uses_reference(config.objective)) or mode != "cache":
+        what = f"objective.reference_mode={mode} stores" if reads else "this objective reads"
         raise UserError(f"--reference-only: {what} no reference scores; objective=fusepo_ln_dpo would.")
 
 
