@@ -23,10 +23,16 @@ from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.json_files import read_json, write_json
 from fuserl_megatron.util.paths import did_you_mean
 from fuserl_megatron.util.tensor_io import read_into
+from fuserl_megatron.util.text import show
 from fuserl_megatron.util.whole_directory import whole_directory
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model.layers."
+# fmt: off
+OTHER_KINDS = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "fan_in_fan_out",
+               "trainable_token_indices", "lora_bias", "use_qalora", "target_parameters")
+# fmt: on
+"""Fields of PEFT's config which, where set, mean that something else is computed."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,17 @@ def all_factors(shape: ModelShape, adapter: AdapterConfig) -> list[Factor]:
 
 
 def num_parameters(shape: ModelShape, adapter: AdapterConfig) -> int:
-    """Numbers that are trained."""
+    """Numbers that are trained; 0 where there is no adapter and all are."""
+    if adapter.kind == "none":
+        return 0
     return sum(math.prod(factor.size) for factor in all_factors(shape, adapter))
+
+
+def layer_parameters(shape: ModelShape, adapter: AdapterConfig) -> tuple[int, int]:
+    """Numbers of one layer's adapter: those that tensor parallelism cuts, and those that every rank holds."""
+    of_layer = [factor for target in adapter.targets for factor in factors(shape, adapter.rank, 0, target)]
+    cut = sum(math.prod(factor.size) for factor in of_layer if factor.cut is not None)
+    return cut, sum(math.prod(factor.size) for factor in of_layer) - cut
 
 
 def write_adapter(
@@ -157,8 +172,8 @@ class AdapterReader:
         }
         ours = {name: getattr(adapter, name) for name in stored} | {"targets": sorted(adapter.targets)}
         if stored != ours:
-            words = (f"adapter.{k}={json.dumps(v).replace(' ', '').replace(chr(34), '')}" for k, v in stored.items() if v != ours[k])
-            raise UserError(f"adapter.path={directory}: made with other settings; type {' '.join(words)}")
+            words = " ".join(f"adapter.{name}={show(value)}" for name, value in stored.items() if value != ours[name])
+            raise UserError(f"adapter.path={directory}: made with other settings; type {words}")
         expected = {factor.name: factor.size for factor in all_factors(shape, adapter)}
         for name, size in expected.items():
             if name not in self.tensors or self.tensors[name].shape != size:
@@ -187,8 +202,6 @@ def _refuse_other_kinds(directory: str, found: dict[str, Any]) -> None:
         raise UserError(f"{where} peft_type={found.get('peft_type')}; only LORA is trained here")
     if found.get("bias", "none") != "none":
         raise UserError(f"{where} bias={found['bias']}; only bias=none is trained here")
-    # each of these, where set, means other numbers: DoRA, other ranks by layer, whole layers beside, a transposed W
-    for field in ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform",
-                  "fan_in_fan_out", "trainable_token_indices", "lora_bias", "use_qalora", "target_parameters"):  # fmt: skip
+    for field in OTHER_KINDS:
         if found.get(field):
             raise UserError(f"{where} {field}={json.dumps(found[field])}; such an adapter is not trained here")

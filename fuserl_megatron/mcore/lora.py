@@ -118,7 +118,7 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def product(self) -> torch.Tensor:
-        """scale * B A as this rank's part of the layer's weight, fp32 (float64 of float64)."""
+        """What merging adds to this rank's part of the layer's weight, scale * B A in fp32 (float64 of float64)."""
         wide = torch.float64 if self._of("A")[0].dtype == torch.float64 else torch.float32
         ab = zip(self._of("A"), self._of("B"), strict=True)
         parts = {target: self.scale * b.to(wide) @ a.to(wide) for target, (a, b) in zip(self.targets, ab, strict=True)}

@@ -97,8 +97,8 @@ def _check_reference(config: Config, shape: ModelShape, reference: ModelShape) -
 def make_engine(
     config: Config, layout: Layout, shape: ModelShape, source_names: Sequence[str], dtype: torch.dtype | None = None
 ) -> Engine:
-    """The model, its weights yet to be loaded (an adapter's are there), without an optimizer; in dtype, or where None in
-    trainer.precision's."""
+    """The model without an optimizer, its weights yet to be loaded (an adapter's are there already); in dtype, or where
+    None in trainer.precision's."""
     precision, loss = config.trainer.precision, open_loss(config, source_names)
     target = build_model(shape, config.model, layout, dtype or parameter_dtype(precision), precision)
     if config.adapter.kind == "lora":

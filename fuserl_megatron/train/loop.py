@@ -10,6 +10,7 @@ from fuserl_megatron.config.derived import total_steps, warmup_steps
 from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.hf_config import ModelShape
+from fuserl_megatron.convert.peft import num_parameters
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.manifest import MANIFEST_FILE, RUN_COPY
 from fuserl_megatron.mcore import checkpoint, parallel, weights
@@ -241,7 +242,8 @@ def one_step(
         micro_batches=plan.num_microbatches,
     )
     parts, seconds = engine.clock.read(), time.monotonic() - started
-    flops = step_flops(engine.target.shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens)
+    shape, tokens = engine.target.shape, (plan.real_tokens, plan.attended_keys, plan.scored_tokens)
+    flops = step_flops(shape, *tokens, num_parameters(shape, config.adapter))
     peak = peak_tflops(engine.layout.device_name, config.trainer.precision)
     record |= rates(seconds, flops, plan.num_prompts, plan.real_tokens, engine.layout.world_size, peak)
     log.step(record | dict(seconds=seconds) | time_split(seconds, parts))

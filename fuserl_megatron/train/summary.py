@@ -34,7 +34,9 @@ def versions() -> str:
     return f"fuserl-megatron {fuserl_megatron.__version__} | {others}"
 
 
-def describe_end(config: Config, done: int, step: int, total: int, saved: int, exported: Path | None, seconds: float) -> None:
+def describe_end(
+    config: Config, done: int, step: int, total: int, saved: int, exported: Path | None, seconds: float
+) -> None:
     """What there is now and where, and the command that was typed: again, it goes on from the last checkpoint."""
     directory = config.run.results_dir
     took = f"{step - done} of them now, " if done else ""
@@ -68,8 +70,8 @@ def describe_start(
         f"model      {config.model.path}: {num_parameters(shape) / 1e6:,.1f} M parameters, {shape.num_layers} layers, "
         f"precision {config.trainer.precision}"
     )
-    if config.adapter.kind == "lora":
-        trained, adapter = peft.num_parameters(shape, config.adapter), config.adapter
+    adapter = config.adapter
+    if trained := peft.num_parameters(shape, adapter):
         start = f", from {adapter.path}" if adapter.path else ""
         say(
             f"adapter    lora of rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)}: "
@@ -97,7 +99,7 @@ def describe_start(
         f"{data.micro_batch_size} rows x {sampler.data.seq_length} tokens x DP {layout.dp_size}; "
         f"padding {plan.padding_share:.1%} (first step)"
     )
-    flops = step_flops(shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens)
+    flops = step_flops(shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens, trained)
     say(
         f"work       {flops / 1e12:,.3g} TFLOP a step, {flops / max(plan.real_tokens, 1) / 1e6:,.4g} MFLOP a token; "
         + describe_peak(layout.device_name, config.trainer.precision)

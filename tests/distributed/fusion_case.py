@@ -328,13 +328,13 @@ def twin(paths, objective, dtype=torch.float64):
         AutoModelForCausalLM.from_pretrained(paths[name], dtype=dtype, attn_implementation="eager")
         for name in ("policy", "reference")
     ]
-    loss = loss_of(paths, objective, models)
+    loss = loss_of(objective, models, answers_of(paths, models))
     loss.backward()
     return loss.item(), {n: p.grad for n, p in models[0].named_parameters()}
 
 
-def loss_of(paths, objective, models):
-    """The loss of all prompts in one batch; models are policy and reference."""
+def answers_of(paths, models):
+    """Prompts with their answers by source; models are policy and reference."""
     from fuserl_megatron.data.dataset import FusedDataset
 
     data, prompts = FusedDataset(paths["data"]), []
@@ -348,14 +348,20 @@ def loss_of(paths, objective, models):
             answer = Answer(models, prompt, float(reward), response.tolist(), logps)
             by_source.setdefault(data.sources[source], []).append(answer)
         prompts.append((prompt, by_source))
+    return prompts
+
+
+def loss_of(objective, models, prompts):
+    """The loss of all prompts in one batch."""
     total, weighted_tokens, counted = 0.0, 0.0, 0
     kl = mismatched_kl(models, [(p, list(s.values())) for p, s in prompts]) if objective.get("loss") == "kto" else None
     for _, by_source in prompts:
         if objective.get("loss") == "wrpo":
-            own = by_source.pop(objective["target_source"], None)
+            others = dict(by_source)
+            own = others.pop(objective["target_source"], None)
             if own is None:
                 continue
-            alpha, strongest = objective["alpha_end"] * STEP / TOTAL, max(a for s in by_source.values() for a in s)
+            alpha, strongest = objective["alpha_end"] * STEP / TOTAL, max(a for s in others.values() for a in s)
             z = alpha * strongest.h + (1 - alpha) * max(own).h - min(own).h
             total = total - torch.nn.functional.logsigmoid(objective["beta"] * z)
             counted += 1
