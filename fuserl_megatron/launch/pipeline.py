@@ -147,6 +147,11 @@ class _Chain:
 
     def _export(self, name: str) -> None:
         last = self._last("there is no checkpoint to export")
+        if last.adapter.kind == "lora":
+            raise UserError(
+                "takes a checkpoint, and those of adapter.kind=lora hold the adapter alone: leave export out of stages, "
+                "training then writes the merged model to hf/ itself."
+            )
         if last.exp_manager.checkpoint_callback_params.monitor is not None:
             raise UserError(
                 "takes the newest checkpoint, and exp_manager.checkpoint_callback_params.monitor chooses the best: "
@@ -160,6 +165,8 @@ class _Chain:
     def _evaluate(self, name: str) -> None:
         settings = self._words({}, name)
         last = self._last("there is no trained model to evaluate") if self.trained else None
+        if last and last.adapter.export == "adapter":
+            raise UserError("looks at the merged model; adapter.export=merged would work.")
         model = str(self.root / "export") if "export" in self.stages else f"{last.run.results_dir}/hf" if last else None
         if command := settings.pop("command", None):
             program = shlex.split(value_of(command))
@@ -167,6 +174,7 @@ class _Chain:
             return
         before = "fusepo" if "fusepo" in self.trained else "fusesft"
         words = self._words({}, "train", before) if last else self._words({}, "train")
+        words = {key: word for key, word in words.items() if key.partition(".")[0] != "adapter"}  # it is merged
         held_out = self._data("build_heldout") or ({"data.path": last.data.validation_path} if last else {})
         defaults = {"run.results_dir": str(self.root / name), "model.path": model or self.target} | held_out
         compared = settings.pop("before", None)
@@ -180,6 +188,8 @@ class _Chain:
 
     def _po_defaults(self) -> dict[str, Any]:
         sft = self.trained.get("fusesft")
+        if sft and sft.adapter.export == "adapter":
+            raise UserError("starts from the model of the stage fusesft: fusesft.adapter.export=merged would work.")
         defaults = self._data("build_po") | {"model.path": f"{sft.run.results_dir}/hf" if sft else self.target}
         return defaults | {"run.results_dir": str(self.root / "fusepo"), "run.export": "export" not in self.wanted}
 
