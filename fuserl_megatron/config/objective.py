@@ -7,7 +7,7 @@ inside the functions, for it brings torch.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fuserl_megatron.config.schema import Config, ObjectiveConfig
 from fuserl_megatron.util.errors import UserError
@@ -132,7 +132,7 @@ def with_loss_defaults(config: Config) -> Config:
     return dataclasses.replace(config, objective=objective)
 
 
-def reference_mode(config: Config) -> str:
+def reference_mode(config: Config) -> Literal["cache", "resident", "swap", "adapter"]:
     """How the reference's scores are had, for a loss that reads them."""
     objective = config.objective
     free = config.adapter.kind == "lora" and objective.reference is None

@@ -149,8 +149,8 @@ class _Chain:
         last = self._last("there is no checkpoint to export")
         if last.adapter.kind == "lora":
             raise UserError(
-                "takes a checkpoint, and those of adapter.kind=lora hold the adapter alone: leave export out of stages, "
-                "training then writes the merged model to hf/ itself."
+                "takes a checkpoint, and those of adapter.kind=lora hold the adapter alone: leave export out of "
+                "stages, training then writes the merged model to hf/ itself."
             )
         if last.exp_manager.checkpoint_callback_params.monitor is not None:
             raise UserError(

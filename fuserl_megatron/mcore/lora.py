@@ -77,14 +77,14 @@ class Adapter(torch.nn.Module):
                 parameter.sequence_parallel = factor.cut is None and self.sequence_parallel
                 self.register_parameter(f"{module}_{letter}", parameter)
                 self.factors[f"{module}_{letter}"] = factor
-        self.targets = [module for module in self.widths if module in config.targets]
+        self.targets: list[str] = [module for module in self.widths if module in config.targets]
 
     def named_factors(self) -> Iterator[tuple[Factor, torch.nn.Parameter]]:
         """Each with this rank's part of it."""
         for name, factor in self.factors.items():
             yield factor, self.get_parameter(name)
 
-    def _of(self, letter: str) -> list[torch.nn.Parameter]:
+    def _of(self, letter: str) -> list[torch.Tensor]:
         return [self.get_parameter(f"{target}_{letter}") for target in self.targets]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,10 @@ class Adapter(torch.nn.Module):
         parts = {target: self.scale * b.to(wide) @ a.to(wide) for target, (a, b) in zip(self.targets, ab, strict=True)}
         first = next(iter(parts.values()))
         whole = [parts.get(name, first.new_zeros(width, first.shape[1])) for name, width in self.widths.items()]
-        return merge_qkv(*whole, self.shape) if self.rule == "qkv" else torch.cat(whole)
+        if self.rule != "qkv":
+            return torch.cat(whole)
+        q, k, v = whole
+        return merge_qkv(q, k, v, self.shape)
 
 
 def add_adapters(target: TargetModel, config: AdapterConfig, layout: Layout, seed: int) -> None:

@@ -57,9 +57,10 @@ def evaluate(config: Config, before: str | None = None) -> int:
             engine = make_engine(one, layout, shape, dataset.sources)
             (feed,) = with_references(one, engine, [make_feed(one, dataset, layout)])
             figures[objective.stage] = []
-            for model, adapted in zip(models, (nullcontext(), lora.off(engine.target)), strict=False):
+            for number, model in enumerate(models):
                 weights.load_hf_weights(engine.target, model, layout)
-                with adapted:  # an adapter is model.path's, not that of the model before
+                # an adapter is model.path's, not that of the model before
+                with lora.off(engine.target) if number else nullcontext():
                     metrics = validate(one, engine, feed, 1, 1, lambda: None)
                 figures[objective.stage].append({k.removeprefix("val_"): v for k, v in metrics.items()})
         if layout.is_main:

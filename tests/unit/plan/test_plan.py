@@ -36,8 +36,7 @@ def test_memory_is_that_of_the_preset():
 
 
 def test_an_adapter_alone_has_gradients_and_states():
-    """conf/preset/llama31_70b_lora_8gpu.yaml: 207e6 numbers, 107e6 a rank at TP 4; tests/distributed/test_lora.py counts
-    those of a run."""
+    """conf/preset/llama31_70b_lora_8gpu.yaml: 207e6 numbers, 107e6 a rank; distributed/test_lora.py counts a run's."""
     layer = (16 * (8192 + 2 * 1024 + 8192 + 3 * 28672), 16 * (6 * 8192 + 8192))
     full = memory_bytes(SEVENTY_B, Layout(8, tp=4), Keeping(4096))
     parts = memory_bytes(SEVENTY_B, Layout(8, tp=4), Keeping(4096, adapter=layer))
