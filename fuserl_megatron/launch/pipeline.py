@@ -26,24 +26,12 @@ from fuserl_megatron.config.schema import BuildConfig, Config
 from fuserl_megatron.config.score_sections import ScoreConfig
 from fuserl_megatron.config.validate import validate, validate_build
 from fuserl_megatron.launch.making import Making, sample_stage, score_stage
-from fuserl_megatron.launch.sections import ORDER, key_of, load_sections, override, value_of
+from fuserl_megatron.launch.sections import ORDER, READS, key_of, load_sections, override, value_of
 from fuserl_megatron.launch.stages import Pipeline, Stage
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.hub import local_model
 from fuserl_megatron.util.paths import did_you_mean, export_of_run
 from fuserl_megatron.util.text import show
-
-READS = {
-    "score": ("sample",),
-    "build_sft": ("import", "score"),
-    "build_po": ("import", "score"),
-    "build_heldout": ("import",),
-    "fusesft": ("import", "build_sft"),
-    "reference": ("import", "build_po", "fusesft"),
-    "fusepo": ("import", "build_po", "fusesft", "reference"),
-    "export": ("fusesft", "fusepo"),
-    "evaluate": ("import", "build_heldout", "fusesft", "fusepo", "export"),
-}
 
 
 def load_pipeline(
@@ -148,10 +136,8 @@ class _Chain:
     def _export(self, name: str) -> None:
         last = self._last("there is no checkpoint to export")
         if last.adapter.kind == "lora":
-            raise UserError(
-                "takes a checkpoint, and those of adapter.kind=lora hold the adapter alone: leave export out of "
-                "stages, training then writes the merged model to hf/ itself."
-            )
+            self.notes.append(f"export: nothing to do, {last.run.results_dir}/hf is written by the training itself")
+            return
         if last.exp_manager.checkpoint_callback_params.monitor is not None:
             raise UserError(
                 "takes the newest checkpoint, and exp_manager.checkpoint_callback_params.monitor chooses the best: "
@@ -165,8 +151,6 @@ class _Chain:
     def _evaluate(self, name: str) -> None:
         settings = self._words({}, name)
         last = self._last("there is no trained model to evaluate") if self.trained else None
-        if last and last.adapter.export == "adapter":
-            raise UserError("looks at the merged model; adapter.export=merged would work.")
         model = str(self.root / "export") if "export" in self.stages else f"{last.run.results_dir}/hf" if last else None
         if command := settings.pop("command", None):
             program = shlex.split(value_of(command))
@@ -188,8 +172,6 @@ class _Chain:
 
     def _po_defaults(self) -> dict[str, Any]:
         sft = self.trained.get("fusesft")
-        if sft and sft.adapter.export == "adapter":
-            raise UserError("starts from the model of the stage fusesft: fusesft.adapter.export=merged would work.")
         defaults = self._data("build_po") | {"model.path": f"{sft.run.results_dir}/hf" if sft else self.target}
         return defaults | {"run.results_dir": str(self.root / "fusepo"), "run.export": "export" not in self.wanted}
 
@@ -234,6 +216,10 @@ class _Chain:
         if config.objective.stage != name:
             works = "fusesft.objective=fusesft" if name == "fusesft" else "fusepo.objective=fusepo_ln_dpo"
             raise UserError(f"objective.stage={config.objective.stage}: this stage is {name}; {works} would work.")
+        if config.adapter.export == "adapter":
+            raise UserError("adapter.export=adapter: later stages read the model; adapter.export=merged would work.")
+        if config.adapter.kind == "lora" and not self._given("run.export"):  # whose checkpoints are no model to export
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, export=True))
         if name == "fusesft" and "fusepo" in self.wanted and not config.run.export:
             raise UserError("run.export=false: fusepo starts from its export; run.export=true would work.")
         self.trained[name] = config

@@ -38,7 +38,12 @@ def check(config: Config, num_ranks: int) -> tuple[list[str], list[str]]:
     from fuserl_megatron.data.dataset import Manifest
 
     held_out = Manifest.read(config.data.validation_path) if config.data.validation_path is not None else None
-    facts = validate(config, num_ranks, read_config(model), Manifest.read(config.data.path), held_out)
+    shape = read_config(model)
+    facts = validate(config, num_ranks, shape, Manifest.read(config.data.path), held_out)
+    if config.adapter.path is not None:
+        from fuserl_megatron.convert.peft import AdapterReader
+
+        AdapterReader(config.adapter.path, shape, config.adapter)
     if held_out is not None:
         from fuserl_megatron.train.monitor import check_monitor
 
