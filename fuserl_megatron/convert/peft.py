@@ -131,7 +131,7 @@ def write_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": lineage["target"],
         "r": adapter.rank,
-        "lora_alpha": adapter.alpha,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
         "lora_dropout": 0.0,
         "use_rslora": adapter.use_rslora,
         "target_modules": list(adapter.targets),

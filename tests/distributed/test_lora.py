@@ -94,18 +94,26 @@ def test_the_model_without_its_adapter_is_the_reference(ranks, case, adapter, tm
     assert stored[1]["kl_to_reference"] != 0
 
 
-def test_what_is_kept_for_the_frozen_weights_is_nothing(ranks, case):
-    """Gradients and states are the adapter's alone, as many as `fuserl plan` counts; others on no rank."""
+def test_before_the_first_step(ranks, case):
+    """Gradients and states are the adapter's alone, as many as `fuserl plan` counts; its first values are those of a
+    function of name and seed."""
     from fuserl_megatron.convert.hf_config import read_config
+    from fuserl_megatron.mcore.lora import first_value
 
     config = make_lora_config(case, SFT, None, tp=2, pp=2, distopt=True)
-    cut, whole = layer_parameters(read_config(case["policy"]), LORA)
+    shape = read_config(case["policy"])
+    cut, whole = layer_parameters(shape, LORA)
     per_rank = 2 * (cut // 2 + whole)  # 4 layers over 2 stages
-    assert ranks.run(kept_numbers, 4, config) == [(per_rank, per_rank)] * 4
+    found = ranks.run(kept_numbers, 4, config)
+    assert [numbers for *numbers, _ in found] == [[per_rank, per_rank]] * 4
+    expected = {factor.name: first_value(factor, config.run.seed) for factor in all_factors(shape, LORA)}
+    actual = found[0][2]
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
 def kept_numbers(config):
-    from fuserl_megatron.mcore import parallel
+    from fuserl_megatron.mcore import lora, parallel
     from fuserl_megatron.train import feed
 
     config, shape, (dataset,) = feed.open_run(config, [config.data.path])
@@ -113,7 +121,7 @@ def kept_numbers(config):
     engine = feed.with_optimizer(config, feed.make_engine(config, layout, shape, dataset.sources))
     buffered = sum(stop - start for b in engine.wrapped[0].buffers for start, stop, _ in b.param_index_map.values())
     stepped = sum(p.numel() for group in engine.optimizer.param_groups for p in group["params"])
-    return buffered, stepped
+    return buffered, stepped, lora.gather_adapters(engine.target, layout)
 
 
 def train(config):
