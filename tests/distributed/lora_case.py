@@ -48,6 +48,8 @@ def make_lora_config(paths, objective, adapter, mode=None, *, lora=LORA, **chang
 
 def lora_twins(paths, objectives, adapter):
     """Of each objective the loss, and its gradients by PEFT's names, in float64, one sequence at a time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # products this small only wait for a second thread, beside other tests for seconds
     models = [peft_model(paths["policy"], adapter, torch.float64), hf_model(paths["policy"], torch.float64)]
     factors = {n.replace(".default", ""): p for n, p in models[0].named_parameters() if p.requires_grad}
     prompts, found = answers_of(paths, models), {}
@@ -55,4 +57,5 @@ def lora_twins(paths, objectives, adapter):
         loss = loss_of(objective, models, prompts)
         gradients = torch.autograd.grad(loss, list(factors.values()), retain_graph=True)
         found[name] = loss.item(), dict(zip(factors, gradients, strict=True))
+    torch.set_num_threads(threads)
     return found
