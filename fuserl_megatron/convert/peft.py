@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from fuserl_megatron.config.adapter_section import AdapterConfig
+from fuserl_megatron.convert.chat_files import ChatFormat, carry_chat
 from fuserl_megatron.convert.hf_config import ModelShape
+from fuserl_megatron.convert.hf_io import companion_files, copy_companions
 from fuserl_megatron.convert.model_card import model_card
 from fuserl_megatron.convert.names import LAYER, lengths
 from fuserl_megatron.convert.weight_files import StoredTensor, read_header
@@ -117,12 +119,28 @@ def layer_parameters(shape: ModelShape, adapter: AdapterConfig) -> tuple[int, in
 
 
 def write_adapter(
-    destination: Path, tensors: Mapping[str, torch.Tensor], adapter: AdapterConfig, lineage: dict[str, Any]
+    destination: Path,
+    tensors: Mapping[str, torch.Tensor],
+    adapter: AdapterConfig,
+    shape: ModelShape,
+    *,
+    source_dir: str | Path,
+    lineage: dict[str, Any],
+    chat: ChatFormat | None = None,
 ) -> None:
-    """Write a PEFT adapter directory, whole or not at all; lineage as of `model_card`, its target is the base.
+    """Write a PEFT adapter directory, whole or not at all.
+
+    Args:
+        destination: replaced where it is there.
+        tensors: all factors, whole, by PEFT's names.
+        adapter: their settings.
+        shape: of the base.
+        source_dir: holds the tokenizer that travels along.
+        lineage: as of `model_card`; its target is the base.
+        chat: the template and end of turn it was trained with; None leaves the source's.
 
     Raises:
-        UserError: the place cannot be written.
+        UserError: there is no tokenizer, or the place cannot be written.
     """
     from safetensors.torch import save_file
 
@@ -139,11 +157,14 @@ def write_adapter(
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    size = sum(tensor.nbytes for tensor in tensors.values())
+    files = companion_files(Path(source_dir), require_tokenizer=True)
+    size = sum(tensor.nbytes for tensor in tensors.values()) + sum(file.stat().st_size for file, _ in files)
     with whole_directory(destination, needed_bytes=size, source_dir=lineage["target"], force=True) as partial:
+        copy_companions(files, partial)
+        carry_chat(partial, chat or ChatFormat(), shape.raw)
         write_json(partial / CONFIG, fields)
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / WEIGHTS, {"format": "pt"})
-        card = model_card(destination.name, lineage, partial)
+        card = model_card(destination.name, lineage, partial, library="peft")
         (partial / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 

@@ -55,7 +55,12 @@ def export(config: Config, engine: Engine, dataset: FusedDataset, destination: P
     layout, what = engine.layout, "Hugging Face model"
     if config.adapter.export == "adapter":
         what, tensors = "PEFT adapter", lora.gather_adapters(engine.target, layout)
-        collectives.on_main_rank(layout, write_adapter, destination, tensors, config.adapter, lineage)
+
+        def write() -> None:
+            shape, where = engine.target.shape, dict(source_dir=tokenizer, lineage=lineage, chat=chat)
+            write_adapter(destination, tensors, config.adapter, shape, **where)
+
+        collectives.on_main_rank(layout, write)
     else:
         weights.export_hf(engine.target, layout, str(destination), source_dir=tokenizer, lineage=lineage, chat=chat)
     say(f"\n{what} written to {destination} in {time.monotonic() - started:.1f} s", layout.is_main)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from fuserl_megatron.config.adapter_section import TARGETS as NAMES
 from fuserl_megatron.config.schema import AdapterConfig
 from fuserl_megatron.convert import peft
+from fuserl_megatron.convert.chat_files import ChatFormat
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.util.errors import UserError
 
@@ -24,9 +25,19 @@ def tensors(adapter=LORA):
     return {factor.name: torch.randn(factor.size) for factor in peft.all_factors(SHAPE, adapter)}
 
 
+def write(tmp_path):
+    (tmp_path / "base").mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "base" / name).write_text("{}")
+    chat, lineage = ChatFormat("{{ messages }}", 7), {"target": str(tmp_path / "base"), "name": "run"}
+    peft.write_adapter(
+        tmp_path / "adapter", tensors(), LORA, SHAPE, source_dir=tmp_path / "base", lineage=lineage, chat=chat
+    )
+
+
 @pytest.fixture
 def directory(tmp_path):
-    peft.write_adapter(tmp_path / "adapter", tensors(), LORA, {"target": "/models/base", "name": "run"})
+    write(tmp_path)
     return tmp_path / "adapter"
 
 
@@ -70,8 +81,11 @@ def test_written_and_read_back(directory):
     reader = peft.AdapterReader(str(directory), SHAPE, LORA)
     for factor in peft.all_factors(SHAPE, LORA):
         assert torch.equal(reader.read(factor), stored[factor.name])
-    assert "/models" not in (directory / "README.md").read_text()
-    assert sorted(file.name for file in directory.iterdir()) == ["README.md", peft.CONFIG, peft.WEIGHTS]
+    card = (directory / "README.md").read_text()
+    assert str(directory.parent) not in card and 'library_name: "peft"' in card
+    chat = ["chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    assert {file.name for file in directory.iterdir()} == {"README.md", peft.CONFIG, peft.WEIGHTS, *chat}
+    assert (directory / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
 def test_other_settings_are_named_with_what_to_type(directory):
@@ -114,8 +128,8 @@ def test_an_adapter_of_another_model_is_refused(directory):
 
 def test_an_older_directory_stays_when_the_new_one_cannot_be_written(directory, monkeypatch):
     before = (directory / peft.WEIGHTS).read_bytes()
-    monkeypatch.setattr(peft, "model_card", lambda *_: 1 / 0)
+    monkeypatch.setattr(peft, "model_card", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        peft.write_adapter(directory, tensors(), LORA, {"target": "/models/base"})
+        write(directory.parent)
     assert (directory / peft.WEIGHTS).read_bytes() == before
     assert len(list(directory.parent.glob("*adapter*partial*"))) == 0
