@@ -7,7 +7,7 @@ inside the functions, for it brings torch.
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fuserl_megatron.config.schema import Config, ObjectiveConfig
 from fuserl_megatron.util.errors import UserError
@@ -126,7 +126,17 @@ def with_defaults(objective: ObjectiveConfig) -> ObjectiveConfig:
 
 def with_loss_defaults(config: Config) -> Config:
     """The run with its objective's null fields filled; see `with_defaults`."""
-    return dataclasses.replace(config, objective=with_defaults(config.objective))
+    objective = with_defaults(config.objective)
+    if objective.reference_mode is not None:
+        objective = dataclasses.replace(objective, reference_mode=reference_mode(config))
+    return dataclasses.replace(config, objective=objective)
+
+
+def reference_mode(config: Config) -> Literal["cache", "resident", "swap", "adapter"]:
+    """How the reference's scores are had, for a loss that reads them."""
+    objective = config.objective
+    free = config.adapter.kind == "lora" and objective.reference is None
+    return objective.reference_mode or ("adapter" if free else "cache")
 
 
 def uses_reference(objective: ObjectiveConfig) -> bool:

@@ -17,7 +17,7 @@ class Peer(NamedTuple):
     note: str = ""
 
 
-FULL = "all weights are trained, there are no adapters (LoRA, QLoRA, PEFT)"
+FULL = "an adapter is plain LoRA beside unquantized weights (adapter=lora)"
 RANKS = "the number of ranks is --nproc N, torchrun's or srun's"
 ACCUMULATION = "gradient accumulation follows from data.global_batch_size (prompts of a step over all ranks)"
 TEMPLATED = "set when the data set is built: fuserl build"
@@ -87,9 +87,14 @@ PEERS: tuple[Peer, ...] = (
     Peer("deepspeed fsdp zero_stage fsdp_config", "optim.use_distributed_optimizer", "optim=distributed sets it"),
     Peer("offload cpu_offload optimizer_offload offload_optimizer", "optim.optimizer_cpu_offload"),
     Peer("use_cpu no_cuda device", "trainer.accelerator"),
-    Peer("lora lora_r lora_rank lora_alpha lora_dropout lora_target lora_target_modules peft peft_scheme use_peft "
-         "use_lora qlora load_in_4bit load_in_8bit quantization_bit finetuning_type tuner_type train_type adapter",
-         None, FULL),
+    Peer("lora peft peft_scheme use_peft use_lora finetuning_type tuner_type train_type", "adapter.kind",
+         "adapter=lora sets it"),
+    Peer("lora_r lora_rank adapter_dim", "adapter.rank"),
+    Peer("lora_alpha", "adapter.alpha"),
+    Peer("lora_dropout adapter_dropout", "adapter.dropout", "which must be 0"),
+    Peer("lora_target lora_target_modules target_modules", "adapter.targets"),
+    Peer("adapter_name_or_path peft_model_id restore_from_path", "adapter.path"),
+    Peer("qlora load_in_4bit load_in_8bit quantization_bit use_dora", None, FULL),
     Peer("optimizer optim_type", "optim.name"),
     Peer("data_seed random_seed", "run.seed"),
     Peer("shuffle_dataset", "data.shuffle"),

@@ -51,6 +51,23 @@ def check_trainer(config: Config) -> None:
         refuse(config, "data.packing.share_prefix", "data.packing.enabled=false shares no row with anything", "auto")
 
 
+def check_adapter(config: Config) -> None:
+    """What a LoRA adapter needs, and the reference that is the model without it."""
+    adapter, objective = config.adapter, config.objective
+    if adapter.kind == "none":
+        for field in dataclasses.fields(adapter):
+            if getattr(adapter, field.name) != field.default:
+                refuse(config, f"adapter.{field.name}", "is used with adapter.kind=lora only", field.default)
+    elif config.trainer.precision.startswith("fp8"):
+        refuse(config, "trainer.precision", "LoRA in FP8 has never been run", "bf16")
+    if objective.reference_mode == "adapter":
+        if adapter.kind == "none":
+            refuse(config, "objective.reference_mode", "there is no adapter to switch off (adapter.kind=none)", "cache")
+        if objective.reference is not None:
+            rule = "without its adapter the model is model.path, not objective.reference"
+            refuse(config, "objective.reference_mode", rule, "cache")
+
+
 def check_validation(config: Config) -> None:
     """What validation and its metric are needed for."""
     manager, path = config.exp_manager, "exp_manager.checkpoint_callback_params"

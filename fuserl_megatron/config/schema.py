@@ -7,6 +7,7 @@ exp_manager lie in `run_sections.py`. `load.py` maps the hydra tree in conf/ ont
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from fuserl_megatron.config.adapter_section import AdapterConfig as AdapterConfig
 from fuserl_megatron.config.ranges import SHARES, Range, at_least, not_negative, positive, share
 from fuserl_megatron.config.run_sections import CheckpointConfig as CheckpointConfig
 from fuserl_megatron.config.run_sections import EarlyStoppingConfig as EarlyStoppingConfig
@@ -137,9 +138,10 @@ class ObjectiveConfig:
     """Options of a loss of your own that are none of the above (docs/extending.md)."""
     reference: str | None = None
     """FusePO: Hugging Face directory or hub name of the reference model; null takes model.path (the FuseSFT result)."""
-    reference_mode: Literal["cache", "resident", "swap"] | None = None
+    reference_mode: Literal["cache", "resident", "swap", "adapter"] | None = None
     """FusePO: score the reference once onto disk (cache, the default), hold it as a second model and score every step
-    (resident), or hold one model whose weights are swapped with the CPU's for that (swap)."""
+    (resident), hold one model whose weights are swapped with the CPU's for that (swap), or switch the LoRA adapter off
+    for that (adapter, the default with one)."""
     min_reward_gap: Annotated[float | None, not_negative(0.01)] = None
     """FusePO: pairs whose reward gap is smaller are dropped and counted."""
     max_reward_gap: Annotated[float | None, not_negative(0.1)] = None
@@ -208,6 +210,8 @@ class Config:
     """Logging and checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Target model and layout."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA instead of all weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Fused data set and batches."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)

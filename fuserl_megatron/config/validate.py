@@ -16,6 +16,7 @@ from fuserl_megatron.config.layout_rules import DataSet, ModelShape, check_data_
 from fuserl_megatron.config.objective import check_objective, open_loss
 from fuserl_megatron.config.ranges import check_ranges
 from fuserl_megatron.config.rules import (
+    check_adapter,
     check_manager,
     check_optimizer,
     check_trainer,
@@ -49,6 +50,7 @@ def validate(
     """
     check_ranges(config)
     check_trainer(config)
+    check_adapter(config)
     check_objective(config.objective)
     if config.exp_manager.metrics:
         open_loss(config, ())

@@ -123,6 +123,11 @@ def check_checkpoint(reader: DistReader, shape: ModelShape) -> torch.dtype:
     Raises:
         UserError: one line naming the first key that is missing, unknown or of another size.
     """
+    if any(key.startswith("adapters.") for key in reader.keys):
+        raise UserError(
+            f"{reader.directory}: holds a LoRA adapter alone; the run it is of exports it at its end: type its command "
+            "again, with adapter.export=merged or adapter"
+        )
     check_num_layers(shape, num_tensors(reader), reader.directory)
     expected: dict[str, tuple[int, ...]] = {}
     sizes = hf_shapes(shape)

@@ -31,7 +31,7 @@ TAG = "fuserl-megatron"
 STAGES = {"fusesft": "FuseSFT (reward-weighted SFT)", "fusepo": "FusePO (reward-weighted preference optimisation)"}
 
 
-def model_card(name: str, lineage: dict[str, Any], directory: Path | None = None) -> str:
+def model_card(name: str, lineage: dict[str, Any], directory: Path | None = None, library: str = "transformers") -> str:
     """The text of the card.
 
     Args:
@@ -40,11 +40,14 @@ def model_card(name: str, lineage: dict[str, Any], directory: Path | None = None
             (of the run), `stage`, `sources`, `data` (figures of the data set), `figures` (metric -> {"first", "last"})
             and `versions` are told in words; all of it is printed as a record.
         directory: the model that is being written, with the licence files copied from its source.
+        library: what the hub is told to load it with.
     """
     base, config = base_model(lineage.get("target")), lineage.get("config") or {}
     stage = lineage.get("stage") or (config.get("objective") or {}).get("stage")
     named = lineage.get("name") not in (None, RunConfig().name) and lineage["name"]
-    title = named or (name if name != "hf" else f"{(base or 'model').rpartition('/')[2]}-{stage or 'fused'}")
+    title = named or (
+        name if name not in ("hf", "adapter") else f"{(base or 'model').rpartition('/')[2]}-{stage or 'fused'}"
+    )
     data = lineage.get("data") or {}
     target = lineage.get("target")
     metadata = {
@@ -54,7 +57,7 @@ def model_card(name: str, lineage: dict[str, Any], directory: Path | None = None
             or (license_of(directory) if directory else {})
         ),
         "datasets": [name for name in data.get("hub", ()) if HUB_ID.fullmatch(name)],
-        "library_name": "transformers",
+        "library_name": library,
         "pipeline_tag": "text-generation",
         "tags": [TAG, *([stage] if stage else [])],
     }

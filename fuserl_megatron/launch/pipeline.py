@@ -7,6 +7,7 @@ Nothing is written or started here. Every stage that reads settings gets them fr
 command would, over defaults that make a stage read what the ones before it write.
 """
 
+import dataclasses
 import hashlib
 import re
 import shlex
@@ -18,30 +19,17 @@ from typing import Any
 from fuserl_megatron.config.derived import replica_ranks
 from fuserl_megatron.config.launch_sections import ClusterConfig, LaunchConfig
 from fuserl_megatron.config.load import load_config, to_yaml
-from fuserl_megatron.config.objective import uses_reference
+from fuserl_megatron.config.objective import reference_mode, uses_reference
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.config.validate import validate, validate_build
 from fuserl_megatron.launch.making import Making, asking_stages, score_stage
 from fuserl_megatron.launch.resources import resources
-from fuserl_megatron.launch.sections import ORDER, load_sections, override, value_of
+from fuserl_megatron.launch.sections import ORDER, READS, load_sections, override, value_of
 from fuserl_megatron.launch.stages import Pipeline, Stage
 from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.hub import local_model
 from fuserl_megatron.util.paths import did_you_mean, export_of_run
 from fuserl_megatron.util.text import show
-
-READS = {
-    "logprobs": ("sample",),
-    "score": ("sample", "logprobs"),
-    "build_sft": ("import", "score"),
-    "build_po": ("import", "score"),
-    "build_heldout": ("import",),
-    "fusesft": ("import", "build_sft"),
-    "reference": ("import", "build_po", "fusesft"),
-    "fusepo": ("import", "build_po", "fusesft", "reference"),
-    "export": ("fusesft", "fusepo"),
-    "evaluate": ("import", "build_heldout", "fusesft", "fusepo", "export"),
-}
 
 
 def load_pipeline(
@@ -160,7 +148,7 @@ class _Chain:
         if "fusepo" not in self.wanted:
             raise UserError("scores for the stage fusepo, which is not among the stages; leave it out.")
         config = self._compose("fusepo", self._words(self._po_defaults(), "train", "fusepo", name))
-        if not uses_reference(config.objective) or config.objective.reference_mode not in (None, "cache"):
+        if not uses_reference(config.objective) or reference_mode(config) != "cache":
             self.notes.append("reference: nothing to do, fusepo reads no stored reference")
             return
         self._add(name, ("fuserl", "train", "--reference-only"), config, config.run.results_dir)
@@ -170,6 +158,9 @@ class _Chain:
 
     def _export(self, name: str) -> None:
         last = self._last("there is no checkpoint to export")
+        if last.adapter.kind == "lora":
+            self.notes.append(f"export: nothing to do, {last.run.results_dir}/hf is written by the training itself")
+            return
         if last.exp_manager.checkpoint_callback_params.monitor is not None:
             raise UserError(
                 "takes the newest checkpoint, and exp_manager.checkpoint_callback_params.monitor chooses the best: "
@@ -190,6 +181,7 @@ class _Chain:
             return
         before = "fusepo" if "fusepo" in self.trained else "fusesft"
         words = self._words({}, "train", before) if last else self._words({}, "train")
+        words = {key: word for key, word in words.items() if key.partition(".")[0] != "adapter"}  # it is merged
         held_out = self._data("build_heldout") or ({"data.path": last.data.validation_path} if last else {})
         defaults = {"run.results_dir": str(self.root / name), "model.path": model or self.target} | held_out
         compared = settings.pop("before", None)
@@ -247,6 +239,10 @@ class _Chain:
         if config.objective.stage != name:
             works = "fusesft.objective=fusesft" if name == "fusesft" else "fusepo.objective=fusepo_ln_dpo"
             raise UserError(f"objective.stage={config.objective.stage}: this stage is {name}; {works} would work.")
+        if config.adapter.export == "adapter":
+            raise UserError("adapter.export=adapter: later stages read the model; adapter.export=merged would work.")
+        if config.adapter.kind == "lora" and not self._given("run.export"):  # whose checkpoints are no model to export
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, export=True))
         if name == "fusesft" and "fusepo" in self.wanted and not config.run.export:
             raise UserError("run.export=false: fusepo starts from its export; run.export=true would work.")
         self.trained[name] = config

@@ -16,6 +16,19 @@ from fuserl_megatron.util.errors import UserError
 from fuserl_megatron.util.text import nearest, show
 
 ORDER: tuple[str, ...] = typing.get_args(StageName)
+READS = {
+    "logprobs": ("sample",),
+    "score": ("sample", "logprobs"),
+    "build_sft": ("import", "score"),
+    "build_po": ("import", "score"),
+    "build_heldout": ("import",),
+    "fusesft": ("import", "build_sft"),
+    "reference": ("import", "build_po", "fusesft"),
+    "fusepo": ("import", "build_po", "fusesft", "reference"),
+    "export": ("fusesft", "fusepo"),
+    "evaluate": ("import", "build_heldout", "fusesft", "fusepo", "export"),
+}
+"""Whose results a stage reads, where they are stages of the chain, too."""
 # fmt: off
 SECTIONS = ("sample", "logprobs", "score", "train", "build_sft", "build_po", "build_heldout", "fusesft", "reference",
             "fusepo", "evaluate")

@@ -17,6 +17,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from fuserl_megatron.checkpoint.manifest import PROGRESS, find_damage
 from fuserl_megatron.checkpoint.torch_dist import iteration_directory
+from fuserl_megatron.mcore import lora
 from fuserl_megatron.mcore.loading import load_state
 from fuserl_megatron.mcore.model import TargetModel, gather_parameters
 from fuserl_megatron.mcore.parallel import Layout
@@ -42,7 +43,10 @@ def _metadata() -> dict:
 def _state(target: TargetModel, optimizer: ChainedOptimizer | None, *, is_loading: bool) -> dict:
     metadata = _metadata()
     # with virtual stages layers carry their global index, so that all chunks make one model
-    state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(target.chunks)}
+    if lora.adapters_of(target):  # the model's own weights are those of model.path
+        state = {name: lora.sharded_state(chunk) for name, chunk in _named(target.chunks)}
+    else:
+        state = {name: chunk.sharded_state_dict(metadata=metadata) for name, chunk in _named(target.chunks)}
     if optimizer is not None:
         if is_loading:
             _materialize_optimizer_state(optimizer)
@@ -111,7 +115,9 @@ def load(target: TargetModel, folder: Path, optimizer: ChainedOptimizer | None =
         raise UserError(problem)
     for name, chunk in _named(target.chunks):
         with _extra_state_is_vetted():
-            chunk.load_state_dict(state[name])
+            # strict but for an adapter's checkpoint, whose tensors have filled the adapters already
+            if not lora.adapters_of(target):
+                chunk.load_state_dict(state[name])
     if optimizer is not None:
         _load_optimizer(optimizer, state["optimizer"])
 

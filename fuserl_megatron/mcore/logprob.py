@@ -86,11 +86,12 @@ class _VocabParallelLogps(torch.autograd.Function):
         hidden_TH, weight_vH, labels_T, lse_T = ctx.saved_tensors
         first_row, num_valid, chunk_size, rule = ctx.rest
         grad_hidden_TH = torch.empty_like(hidden_TH)
-        grad_weight_vH = torch.zeros_like(weight_vH, dtype=lse_T.dtype)
+        # a frozen matrix (LoRA) is spared the product and its buffer
+        grad_weight_vH = torch.zeros_like(weight_vH, dtype=lse_T.dtype) if ctx.needs_input_grad[1] else None
         for start in range(0, labels_T.numel(), chunk_size):
             part = slice(start, start + chunk_size)
             logits_cv = _logits(hidden_TH[part], weight_vH, num_valid, rule)
-            slope = rule.slope(logits_cv)
+            slope = rule.slope(logits_cv) if rule != AS_THEY_ARE else None
             if isinstance(slope, torch.Tensor) and num_valid < slope.shape[1]:
                 slope[:, max(num_valid, 0) :] = 0  # of padded rows it is infinite
             # d logp / d z = onehot - softmax
@@ -99,10 +100,14 @@ class _VocabParallelLogps(torch.autograd.Function):
             mine_c = (local_c >= 0) & (local_c < weight_vH.shape[0])
             index_c1 = local_c.clamp(0, weight_vH.shape[0] - 1)[:, None]
             grad_cv.scatter_add_(1, index_c1, (grad_T[part] * mine_c)[:, None])
-            grad_cv = grad_cv.mul_(slope).to(hidden_TH.dtype)
+            if slope is not None:
+                grad_cv.mul_(slope)
+            grad_cv = grad_cv.to(hidden_TH.dtype)
             grad_hidden_TH[part] = grad_cv @ weight_vH
-            grad_weight_vH += grad_cv.t() @ hidden_TH[part]
-        return grad_hidden_TH, grad_weight_vH.to(weight_vH.dtype), None, None, None, None, None, None
+            if grad_weight_vH is not None:
+                grad_weight_vH += grad_cv.t() @ hidden_TH[part]
+        grad_weight = None if grad_weight_vH is None else grad_weight_vH.to(weight_vH.dtype)
+        return grad_hidden_TH, grad_weight, None, None, None, None, None, None
 
 
 def vocab_parallel_logps(

@@ -14,6 +14,7 @@ from fuserl_megatron.convert.layout import hf_tensors_from_megatron, unshard
 from fuserl_megatron.convert.names import find_rule, hf_shapes, local_name, megatron_names
 from fuserl_megatron.convert.shard_writer import DEFAULT_SHARD_BYTES
 from fuserl_megatron.convert.shards import ShardReader, ShardWriter, check_tensors, read_parameter
+from fuserl_megatron.mcore import lora
 from fuserl_megatron.mcore.model import TargetModel
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.mcore.precision import fill, plain
@@ -23,11 +24,14 @@ from fuserl_megatron.util.whole_directory import discard
 
 
 def named_parameters(target: TargetModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """This rank's parameters under the local spec's names with global layer indices (layers count from 0)."""
+    """This rank's parameters under the local spec's names with global layer indices (layers count from 0), an adapter's
+    left out."""
     for chunk in target.chunks:
         layers = chunk.decoder.layers
         offset = layers[0].layer_number - 1 if len(layers) else 0
         for name, parameter in chunk.named_parameters():
+            if name.startswith(f"{lora.NAME}."):
+                continue
             if name.startswith("decoder.layers."):
                 index, rest = name.removeprefix("decoder.layers.").split(".", 1)
                 name = f"decoder.layers.{int(index) + offset}.{rest}"
@@ -109,7 +113,8 @@ def export_hf(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     chat: ChatFormat | None = None,
 ) -> None:
-    """Write the trained weights as a Hugging Face directory, in the number format they were trained in. All ranks
+    """Write the trained weights, an adapter merged in, as a Hugging Face directory, in the number format they were
+    trained in. All ranks
     call it and all write: the parameters of a pipeline stage go round its tensor- and data-parallel ranks, and who
     writes one gathers it. Memory: one parameter and its parts. source_dir, lineage and chat: as `begin_export`.
 
@@ -152,7 +157,7 @@ def _write_own_part(
 ) -> tuple[list[str], str | None]:
     """The Hugging Face tensors this rank wrote, and what went wrong here. After a failure the rank goes on taking part
     in the gathers of its neighbours."""
-    problem, tp_group = None, ps.get_tensor_model_parallel_group()
+    problem, tp_group, value = None, ps.get_tensor_model_parallel_group(), lora.merged(target)
     replicas, replica = layout.dp_size * layout.cp_size, layout.dp_rank * layout.cp_size + layout.cp_rank
     writer = ShardWriter(partial, hf_shapes(target.shape), target.config.params_dtype, max_shard_bytes, create=False)
     try:
@@ -160,7 +165,7 @@ def _write_own_part(
             for i, (name, parameter) in enumerate(named_parameters(target)):
                 if i % replicas != replica:
                     continue
-                full = _gather_over_tp(name, plain(parameter), tp_group, layout, i // replicas % layout.tp_size)
+                full = _gather_over_tp(name, value(parameter), tp_group, layout, i // replicas % layout.tp_size)
                 if full is None or problem:
                     continue
                 try:

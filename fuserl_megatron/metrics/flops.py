@@ -8,6 +8,9 @@ the reference model's passes are work of the machine, not of the model: they do 
 
     forward = T (2 L (H (A + 2 G) D + A D H + 3 H F)) + 4 L A D K + 2 H V C          step = 3 x forward
 
+With LoRA the matrices are frozen and have no gradient of their own, a third of the work of every product with them;
+the adapter's R numbers cost 6 R T.
+
 T positions, K keys seen by all of them, C scored positions, L layers, H hidden, A heads, G key/value heads, D head
 dimension, F MLP channels, V vocabulary.
 """
@@ -28,7 +31,7 @@ PEAKS = {
 key is searched for in the name that the driver gives."""
 
 
-def step_flops(shape: ModelShape, tokens: int, attended_keys: int, scored_tokens: int) -> int:
+def step_flops(shape: ModelShape, tokens: int, attended_keys: int, scored_tokens: int, adapter: int = 0) -> int:
     """Model FLOPs of forward and backward pass.
 
     Args:
@@ -36,13 +39,16 @@ def step_flops(shape: ModelShape, tokens: int, attended_keys: int, scored_tokens
         tokens: positions that are not padding.
         attended_keys: sum over these positions of the keys each sees (`data.packing.attended_keys`).
         scored_tokens: positions whose logits are needed.
+        adapter: numbers of a LoRA adapter, 0 where all weights are trained.
     """
     width = shape.num_attention_heads * shape.head_dim
     key_value_width = 2 * shape.num_query_groups * shape.head_dim
     layer = shape.hidden_size * (2 * width + key_value_width) + 3 * shape.hidden_size * shape.ffn_hidden_size
     linear = 2 * shape.num_layers * layer * tokens
     attention = 4 * shape.num_layers * width * attended_keys
-    return 3 * (linear + attention + 2 * shape.hidden_size * shape.vocab_size * scored_tokens)
+    vocabulary = 2 * shape.hidden_size * shape.vocab_size * scored_tokens
+    passes = 2 if adapter else 3
+    return passes * (linear + vocabulary) + 3 * attention + 6 * adapter * tokens
 
 
 @functools.cache

@@ -102,6 +102,8 @@ def _fate(key: str, value: Any, leaves: dict[str, Any]) -> tuple[str, str, dict[
     for logger in ("wandb", "mlflow"):
         if key.startswith(f"{M}{logger}_logger_kwargs.") and not leaves.get(f"{M}create_{logger}_logger"):
             return "ignored", f"{M}create_{logger}_logger is not true", {}
+    if key.startswith("model.peft.lora_tuning.") and leaves.get("model.peft.peft_scheme") != "lora":
+        return "ignored", "read with model.peft.peft_scheme=lora only", {}
     if key == "model.activations_checkpoint_num_layers" and leaves.get(_GRANULARITY) != "full":
         return "ignored", f"read with {_GRANULARITY}=full only", {}
     if row.ours is None:

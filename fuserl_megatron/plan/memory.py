@@ -3,6 +3,7 @@
 weights       bf16, 2 a parameter of the stage; embeddings lie on the first stage, the output matrix on the last
 gradients     fp32, 4 a parameter (core's buffer)
 states        fp32 master weights and two moments, 12 a parameter, over DP x CP with the distributed optimizer
+              (with LoRA gradients and states are those of the adapter, whose bf16 weights come on top)
 activations   none recomputed: 2 (6.5 H + 3 F) a token and layer, over TP with sequence parallelism; full: the layers'
               inputs, 2 H, and one layer's activations. The first stage holds those of PP micro-batches
               (with V virtual stages 1 + (PP - 1) / (PP V) times as many)
@@ -31,6 +32,8 @@ class Keeping:
     distributed_optimizer: bool = True
     logprob_chunk: int = 1024
     resident_reference: bool = False
+    adapter: tuple[int, int] | None = None
+    """LoRA: numbers of a layer's adapter that TP cuts, and that every tensor rank holds; None: all is trained."""
 
 
 def memory_bytes(model: Matrices, layout: Layout, keeping: Keeping) -> dict[str, float]:
@@ -48,10 +51,13 @@ def memory_bytes(model: Matrices, layout: Layout, keeping: Keeping) -> dict[str,
     in_flight = pp * (1 + (pp - 1) / (pp * layout.vpp)) if layout.vpp > 1 else pp
     kept = 2 * model.hidden * positions / tp if layout.recompute == "full" else a_layer
     activations = per_stage * kept * in_flight + (a_layer if layout.recompute == "full" else 0)
+    cut, whole = keeping.adapter or (0, 0)
+    adapter = per_stage * (cut / tp + whole)
+    trained = own if keeping.adapter is None else adapter
     parts = {
-        "weights": 2 * own,
-        "gradients": 4 * own,
-        "states": 12 * own / shards,
+        "weights": 2 * (own + adapter),
+        "gradients": 4 * trained,
+        "states": 12 * trained / shards,
         "activations": activations,
         "logits": 3 * 4 * keeping.logprob_chunk * model.vocabulary / tp,
         "reference": 2 * own if keeping.resident_reference else 0.0,

@@ -7,6 +7,7 @@ from fuserl_megatron.config.derived import row_settings, total_steps
 from fuserl_megatron.config.objective import uses_reference
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.hf_config import read_config
+from fuserl_megatron.convert.peft import layer_parameters
 from fuserl_megatron.plan.cards import Card
 from fuserl_megatron.plan.layouts import HEADROOM, Plan, overrides, plans
 from fuserl_megatron.plan.memory import Keeping
@@ -67,9 +68,11 @@ def planned(config: Config, gpus: int, card: Card, rows: int | None) -> Planned:
     if rows is None:
         rows, steps, fact = _of_data(config)
         facts.append(fact)
-    work = Work(rows, length, "fp8" if config.trainer.precision.startswith("fp8") else "bf16")
+    adapter, number_format = config.adapter, "fp8" if config.trainer.precision.startswith("fp8") else "bf16"
+    work = Work(rows, length, number_format, frozen=adapter.kind == "lora")
     resident = uses_reference(config.objective) and config.objective.reference_mode == "resident"
-    keeping = Keeping(length, data.micro_batch_size, True, config.model.logprob_chunk_size, resident)
+    factors = layer_parameters(shape, adapter) if adapter.kind == "lora" else None
+    keeping = Keeping(length, data.micro_batch_size, True, config.model.logprob_chunk_size, resident, factors)
     found, smallest = plans(model, gpus, card, work, keeping)
     facts.insert(
         0,

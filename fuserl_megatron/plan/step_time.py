@@ -172,7 +172,9 @@ def tokens_per_second(model: Matrices, layout: Layout, work: Work, card: Card, f
 
 
 def mfu(model: Matrices, layout: Layout, work: Work, card: Card, fit: Fit = FITTED) -> float:
-    """Model FLOPs (attention over the keys seen; nothing that is computed again) over the dense peak of the format."""
-    per_token = 6 * (model.layers * model.layer_parameters + model.hidden * model.vocabulary)
+    """Model FLOPs (attention over the keys seen; nothing that is computed again, no gradient of frozen matrices) over
+    the dense peak of the format."""
+    per_parameter = 4 if work.frozen else 6
+    per_token = per_parameter * (model.layers * model.layer_parameters + model.hidden * model.vocabulary)
     per_token += 6 * model.layers * model.widths[0] * work.length
     return tokens_per_second(model, layout, work, card, fit) * per_token / card.peak(work.format)

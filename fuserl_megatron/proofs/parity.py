@@ -29,7 +29,7 @@ from fuserl_megatron.data.assemble import parts_of
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.data.too_long import fitted
-from fuserl_megatron.mcore import parallel, weights
+from fuserl_megatron.mcore import lora, parallel, weights
 from fuserl_megatron.mcore.optimizer import gradient_norm
 from fuserl_megatron.mcore.step import NonFiniteError, forward_backward
 from fuserl_megatron.metrics.run_log import say
@@ -150,7 +150,9 @@ def _steps(
             part.zero_grad()
         loss = forward_backward(engine, batches, plan.normalizer(config.objective.nll_reduction), values)[0]
         norm = gradient_norm(engine.optimizer) if engine.optimizer else math.nan
-        yield loss, norm, weights.gather_hf_tensors(target, layout, _gradient)
+        adapted = bool(lora.adapters_of(target))
+        gather = lora.gather_adapters(target, layout, _gradient).items if adapted else None
+        yield loss, norm, gather() if gather else weights.gather_hf_tensors(target, layout, _gradient)
 
 
 def _gradient(parameter: Any) -> torch.Tensor:

@@ -84,6 +84,7 @@ def first_step_check(config: Config, step: int) -> Callable[[float], None]:
     """first_step_loss: what to do with the loss of this step before the weights change."""
     objective = config.objective
     same = uses_reference(objective) and os.path.realpath(reference_path(config)) == os.path.realpath(config.model.path)
+    same = same and config.adapter.path is None
     if step or not same or objective.rpo_alpha or "first_step_loss" in config.run.disable_checks:
         return lambda loss: None
     spec = spec_of(objective)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from fuserl_megatron.config.schema import Config, ObjectiveConfig
 from fuserl_megatron.convert.hf_config import read_config
 from fuserl_megatron.convert.hf_io import check_model_directory
 from fuserl_megatron.convert.names import hf_shapes
-from fuserl_megatron.mcore import parallel, weights
+from fuserl_megatron.mcore import lora, parallel, weights
 from fuserl_megatron.mcore.step import NonFiniteError
 from fuserl_megatron.metrics.run_log import say
 from fuserl_megatron.runtime.stopping import Stopped, Stopping
@@ -42,9 +43,10 @@ def evaluate(config: Config, before: str | None = None) -> int:
     config, shape, (dataset,) = open_run(config, [config.data.path])
     if before is not None and hf_shapes(read_config(check_model_directory(before))) != hf_shapes(shape):
         raise UserError(f"--before {before}: is no model of the same shape as model.path={config.model.path}.")
-    # the reference stays the same for both
-    reference = reference_path(config) if uses_reference(config.objective) else None
-    config = replace(config, objective=replace(config.objective, reference=reference))
+    if uses_reference(config.objective):  # it stays the same for both: whatever is scored then, without an adapter
+        mode = "cache" if config.objective.reference_mode == "adapter" else config.objective.reference_mode
+        fixed = replace(config.objective, reference=reference_path(config), reference_mode=mode)
+        config = replace(config, objective=fixed)
     directory, models = Path(config.run.results_dir), [config.model.path, *([before] if before is not None else [])]
     figures: dict[str, list[dict[str, float]]] = {}
     layout = parallel.initialize(config.model, config.trainer)
@@ -55,9 +57,11 @@ def evaluate(config: Config, before: str | None = None) -> int:
             engine = make_engine(one, layout, shape, dataset.sources)
             (feed,) = with_references(one, engine, [make_feed(one, dataset, layout)])
             figures[objective.stage] = []
-            for model in models:
+            for number, model in enumerate(models):
                 weights.load_hf_weights(engine.target, model, layout)
-                metrics = validate(one, engine, feed, 1, 1, lambda: None)
+                # an adapter is model.path's, not that of the model before
+                with lora.off(engine.target) if number else nullcontext():
+                    metrics = validate(one, engine, feed, 1, 1, lambda: None)
                 figures[objective.stage].append({k.removeprefix("val_"): v for k, v in metrics.items()})
         if layout.is_main:
             _write(directory, config, before, figures)

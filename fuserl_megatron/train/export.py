@@ -8,8 +8,9 @@ from fuserl_megatron.checkpoint.torch_dist import iteration_directory
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.chat_files import ChatFormat
 from fuserl_megatron.convert.model_card import run_figures
+from fuserl_megatron.convert.peft import write_adapter
 from fuserl_megatron.data.dataset import FusedDataset
-from fuserl_megatron.mcore import checkpoint, weights
+from fuserl_megatron.mcore import checkpoint, lora, weights
 from fuserl_megatron.mcore.model import gather_parameters
 from fuserl_megatron.mcore.step import Engine
 from fuserl_megatron.metrics.run_log import say
@@ -31,9 +32,14 @@ def load_best(engine: Engine, checkpoints: Path, history: History, step: int) ->
     return step
 
 
+def destination_of(config: Config) -> Path:
+    """Where a run's export lies."""
+    return Path(config.run.results_dir, "adapter" if config.adapter.export == "adapter" else "hf")
+
+
 def export(config: Config, engine: Engine, dataset: FusedDataset, destination: Path, total: int) -> None:
-    """Write the weights to `destination`, with the template and end of turn of the data and the lineage for the model
-    card. All ranks call it."""
+    """Write the weights, or the adapter alone, to `destination`, with the template and end of turn of the data and the
+    lineage for the model card. All ranks call it."""
     lineage = {
         "name": config.run.name,
         "stage": config.objective.stage,
@@ -46,6 +52,15 @@ def export(config: Config, engine: Engine, dataset: FusedDataset, destination: P
     started = time.monotonic()
     tokenizer = config.model.tokenizer or config.model.path
     gather_parameters(engine.wrapped)
-    weights.export_hf(engine.target, engine.layout, str(destination), source_dir=tokenizer, lineage=lineage, chat=chat)
-    seconds = time.monotonic() - started
-    say(f"\nHugging Face model written to {destination} in {seconds:.1f} s", engine.layout.is_main)
+    layout, what = engine.layout, "Hugging Face model"
+    if config.adapter.export == "adapter":
+        what, tensors = "PEFT adapter", lora.gather_adapters(engine.target, layout)
+
+        def write() -> None:
+            shape = engine.target.shape
+            write_adapter(destination, tensors, config.adapter, shape, source_dir=tokenizer, lineage=lineage, chat=chat)
+
+        collectives.on_main_rank(layout, write)
+    else:
+        weights.export_hf(engine.target, layout, str(destination), source_dir=tokenizer, lineage=lineage, chat=chat)
+    say(f"\n{what} written to {destination} in {time.monotonic() - started:.1f} s", layout.is_main)

@@ -19,12 +19,14 @@ from fuserl_megatron.config.objective import open_loss, spec_of, uses_reference,
 from fuserl_megatron.config.schema import Config, DataConfig, PackingConfig
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.hf_io import check_weights
+from fuserl_megatron.convert.peft import check_adapter
 from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.pairs import prepare
 from fuserl_megatron.data.prepared import PreparedSet, mismatched
 from fuserl_megatron.data.sampler import GlobalBatchSampler, StepPlan
 from fuserl_megatron.data.too_long import fitted
+from fuserl_megatron.mcore.lora import add_adapters
 from fuserl_megatron.mcore.model import build_model, wrap_for_training
 from fuserl_megatron.mcore.optimizer import build_optimizer
 from fuserl_megatron.mcore.parallel import Layout
@@ -74,6 +76,7 @@ def open_run(config: Config, paths: Sequence[str | None]) -> tuple[Config, Model
     if config.objective.reference is not None:
         _check_reference(config, shape, check_weights(config.objective.reference))
     datasets = [FusedDataset(path) for path in paths if path is not None]
+    check_adapter(shape, config.adapter)
     for dataset in datasets:
         check_data_set(str(dataset.path), shape, dataset.manifest)
     return config, shape, datasets
@@ -93,10 +96,14 @@ def _check_reference(config: Config, shape: ModelShape, reference: ModelShape) -
 def make_engine(
     config: Config, layout: Layout, shape: ModelShape, source_names: Sequence[str], dtype: torch.dtype | None = None
 ) -> Engine:
-    """The model, its weights yet to be loaded, without an optimizer; in dtype, or where None in trainer.precision's."""
+    """The model without an optimizer, its weights yet to be loaded (an adapter's are there already); in dtype, or where
+    None in trainer.precision's."""
     precision, loss = config.trainer.precision, open_loss(config, source_names)
+    target = build_model(shape, config.model, layout, dtype or parameter_dtype(precision), precision)
+    if config.adapter.kind == "lora":
+        add_adapters(target, config.adapter, layout, config.run.seed)
     return Engine(
-        target=build_model(shape, config.model, layout, dtype or parameter_dtype(precision), precision),
+        target=target,
         layout=layout,
         loss=loss,
         metric_names=loss.metric_names,
@@ -154,7 +161,7 @@ def with_references(
     """
     if not uses_reference(config.objective):
         return list(feeds)
-    live = LiveReference(config, engine) if config.objective.reference_mode in ("resident", "swap") else None
+    live = LiveReference(config, engine) if config.objective.reference_mode != "cache" else None
     stored = stored_references(config, engine, between_batches)
 
     def filled(feed: Feed) -> Feed:

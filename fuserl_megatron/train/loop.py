@@ -10,6 +10,7 @@ from fuserl_megatron.config.derived import total_steps, warmup_steps
 from fuserl_megatron.config.load import to_yaml
 from fuserl_megatron.config.schema import Config
 from fuserl_megatron.convert.hf_config import ModelShape
+from fuserl_megatron.convert.peft import num_parameters
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.data.manifest import MANIFEST_FILE, RUN_COPY
 from fuserl_megatron.mcore import checkpoint, parallel, weights
@@ -21,7 +22,7 @@ from fuserl_megatron.runtime.profiling import StepProfiler
 from fuserl_megatron.runtime.stopping import Stopped, Stopping, resume_command
 from fuserl_megatron.runtime.watchdog import Watchdog
 from fuserl_megatron.train.checks import InvariantError, check_batches, check_prepared, first_step_check
-from fuserl_megatron.train.export import export, load_best
+from fuserl_megatron.train.export import destination_of, export, load_best
 from fuserl_megatron.train.feed import (
     FOLDERS,
     Feed,
@@ -115,7 +116,7 @@ def _run(
         warning = "the reference was scored anew since this run began: what follows is equal up to rounding only"
         say(f"WARNING: {warning}", layout.is_main)
     watchdog.tick()
-    if done == 0:
+    if done == 0 or config.adapter.kind == "lora":  # whose checkpoints hold the adapter alone
         weights.load_hf_weights(engine.target, config.model.path, layout)
     engine = with_optimizer(config, engine)
     core = engine.target.config
@@ -191,14 +192,14 @@ def _run(
         say(f"stopped after step {step}: {waited}", layout.is_main)
     if failure := saver.failure():
         say(failure, layout.is_main)
-    exported = config.run.export
+    exported = destination_of(config) if config.run.export else None
     if exported:
         try:
-            export(config, engine, dataset, directory / "hf", load_best(engine, checkpoints, history, step))
+            export(config, engine, dataset, exported, load_best(engine, checkpoints, history, step))
         except (UserError, OSError) as error:
             if not failure:
                 raise
-            exported = False
+            exported = None
             say(f"nor could the model be exported: {error}", layout.is_main)
     if layout.is_main:
         describe_end(config, done, step, total, saver.saved, exported, time.monotonic() - started)
@@ -241,7 +242,8 @@ def one_step(
         micro_batches=plan.num_microbatches,
     )
     parts, seconds = engine.clock.read(), time.monotonic() - started
-    flops = step_flops(engine.target.shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens)
+    shape, tokens = engine.target.shape, (plan.real_tokens, plan.attended_keys, plan.scored_tokens)
+    flops = step_flops(shape, *tokens, num_parameters(shape, config.adapter))
     peak = peak_tflops(engine.layout.device_name, config.trainer.precision)
     record |= rates(seconds, flops, plan.num_prompts, plan.real_tokens, engine.layout.world_size, peak)
     log.step(record | dict(seconds=seconds) | time_split(seconds, parts))

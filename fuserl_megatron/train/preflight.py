@@ -38,7 +38,12 @@ def check(config: Config, num_ranks: int) -> tuple[list[str], list[str]]:
     from fuserl_megatron.data.dataset import Manifest
 
     held_out = Manifest.read(config.data.validation_path) if config.data.validation_path is not None else None
-    facts = validate(config, num_ranks, read_config(model), Manifest.read(config.data.path), held_out)
+    shape = read_config(model)
+    facts = validate(config, num_ranks, shape, Manifest.read(config.data.path), held_out)
+    if config.adapter.kind == "lora":
+        from fuserl_megatron.convert.peft import check_adapter
+
+        check_adapter(shape, config.adapter)
     if held_out is not None:
         from fuserl_megatron.train.monitor import check_monitor
 
@@ -62,11 +67,11 @@ def with_local_models(config: Config) -> Config:
 
 def check_reference(config: Config) -> None:
     """Whether the objective stores scores of its reference, as --reference-only wants. Raises UserError."""
-    from fuserl_megatron.config.objective import uses_reference
+    from fuserl_megatron.config.objective import reference_mode, uses_reference
 
-    mode = config.objective.reference_mode
-    if not uses_reference(config.objective) or mode not in (None, "cache"):
-        what = f"objective.reference_mode={mode} stores" if mode else "this objective reads"
+    mode = reference_mode(config)
+    if not (reads := uses_reference(config.objective)) or mode != "cache":
+        what = f"objective.reference_mode={mode} stores" if reads else "this objective reads"
         raise UserError(f"--reference-only: {what} no reference scores; objective=fusepo_ln_dpo would.")
 
 

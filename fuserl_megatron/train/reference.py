@@ -1,11 +1,12 @@
-"""Reference log-probabilities, three ways with the same numbers: kept on disk, a second model, swapped weights.
+"""Reference log-probabilities, four ways with the same numbers: on disk, a second model, swapped weights, no adapter.
 
     cache      scored once before training, one float32 a response on disk; then only look-ups (the default)
     resident   a second model next to the policy, scored every step: no file, twice the weights in memory
     swap       one model; every step the reference's weights come from the CPU, score, and the policy's come back:
                no second model on the device, but two copies over the bus a step
+    adapter    one model; every step it scores with its LoRA adapter switched off (the default with one)
 
-All three hand out float32 sums.
+All hand out float32 sums.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from fuserl_megatron.data.batch import PackedBatch
 from fuserl_megatron.data.prepared import PreparedSet
 from fuserl_megatron.data.reference import ReferenceCache, hash_model_directory, reference_key
 from fuserl_megatron.data.sampler import GlobalBatchSampler
-from fuserl_megatron.mcore import parallel, weights
+from fuserl_megatron.mcore import lora, parallel, weights
 from fuserl_megatron.mcore.model import build_model
 from fuserl_megatron.mcore.step import Engine, score
 from fuserl_megatron.metrics.run_log import say
@@ -44,17 +45,19 @@ class Scores:
 
 
 class LiveReference:
-    """Modes resident and swap. Every rank makes one and calls `scores` at the same time."""
+    """Modes resident, swap and adapter. Every rank makes one and calls `scores` at the same time."""
 
     def __init__(self, config: Config, engine: Engine):
         """Load the reference. engine is the policy's, yet without an optimizer; in mode swap its weights are replaced
         by the reference's: load the policy afterwards."""
-        self.swapping = config.objective.reference_mode == "swap"
-        if not self.swapping:
+        mode = config.objective.reference_mode
+        self.swapping = mode == "swap"
+        if mode == "resident":
             dtype = engine.target.config.params_dtype
             target = build_model(engine.target.shape, config.model, engine.layout, dtype, config.trainer.precision)
             engine = dataclasses.replace(engine, target=target)
-        weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
+        if mode != "adapter":
+            weights.load_hf_weights(engine.target, reference_path(config), engine.layout)
         self.engine = engine
         self._held = _copies(engine) if self.swapping else []
 
@@ -64,7 +67,8 @@ class LiveReference:
             policy = _copies(self.engine)
             _put(self.engine, self._held)
         try:
-            ids_N, logps_N = score(self.engine, batches)
+            with lora.off(self.engine.target):
+                ids_N, logps_N = score(self.engine, batches)
         finally:
             if self.swapping:
                 _put(self.engine, policy)
@@ -163,7 +167,9 @@ def _score_missing(
 
     for plan in sampler.scoring_plans(missing):
         between_batches()
-        collectives.on_main_rank(layout, write, *score(engine, sampler.micro_batches(plan, layout.dp_rank)))
+        with lora.off(engine.target):
+            scored = score(engine, sampler.micro_batches(plan, layout.dp_rank))
+        collectives.on_main_rank(layout, write, *scored)
         num_scored += plan.num_sequences
     # nobody reads before everything is written, either
     collectives.on_main_rank(layout, finish)

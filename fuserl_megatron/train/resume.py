@@ -11,7 +11,8 @@ from pathlib import Path
 
 from fuserl_megatron.checkpoint.torch_dist import candidates, iteration_directory
 from fuserl_megatron.config.keys import leaves
-from fuserl_megatron.config.schema import Config
+from fuserl_megatron.config.schema import AdapterConfig, Config
+from fuserl_megatron.convert import peft
 from fuserl_megatron.data.dataset import FusedDataset
 from fuserl_megatron.mcore import checkpoint, parallel
 from fuserl_megatron.metrics.run_log import say
@@ -19,6 +20,7 @@ from fuserl_megatron.runtime import collectives
 from fuserl_megatron.util.errors import UserError
 
 PROBE_BYTES = 1 << 20
+NO_ADAPTER = {"kind": "none"}
 STEPS = "steps in all"
 """In a checkpoint's progress: how many steps the run was to have."""
 
@@ -30,6 +32,7 @@ def run_identity(config: Config, dataset: FusedDataset, reward_temperature: floa
     if not objective["loss_kwargs"]:  # runs from before there were any
         del objective["loss_kwargs"]
     identity = {
+        "adapter": _adapter_identity(config.adapter),
         "model.path": fingerprint(config.model.path),
         "objective": objective | {"reference": config.objective.reference and fingerprint(config.objective.reference)},
         "data set": dataset.hash,
@@ -45,9 +48,16 @@ def run_identity(config: Config, dataset: FusedDataset, reward_temperature: floa
     return json.loads(json.dumps(identity))  # tuples become lists, as in the file it is compared with
 
 
-def fingerprint(path: str) -> str:
-    """A hash of a model directory, cheap for 140 GB: config.json, and size, start and end of every file."""
-    digest = hashlib.sha256((Path(path) / "config.json").read_bytes())
+def _adapter_identity(adapter: AdapterConfig) -> dict:
+    if adapter.kind == "none":
+        return NO_ADAPTER
+    path = adapter.path and fingerprint(adapter.path, peft.CONFIG)
+    return {k: v for k, v in dataclasses.asdict(adapter).items() if k != "export"} | {"path": path}
+
+
+def fingerprint(path: str, config: str = "config.json") -> str:
+    """A hash of a model directory, cheap for 140 GB: its config, and size, start and end of every file."""
+    digest = hashlib.sha256((Path(path) / config).read_bytes())
     for file in sorted(Path(path).glob("*.safetensors")):
         size = file.stat().st_size
         digest.update(f"{file.name} {size}".encode())
@@ -106,8 +116,13 @@ def steps_to_resume(
 
 def _progress_of_this_run(checkpoints: Path, iteration: int, identity: dict) -> dict:
     progress = checkpoint.read_progress(checkpoints, iteration)
-    saved = dict(leaves(progress))
+    saved = dict(leaves({"adapter": NO_ADAPTER} | progress))  # runs from before there were adapters
     for key, now in leaves(identity):
+        if key == "model.path" and saved.get(key) != now:
+            raise UserError(
+                f"{checkpoints} belongs to a run on other weights than those in model.path now ({saved.get(key)}, not "
+                f"{now}): put them back to continue, or choose another run.results_dir to start anew."
+            )
         if key != STEPS and saved.get(key) != now:
             raise UserError(
                 f"{checkpoints} belongs to a run with {key}={saved.get(key)}, this one has {key}={now}: "

@@ -34,7 +34,7 @@ class Saver:
         self._failed: int | None = None  # the newest step that could not be saved
         self._remedy = ""
         self._since = time.monotonic()
-        local = sum(p.numel() for chunk in engine.target.chunks for p in chunk.parameters())
+        local = sum(p.numel() for chunk in engine.target.chunks for p in chunk.parameters() if p.requires_grad)
         self.seconds = local * BYTES_A_PARAMETER / BYTES_A_SECOND
         """What a checkpoint takes until it is on the disk: the longest so far, or a guess before the first."""
         self._under_way: tuple[Saving, Sequence[int]] | None = None

@@ -9,6 +9,7 @@ import torch
 import fuserl_megatron
 from fuserl_megatron.config.objective import loss_options, uses_reference
 from fuserl_megatron.config.schema import Config
+from fuserl_megatron.convert import peft
 from fuserl_megatron.convert.hf_config import ModelShape
 from fuserl_megatron.convert.names import hf_shapes
 from fuserl_megatron.data.pairs import PreparedSet
@@ -33,7 +34,9 @@ def versions() -> str:
     return f"fuserl-megatron {fuserl_megatron.__version__} | {others}"
 
 
-def describe_end(config: Config, done: int, step: int, total: int, saved: int, exported: bool, seconds: float) -> None:
+def describe_end(
+    config: Config, done: int, step: int, total: int, saved: int, exported: Path | None, seconds: float
+) -> None:
     """What there is now and where, and the command that was typed: again, it goes on from the last checkpoint."""
     directory = config.run.results_dir
     took = f"{step - done} of them now, " if done else ""
@@ -46,7 +49,7 @@ def describe_end(config: Config, done: int, step: int, total: int, saved: int, e
     if saved:
         say(f"checkpoint step {saved} in {directory}/checkpoints")
     if exported:
-        say(f"model      {directory}/hf")
+        say(f"model      {exported}")
     say(f"again      {resume_command()}")
 
 
@@ -67,6 +70,13 @@ def describe_start(
         f"model      {config.model.path}: {num_parameters(shape) / 1e6:,.1f} M parameters, {shape.num_layers} layers, "
         f"precision {config.trainer.precision}"
     )
+    adapter = config.adapter
+    if trained := peft.num_parameters(shape, adapter):
+        start = f", from {adapter.path}" if adapter.path else ""
+        say(
+            f"adapter    lora of rank {adapter.rank}, alpha {adapter.alpha:g}, on {', '.join(adapter.targets)}: "
+            f"{trained / 1e6:,.2f} M parameters are trained ({trained / num_parameters(shape):.2%}){start}"
+        )
     say(f"layout     {layout.describe()}" + (", sequence parallel" if config.model.sequence_parallel else ""))
     objective = config.objective
     what = f"{objective.selection}, {objective.nll_reduction}"
@@ -89,7 +99,7 @@ def describe_start(
         f"{data.micro_batch_size} rows x {sampler.data.seq_length} tokens x DP {layout.dp_size}; "
         f"padding {plan.padding_share:.1%} (first step)"
     )
-    flops = step_flops(shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens)
+    flops = step_flops(shape, plan.real_tokens, plan.attended_keys, plan.scored_tokens, trained)
     say(
         f"work       {flops / 1e12:,.3g} TFLOP a step, {flops / max(plan.real_tokens, 1) / 1e6:,.4g} MFLOP a token; "
         + describe_peak(layout.device_name, config.trainer.precision)

@@ -156,7 +156,7 @@ def _with_reference(objective, paths):
 
 def loss_and_gradients(config, reference_dir, sampler_step=0):
     """Loss, metrics, gradient norm, (rank 0) gradients by HF name, micro-batches and prompts of one step."""
-    from fuserl_megatron.mcore import parallel, step, weights
+    from fuserl_megatron.mcore import lora, parallel, step, weights
     from fuserl_megatron.mcore.optimizer import gradient_norm
     from fuserl_megatron.train import feed as f
     from fuserl_megatron.train.checks import check_batches, check_prepared
@@ -177,10 +177,9 @@ def loss_and_gradients(config, reference_dir, sampler_step=0):
     loss, metrics = step.forward_backward(engine, batches, normalizer, values)
     grads = None
     if not config.optim.use_distributed_optimizer:
-        grads = {
-            name: g.double()
-            for name, g in weights.gather_hf_tensors(engine.target, layout, lambda p: p.main_grad.detach().clone())
-        }
+        gather = lora.gather_adapters if lora.adapters_of(engine.target) else weights.gather_hf_tensors
+        found = gather(engine.target, layout, lambda p: p.main_grad.detach().clone())
+        grads = {name: g.double() for name, g in dict(found).items()}
     return loss, metrics, gradient_norm(engine.optimizer), grads, plan.num_microbatches, plan.num_prompts
 
 
@@ -325,12 +324,19 @@ def twin(paths, objective, dtype=torch.float64):
     """Loss and gradients by HF name of all prompts in one batch."""
     from transformers import AutoModelForCausalLM
 
-    from fuserl_megatron.data.dataset import FusedDataset
-
     models = [
         AutoModelForCausalLM.from_pretrained(paths[name], dtype=dtype, attn_implementation="eager")
         for name in ("policy", "reference")
     ]
+    loss = loss_of(objective, models, answers_of(paths, models))
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in models[0].named_parameters()}
+
+
+def answers_of(paths, models):
+    """Prompts with their answers by source; models are policy and reference."""
+    from fuserl_megatron.data.dataset import FusedDataset
+
     data, prompts = FusedDataset(paths["data"]), []
     for g in range(data.num_groups):
         group = read_group(data, g)
@@ -342,14 +348,20 @@ def twin(paths, objective, dtype=torch.float64):
             answer = Answer(models, prompt, float(reward), response.tolist(), logps)
             by_source.setdefault(data.sources[source], []).append(answer)
         prompts.append((prompt, by_source))
+    return prompts
+
+
+def loss_of(objective, models, prompts):
+    """The loss of all prompts in one batch."""
     total, weighted_tokens, counted = 0.0, 0.0, 0
     kl = mismatched_kl(models, [(p, list(s.values())) for p, s in prompts]) if objective.get("loss") == "kto" else None
     for _, by_source in prompts:
         if objective.get("loss") == "wrpo":
-            own = by_source.pop(objective["target_source"], None)
+            others = dict(by_source)
+            own = others.pop(objective["target_source"], None)
             if own is None:
                 continue
-            alpha, strongest = objective["alpha_end"] * STEP / TOTAL, max(a for s in by_source.values() for a in s)
+            alpha, strongest = objective["alpha_end"] * STEP / TOTAL, max(a for s in others.values() for a in s)
             z = alpha * strongest.h + (1 - alpha) * max(own).h - min(own).h
             total = total - torch.nn.functional.logsigmoid(objective["beta"] * z)
             counted += 1
@@ -365,9 +377,7 @@ def twin(paths, objective, dtype=torch.float64):
             reduction = objective.get("nll_reduction", "token_mean")
             total = total - weight * (best.mean if reduction == "token_mean" else best.logp)
             weighted_tokens += weight * best.length
-    loss = total / (weighted_tokens if objective.get("nll_reduction") == "weighted_token_mean" else counted)
-    loss.backward()
-    return loss.item(), {n: p.grad for n, p in models[0].named_parameters()}
+    return total / (weighted_tokens if objective.get("nll_reduction") == "weighted_token_mean" else counted)
 
 
 def worst_relative_error(actual, expected):

@@ -5,7 +5,7 @@ from unittest import mock
 
 def mistake(fault):
     """A context in which the product makes one mistake that real trainers have shipped."""
-    from fuserl_megatron.mcore import layer, model, step
+    from fuserl_megatron.mcore import layer, lora, model, step
     from fuserl_megatron.objectives.batch_loss import BatchLoss
 
     visible, original_loss, core_config = step.Visibility, BatchLoss.__call__, model.TransformerConfig
@@ -23,7 +23,15 @@ def mistake(fault):
             super().__init__(*args, **kwargs)
             self.weight.sequence_parallel = False
 
+    class UnmarkedAdapter(lora.Adapter):
+        def __init__(self, *args):
+            super().__init__(*args)
+            for parameter in self.parameters():
+                parameter.sequence_parallel = False
+
     return {
+        "lora_gradient_not_summed": mock.patch.object(lora, "copy_to_tensor_model_parallel_region", lambda low: low),
+        "lora_factor_not_marked": mock.patch.object(lora, "Adapter", UnmarkedAdapter),
         "divide_by_local_count": mock.patch.object(BatchLoss, "__call__", wrong_loss),
         "divide_by_rows": mock.patch.object(BatchLoss, "__call__", wrong_loss),
         "ignore_segments": mock.patch.object(step, "Visibility", lambda s, _, *rest: visible(s * 0, s * 0, *rest)),

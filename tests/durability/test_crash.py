@@ -17,6 +17,14 @@ def test_eight_killed_runs_are_equal_to_undisturbed_ones(fleet, case, root):
     assert crash.run_trials(fleet, case, root, runs=8, seed=1) == []
 
 
+@pytest.mark.slow
+def test_killed_runs_of_an_adapter_are_equal_to_undisturbed_ones(fleet, case, tmp_path, monkeypatch):
+    lora = ["adapter=lora", "adapter.rank=4", "optim.lr=1e-2"]
+    layouts = {f"lora {name}": [*words, *lora] for name, words in crash.LAYOUTS.items()}
+    monkeypatch.setattr(crash, "LAYOUTS", layouts)
+    assert crash.run_trials(fleet, case, tmp_path, runs=4, seed=3) == []
+
+
 def forget_the_optimizer(rank):
     from fuserl_megatron.mcore import checkpoint
 

@@ -8,6 +8,7 @@ import pytest
 from fuserl_megatron.config.compose import conf_dir
 from fuserl_megatron.config.load import load_config
 from fuserl_megatron.config.validate import validate
+from fuserl_megatron.convert.peft import layer_parameters
 from fuserl_megatron.util.errors import UserError
 
 PRESETS = sorted((conf_dir() / "preset").glob("*.yaml"))
@@ -32,13 +33,17 @@ def states_gb(config, shape, data_parallel):
     moments = size[config.optim.exp_avg_dtype] + size[config.optim.exp_avg_sq_dtype]
     optimizer = moments + size[config.optim.main_params_dtype]
     assert config.optim.use_distributed_optimizer
+    if config.adapter.kind == "lora":
+        cut, whole = layer_parameters(shape, config.adapter)
+        adapter = shape.num_layers * (cut / model.tensor_model_parallel_size + whole)
+        return (2 * own + adapter * (2 + 4 + optimizer / data_parallel)) / 1e9
     return own * (2 + 4 + optimizer / data_parallel) / 1e9
 
 
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 @pytest.mark.parametrize("recipe", [None, "llama31_8b_fusepo_dpo"])
 def test_preset(file, recipe):
-    size, gpus = re.fullmatch(r"llama31_(\d+b)_(\d+)gpu", file.stem).groups()
+    size, lora, gpus = re.fullmatch(r"llama31_(\d+b)_(lora_)?(\d+)gpu", file.stem).groups()
     chosen = [f"preset={file.stem}", *([f"recipe={recipe}"] if recipe else [])]
     config = load_config("train", ["model.path=/m", "data.path=/d", "trainer.accelerator=gpu", *chosen])
     shape, world, text = SHAPES[size], int(gpus), file.read_text()
@@ -52,7 +57,8 @@ def test_preset(file, recipe):
     assert model.tensor_model_parallel_size <= 8  # inside a node
     written = int(re.search(r"states.* = (\d+) GB", text)[1])
     assert written == round(states_gb(config, shape, data_parallel))
-    assert written < (141 if gpus == "1" else 80)
+    assert written < (141 if gpus == "1" and not lora else 80)
+    assert (config.adapter.kind == "lora") == bool(lora) and (not lora or config.optim.lr > 4e-6)
     if world == 1:
         return  # one rank divides everything
     with pytest.raises(UserError):
@@ -63,6 +69,8 @@ def test_all_presets_are_here():
     assert [file.stem for file in PRESETS] == [
         "llama31_70b_32gpu",
         "llama31_70b_64gpu",
+        "llama31_70b_lora_8gpu",
         "llama31_8b_1gpu",
         "llama31_8b_8gpu",
+        "llama31_8b_lora_1gpu",
     ]

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 
 from fuserl_megatron.config.load import load_config
+from fuserl_megatron.config.objective import with_loss_defaults
 from fuserl_megatron.config.validate import validate, validate_build
 from fuserl_megatron.util.errors import UserError
 
@@ -102,6 +103,15 @@ def test_layout_and_model(overrides, world_size, shape, expected):
         (["optim.optimizer_offload_fraction=0.5"], "optim.optimizer_offload_fraction=0.5: is used with optim.optimizer_cpu_offload=true"),
         (["model.recompute_num_layers=2"], "model.recompute_num_layers=2: is used with model.recompute_granularity=full only"),
         (["data.packing.enabled=false", "data.packing.share_prefix=on"], "data.packing.share_prefix=on: data.packing.enabled=false"),
+        (["adapter.rank=8"], "adapter.rank=8: is used with adapter.kind=lora only; adapter.rank=16 would work."),
+        (["adapter=lora", "adapter.rank=0"], "adapter.rank=0: must be at least 1"),
+        (["adapter=lora", "adapter.alpha=0"], "adapter.alpha=0.0: must be a positive number"),
+        (["adapter=lora", "adapter.dropout=0.1"], "adapter.dropout=0.1: must be 0: nothing in training is random; adapter.dropout=0.0 would work."),
+        (["adapter=lora", "adapter.targets=[]"], "adapter.targets=[]: must name each layer once, and at least one; adapter.targets=[q_proj] would work."),
+        (["adapter=lora", "adapter.targets=[q_proj,q_proj]"], "adapter.targets=[q_proj,q_proj]: must name each layer once"),
+        (["adapter=lora", "trainer.precision=fp8_current"], "trainer.precision=fp8_current: LoRA in FP8 has never been run; trainer.precision=bf16 would work."),
+        (["objective=fusepo_dpo", "objective.reference_mode=adapter"], "objective.reference_mode=adapter: there is no adapter to switch off (adapter.kind=none); objective.reference_mode=cache would work."),
+        (["adapter=lora", "objective=fusepo_dpo", "objective.reference_mode=adapter", "objective.reference=/r"], "objective.reference_mode=adapter: without its adapter the model is model.path, not objective.reference"),
     ],
 )  # fmt: skip
 def test_settings(overrides, expected):
@@ -126,6 +136,20 @@ def test_settings(overrides, expected):
 )  # fmt: skip
 def test_objective(overrides, expected):
     assert error_of(*overrides).startswith(expected)
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it():
+    for words, mode in (
+        ([], "adapter"),
+        (["objective.reference=/r"], "cache"),
+        (["objective.reference_mode=cache"], "cache"),
+    ):
+        objective = with_loss_defaults(config("adapter=lora", "objective=fusepo_dpo", *words)).objective
+        assert objective.reference_mode == mode
+    assert with_loss_defaults(config("objective=fusepo_dpo")).objective.reference_mode == "cache"
+    assert with_loss_defaults(config("adapter=lora")).objective.reference_mode is None
+    with pytest.raises(UserError, match="adapter.targets=lm_head: not one of q_proj"):
+        config("adapter=lora", "adapter.targets=[lm_head]")
 
 
 def test_what_needs_cuda_is_refused_on_the_cpu_alone():

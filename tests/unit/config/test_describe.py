@@ -38,7 +38,7 @@ def test_types_and_defaults():
     [
         (["micro_batch"], "train  data.micro_batch_size: int (default 1)"),
         (["learning_rate"], "learning_rate: Did you mean optim.lr?"),
-        (["lora_r"], "lora_r: There is none"),
+        (["lora_r"], "lora_r: Did you mean adapter.rank?"),
         (["max_length", "--of", "build"], "build  max_length: int (default 2048)"),
     ],
 )

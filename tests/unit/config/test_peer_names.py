@@ -38,9 +38,10 @@ def test_a_name_of_ours_needs_no_row():
         ("num_train_epochs=3", "Did you mean trainer.max_epochs?"),
         ("max_steps=3", "Did you mean trainer.max_steps?"),
         ("warmup_ratio=3", "Did you mean optim.sched.warmup_ratio?"),
-        ("lora_r=8", "There is none: all weights are trained"),
-        ("lora_rank=8", "There is none: all weights are trained"),
-        ("peft=lora", "There is none: all weights are trained"),
+        ("lora_r=8", "Did you mean adapter.rank?"),
+        ("lora_alpha=8", "Did you mean adapter.alpha?"),
+        ("peft=lora", "Did you mean adapter.kind? (adapter=lora sets it)"),
+        ("load_in_4bit=true", "There is none: an adapter is plain LoRA beside unquantized weights"),
         ("nproc=2", "the number of ranks is --nproc N"),
         ("bf16=true", "Did you mean trainer.precision?"),
         ("model.tensor_parallel_size=2", "Did you mean model.tensor_model_parallel_size?"),
@@ -59,7 +60,7 @@ def test_other_commands_answer_with_their_own_keys(capsys):
         (["build", "model_name_or_path=x"], "Did you mean tokenizer?"),
         (["build", "learning_rate=1"], "It is optim.lr of fuserl train"),
         (["launch", "learning_rate=1"], "in fuserl launch train.optim.lr or STAGE.optim.lr"),
-        (["launch", "lora_r=1"], "There is none: all weights"),
+        (["launch", "load_in_4bit=1"], "There is none: an adapter is plain LoRA"),
     ):
         assert main(words) == 2
         assert says in capsys.readouterr().err

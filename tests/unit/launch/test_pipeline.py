@@ -87,6 +87,18 @@ def test_what_has_nothing_to_do_is_left_out_and_said(chain):
     assert [note.partition(":")[0] for note in pipeline.notes] == ["import", "reference"]
 
 
+def test_a_chain_of_adapters_writes_its_merged_models_itself(chain, tmp_path):
+    pipeline, stages = chain(ALL, *BUILDS, "train.adapter=lora", "train.adapter.rank=4")
+    settings = {name: yaml.safe_load(stage.config) for name, stage in stages.items() if stage.config}
+    assert settings["fusepo"]["adapter"] | {"kind": "lora", "rank": 4} == settings["fusepo"]["adapter"]
+    assert settings["fusepo"]["run"]["export"] and settings["fusesft"]["run"]["export"]
+    assert "export" not in stages and "reference" not in stages and "nothing to do" in "".join(pipeline.notes)
+    assert settings["evaluate"]["model"]["path"] == str(tmp_path / "run" / "fusepo" / "hf")
+    assert settings["evaluate"]["adapter"]["kind"] == "none"
+    with pytest.raises(UserError, match="later stages read the model; adapter.export=merged would work"):
+        chain(*BUILDS[:4], "train.adapter=lora", "fusepo.adapter.export=adapter")
+
+
 def test_the_hash_follows_the_settings_and_those_upstream_but_not_the_resources(chain):
     words = ["stages=[fusesft,fusepo]", "fusesft.data.path=a", "fusepo.data.path=b"]
     before = {name: stage.hash for name, stage in chain(*words)[1].items()}

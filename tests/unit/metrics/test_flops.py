@@ -149,3 +149,9 @@ def test_profiler_traces_the_steps_asked_for_and_no_others(tmp_path, capsys):
 def test_profiler_settings_load():
     config = load_config("train", ["model.path=/m", "data.path=/d", "exp_manager.profile_steps=[10,12]"])
     assert config.exp_manager.profile_steps == (10, 12)
+
+
+def test_frozen_matrices_have_no_gradient_of_their_own():
+    all_weights, lora = (flops.step_flops(SHAPE, 10, 30, 4, adapter) for adapter in (0, 100))
+    attention = 3 * 4 * 2 * 24 * 30  # 2 layers, 24 wide, 30 keys
+    assert lora == (all_weights - attention) * 2 // 3 + attention + 6 * 100 * 10

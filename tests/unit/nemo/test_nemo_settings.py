@@ -62,7 +62,7 @@ def test_dpo():
         "trainer.dpo.val_check_interval",
         "trainer.dpo.limit_val_batches",
         "pretrained_checkpoint.restore_from_path",
-        "model.peft.peft_scheme",
+        "model.peft.lora_tuning.target_modules",
         "model.data.seq_length",
         "model.data.data_prefix.train",
         "model.data.data_prefix.validation",
@@ -71,6 +71,7 @@ def test_dpo():
     assert "encoder_seq_length" in unsupported["model.data.seq_length"]  # stands in the .nemo file
     assert "0.1" in unsupported["trainer.dpo.val_check_interval"]
     assert settings["objective"] == {"stage": "fusepo", "loss": "ln_dpo", "beta": 0.2, "rpo_alpha": 0.5}
+    assert settings["adapter"] == {"kind": "lora", "rank": 32}
     assert settings["trainer"]["gradient_clip_val"] == 0.0
     assert settings["exp_manager"]["max_time_per_run"] == "00:03:50:00"
     assert by_key["exp_manager.wandb_logger_kwargs.project"].status == "ignored"

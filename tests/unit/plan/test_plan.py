@@ -35,6 +35,17 @@ def test_memory_is_that_of_the_preset():
     assert parts["activations"] == pytest.approx(32 * 4096 * 2 * (6.5 * 4096 + 3 * 14336) / 2, rel=1e-9)
 
 
+def test_an_adapter_alone_has_gradients_and_states():
+    """conf/preset/llama31_70b_lora_8gpu.yaml: 207e6 numbers, 107e6 a rank; distributed/test_lora.py counts a run's."""
+    layer = (16 * (8192 + 2 * 1024 + 8192 + 3 * 28672), 16 * (6 * 8192 + 8192))
+    full = memory_bytes(SEVENTY_B, Layout(8, tp=4), Keeping(4096))
+    parts = memory_bytes(SEVENTY_B, Layout(8, tp=4), Keeping(4096, adapter=layer))
+    assert 80 * sum(layer) == 207_093_760
+    own = 80 * (layer[0] / 4 + layer[1])
+    assert (parts["gradients"], parts["states"]) == (4 * own, 12 * own / 2)
+    assert parts["weights"] - full["weights"] == pytest.approx(2 * own)
+
+
 def test_memory_falls_with_what_divides_it():
     base = memory_bytes(EIGHT_B, Layout(8), Keeping(4096))
     for layout, falls in (
