@@ -57,8 +57,8 @@ def export(config: Config, engine: Engine, dataset: FusedDataset, destination: P
         what, tensors = "PEFT adapter", lora.gather_adapters(engine.target, layout)
 
         def write() -> None:
-            shape = engine.target.shape
-            write_adapter(destination, tensors, config.adapter, shape, source_dir=tokenizer, lineage=lineage, chat=chat)
+            adapter, shape = config.adapter, engine.target.shape
+            write_adapter(destination, tensors, adapter, shape, source_dir=tokenizer, lineage=lineage, chat=chat)
 
         collectives.on_main_rank(layout, write)
     else:
