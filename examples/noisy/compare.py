@@ -1,6 +1,7 @@
 """All methods over the twelve seeds, then the neighbouring worlds over the first six; one JSON line a training.
 
     python examples/noisy/compare.py --dir runs/noisy --workers 2
+    python examples/noisy/compare.py --dir runs/noisy --parts "no habit" "strong habit"   # not in results/
 
 What is there already is not repeated, so that a run that was stopped goes on. The rates are those that search.py
 found. The lines, in a fixed order, end up in DIR/results.jsonl, from which table.py and plots.py work.
@@ -31,6 +32,8 @@ PARTS = {
     **{world: (world, CLAIMS[1:], SEEDS[:6]) for world in WORLDS if world != "noisy"},
 }
 """Name -> world, methods, seeds; the order in which they are run."""
+KEPT = [part for part in PARTS if part not in ("no habit", "strong habit")]
+"""What results/ holds, and what is run unless others are named."""
 
 
 def run_seed(place: Path, part: str, seed: int) -> None:
@@ -59,7 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dir", default="runs/noisy", type=Path)
     parser.add_argument("--workers", default=2, type=int, help="processes, each of one thread (default: 2)")
-    parser.add_argument("--parts", default=list(PARTS), nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--parts", default=KEPT, nargs="+", choices=PARTS, metavar="PART", help=", ".join(PARTS))
     options = parser.parse_args()
     place = options.dir.resolve()
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
