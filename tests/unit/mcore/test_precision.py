@@ -10,6 +10,7 @@ import torch
 from fuserl_megatron.config.derived import row_length
 from fuserl_megatron.config.layout_rules import check_model
 from fuserl_megatron.config.schema import Config, DataConfig, ModelConfig, OptimConfig, TrainerConfig
+from fuserl_megatron.convert.family import Traits
 from fuserl_megatron.mcore import model, optimizer, precision
 from fuserl_megatron.mcore.parallel import Layout
 from fuserl_megatron.util.errors import UserError
@@ -17,7 +18,7 @@ from fuserl_megatron.util.errors import UserError
 SHAPE = SimpleNamespace(
     attention_out_bias=False, mlp_bias=False, num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4,
     num_query_groups=2, head_dim=64, rms_norm_eps=1e-5, qk_norm=False, qkv_bias=False, tie_word_embeddings=False,
-    vocab_size=1024, max_position_embeddings=512,
+    vocab_size=1024, max_position_embeddings=512, traits=Traits(),
 )  # fmt: skip
 ONE = dict(tp_size=1, tp_rank=0, pp_size=1, pp_rank=0, cp_size=1, cp_rank=0, dp_size=1, dp_rank=0, vpp_size=None)
 CUDA = torch.device("cuda", 0)
