@@ -54,7 +54,14 @@ def place(tmp_path_factory):
     target = root / "models" / "target"
     save_tiny_model(target, max_position_embeddings=4096, num_key_value_heads=8)
     save_char_tokenizer(target)
-    models = ["models/small", "models/Llama-3.1-8B-Instruct", "runs/fusesft/hf", "runs/fusepo/hf"]
+    models = [
+        "models/small",
+        "models/Llama-3.1-8B-Instruct",
+        "models/Llama-3.1-70B-Instruct",
+        "runs/fusesft/hf",
+        "runs/fusepo/hf",
+        "runs/sft/hf",
+    ]
     for name in (*models, "runs/llama31_8b_fusesft/hf"):
         shutil.copytree(target, root / name)
     records = [
@@ -70,6 +77,9 @@ def place(tmp_path_factory):
     scored.mkdir(parents=True)
     (scored / "records.jsonl").write_text(text)
     (scored / "done.json").write_text(json.dumps({"format": "fuserl scored responses", "bytes": len(text)}))
+    shutil.copytree(scored, root / "scored")
+    for name in ("qwen", "llama"):
+        (root / f"{name}.yaml").write_text(f"model: org/{name}\nurl: http://127.0.0.1:1/v1\n")
     for name in ("fusesft", "fusepo"):
         (root / "runs" / name / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
     (root / "docs").mkdir()
@@ -115,7 +125,15 @@ def typed(place, monkeypatch, capsys):
         if ">" in words:
             words, redirected, file = words[: words.index(">")], True, words[-1]
         command = words[0]
-        if command in ("verify", "doctor", "demo", "sample", "score", "generate"):  # sample and score need servers
+        if "armorm" in line or command in (
+            "verify",
+            "doctor",
+            "demo",
+            "sample",
+            "logprobs",
+            "score",
+            "generate",
+        ):  # need servers, a large model
             build_parser().parse_args(words)
             return
         for word in words:  # what is to be written must not be there
