@@ -222,12 +222,13 @@ def _sliding(
 def _rotary_dim(raw: dict[str, Any], family: Family, head_dim: int, where: str) -> int:
     """The first dimensions of a head, which are rotated."""
     given = [raw, *(raw[key] for key in ("rope_parameters", "rope_scaling") if isinstance(raw.get(key), dict))]
-    shares = {fields["partial_rotary_factor"] for fields in given if fields.get("partial_rotary_factor") is not None}
-    if not shares - {1}:
+    said = [fields["partial_rotary_factor"] for fields in given if fields.get("partial_rotary_factor") is not None]
+    shares = {float(number(value, "partial_rotary_factor", where)) for value in said} or {1.0}
+    if shares == {1.0}:
         return head_dim
-    share = float(number(shares.pop(), "partial_rotary_factor", where))
-    rotated = int(head_dim * share)
-    if not family.reads_partial_rotary or shares or rotated % 2 or not 0 < rotated <= head_dim:
+    share = max(shares)
+    rotated = int(head_dim * share) if share <= 1 else 0
+    if not family.reads_partial_rotary or len(shares) > 1 or rotated % 2 or not 0 < rotated <= head_dim:
         why = "it must give an even number of dimensions" if family.reads_partial_rotary else "only 1.0 is"
         raise UserError(f"{where}: partial_rotary_factor = {share:g} is not supported: {why}")
     return rotated

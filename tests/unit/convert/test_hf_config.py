@@ -147,6 +147,8 @@ def test_harmless_settings_are_accepted(make_config, family, changes):
         ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1] * 4, "long_factor": []}}, "RoPE frequencies"),
         ("phi3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported: it must give an even"),
         ("phi3", {"partial_rotary_factor": 2}, "partial_rotary_factor = 2"),
+        ("phi3", {"partial_rotary_factor": [1]}, "partial_rotary_factor = [1]"),
+        ("phi3", {"partial_rotary_factor": 1e308}, "partial_rotary_factor = 1e+308"),
         ("phi3", {"attention_bias": True}, "attention_bias"),
         ("gemma2", {"hidden_activation": "silu"}, "hidden_activation = 'silu'"),
         ("gemma3_text", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
