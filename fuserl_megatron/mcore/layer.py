@@ -69,16 +69,16 @@ class RMSNormAddsOne(RMSNorm):
 class _WholeRMSNorm(torch.nn.Module):
     """RMSNorm over all heads at once, of which each tensor-parallel rank holds some; transformers' Olmo2RMSNorm."""
 
+    heads: str
+    """Core's name of their number."""
+
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_kwargs):
         super().__init__()
-        heads = self._heads(config)
+        heads = getattr(config, self.heads)
         self.eps, self.length = eps, heads * hidden_size
         local = heads // config.tensor_model_parallel_size
         # not called `weight`: that name in a q_layernorm is a norm of each head, which every rank holds whole
         self.heads_weight = torch.nn.Parameter(torch.ones(local * hidden_size, dtype=config.params_dtype))
-
-    def _heads(self, config: TransformerConfig) -> int:
-        raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[S, B, h, D] -> the same."""
@@ -98,15 +98,13 @@ class _WholeRMSNorm(torch.nn.Module):
 class WholeQueryNorm(_WholeRMSNorm):
     """Over all query heads."""
 
-    def _heads(self, config: TransformerConfig) -> int:
-        return config.num_attention_heads
+    heads = "num_attention_heads"
 
 
 class WholeKeyNorm(_WholeRMSNorm):
     """Over all key heads."""
 
-    def _heads(self, config: TransformerConfig) -> int:
-        return config.num_query_groups
+    heads = "num_query_groups"
 
 
 class Residual(torch.nn.Module):

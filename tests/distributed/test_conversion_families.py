@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import MODELS, PLAIN
 from plain_model import batch_of_rows, load_engine
 
 from fuserl_megatron.testing.tiny import save_char_tokenizer, save_tiny_model
 
-PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -43,17 +43,10 @@ CASES = {
     "qwen2.5 window": dict(
         family="qwen2", sliding_window=6, use_sliding_window=True, max_window_layers=2, rope_parameters=PLAIN
     ),
-    "smollm3": dict(family="smollm3", tie_word_embeddings=True, no_rope_layer_interval=2, rope_parameters=PLAIN),
-    "granite 3": dict(
-        family="granite",
-        rope_parameters=PLAIN,
-        embedding_multiplier=3.0,
-        attention_multiplier=0.2,
-        residual_multiplier=0.4,
-        logits_scaling=0.8,
-    ),
+    "smollm3": MODELS["smollm3"] | dict(tie_word_embeddings=True),
+    "granite 3": MODELS["granite"],
     "phi3": dict(family="phi3", sliding_window=7, rope_parameters=PLAIN),
-    "phi4 partial rotary": dict(family="phi3", rope_parameters=PLAIN | {"partial_rotary_factor": 0.5}),
+    "phi4 partial rotary": MODELS["phi3"],
     "phi4 mini": dict(
         family="phi3",
         original_max_position_embeddings=64,
@@ -66,27 +59,9 @@ CASES = {
             "original_max_position_embeddings": 64,
         },
     ),
-    "olmo2": dict(family="olmo2", rope_parameters=PLAIN),
-    "gemma2": dict(
-        family="gemma2",
-        tie_word_embeddings=True,
-        sliding_window=6,
-        attn_logit_softcapping=2.0,
-        final_logit_softcapping=6.0,
-        query_pre_attn_scalar=20,
-        rope_parameters=PLAIN,
-        head_dim=16,
-        scale=3.0,
-    ),
-    "gemma3": dict(
-        family="gemma3_text",
-        tie_word_embeddings=True,
-        sliding_window=6,
-        sliding_window_pattern=2,
-        query_pre_attn_scalar=20,
-        head_dim=16,
-        scale=3.0,
-    ),
+    "olmo2": MODELS["olmo2"],
+    "gemma2": MODELS["gemma2"] | dict(tie_word_embeddings=True, sliding_window=6, scale=3.0),
+    "gemma3": MODELS["gemma3"] | dict(tie_word_embeddings=True, sliding_window=6, scale=3.0),
 }
 LAYOUTS = {
     "tp1": (1, 1, None),
